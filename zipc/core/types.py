@@ -1,0 +1,204 @@
+"""The nouns of zipc, as small frozen dataclasses without any framework import."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any, Literal, Protocol
+
+Numeric = str  # name of a registered scheme: "fp32", "int8-dynamic", "int8-static"
+Pattern = Literal["dense", "2:4"]
+TableKind = Literal["measured", "published", "modelled"]
+VerdictName = Literal["validated", "predicted", "missed", "inconclusive"]
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A device with its runtime: what it can run and on which widths it runs well."""
+
+    name: str
+    runtime: str
+    numerics: tuple[Numeric, ...]
+    reference_numeric: Numeric = "fp32"
+    width_step: int = 32  # finest FFN width grid offered; the table decides what of it pays
+    connection: str = "local"
+    description: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """What is timed: the input shape and the number of threads."""
+
+    batch_size: int = 1
+    sequence_length: int = 128
+    threads: int = 1
+
+    @property
+    def key(self) -> str:
+        return f"b{self.batch_size}s{self.sequence_length}t{self.threads}"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Level:
+    """One state of a site: units kept, sparsity pattern, numeric. Width 0 removes the site."""
+
+    width: int
+    numeric: Numeric = "fp32"
+    pattern: Pattern = "dense"
+
+    @property
+    def removed(self) -> bool:
+        return self.width == 0
+
+    def __str__(self) -> str:
+        if self.removed:
+            return "removed"
+        tail = "" if self.pattern == "dense" else f"+{self.pattern}"
+        return f"{self.width}@{self.numeric}{tail}"
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """How one tensor dimension is cut into the units of a site.
+
+    The dimension is read as `(outer, units, inner)`, row-major; unit `u` owns all `[:, u, :]`.
+    """
+
+    parameter: str  # qualified name, e.g. "encoder.layer.0.attention.self.query.weight"
+    dim: int
+    outer: int
+    inner: int
+
+
+@dataclass(frozen=True, slots=True)
+class Consumer:
+    """A linear map that contracts over the units: evidence is taken at its input."""
+
+    module: str
+    outer: int
+    inner: int
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One decision point: `units` removable groups of coupled slices."""
+
+    name: str
+    kind: Literal["heads", "ffn"]
+    units: int
+    slices: tuple[Slice, ...]
+    consumers: tuple[Consumer, ...]
+    producers: tuple[str, ...]  # module paths whose output carries the units
+    signature: str  # equal for sites that cost the same at equal levels
+
+
+@dataclass(frozen=True, slots=True)
+class LeftAlone:
+    """A part that could not be pruned, and why."""
+
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """Raw times of one graph and of the anchor timed beside it, in milliseconds."""
+
+    samples_ms: tuple[float, ...]
+    anchor_ms: tuple[float, ...] = ()
+
+    @property
+    def p50_ms(self) -> float:
+        return median(self.samples_ms)
+
+    @property
+    def ratio(self) -> float:
+        """Median of sample / anchor, pairwise: survives a machine that is slower today."""
+        return median(s / a for s, a in zip(self.samples_ms, self.anchor_ms, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Rung:
+    """A level of a ladder with its price and its error."""
+
+    level: Level
+    ms: float
+    error: float  # squared output error at the consumer, relative to its dense output
+
+
+@dataclass(frozen=True, slots=True)
+class Ladder:
+    """All levels of one site, and the order in which its units go."""
+
+    site: str
+    order: tuple[int, ...]  # units in order of elimination: the first entry goes first
+    rungs: tuple[Rung, ...]
+
+    def kept(self, width: int) -> tuple[int, ...]:
+        """Units kept at `width`, ascending."""
+        return tuple(sorted(self.order[len(self.order) - width :]))
+
+    def rung(self, level: Level) -> Rung:
+        return next(r for r in self.rungs if r.level == level)
+
+
+@dataclass(frozen=True, slots=True)
+class Allocation:
+    """One level per site, with what it is predicted to cost."""
+
+    levels: Mapping[str, Level]
+    predicted_ms: float
+    predicted_error: float
+
+    @property
+    def key(self) -> tuple[tuple[str, Level], ...]:
+        return tuple(sorted(self.levels.items()))
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """A file of the output folder."""
+
+    path: str
+    kind: str
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class PairedTiming:
+    """Reference and candidate timed alternately in one run; speedup = reference / candidate."""
+
+    reference_ms: tuple[float, ...]
+    candidate_ms: tuple[float, ...]
+    speedup: float
+    ci95: tuple[float, float]
+    inconclusive: bool = False  # the interval is too wide to decide anything
+    notes: tuple[str, ...] = field(default=())
+
+
+class Runner(Protocol):
+    """Something that can be timed. `run` does one inference and returns its milliseconds."""
+
+    def run(self) -> float: ...
+
+
+class Progress(Protocol):
+    """Where a stage reports to; the CLI draws it, a program may ignore it."""
+
+    def stage(self, name: str, total: int | None = None) -> None: ...
+    def advance(self, steps: int = 1, note: str = "") -> None: ...
+    def info(self, message: str) -> None: ...
+    def done(self, note: str = "") -> None: ...
+
+
+class Silent:
+    """A `Progress` that says nothing."""
+
+    def stage(self, name: str, total: int | None = None) -> None: ...
+    def advance(self, steps: int = 1, note: str = "") -> None: ...
+    def info(self, message: str) -> None: ...
+    def done(self, note: str = "") -> None: ...
+
+
+Json = Mapping[str, Any] | Sequence[Any] | str | int | float | bool | None
