@@ -1,0 +1,42 @@
+"""What a user asks for: every flag of `compile`, `plan` and `profile` as one plain value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from zipc.core.types import Workload
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """The arguments of a compile; `plan` and `profile` read the part they need."""
+
+    model: str
+    data: str | None = None
+    output: Path | None = None
+    target: str = "cpu"
+    speedup: float | None = None
+    latency_ms: float | None = None
+    numerics: str = "auto"  # auto | fp32 | int8 | int8-dynamic | int8-static
+    prune: bool = True
+    metric: str | None = None
+    evaluator: str | None = None  # path/to/file.py:function
+    text_columns: tuple[str, ...] = ()
+    label_column: str | None = None
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    recover: str = "none"
+    effort: str = "default"  # quick | default | extensive
+    seed: int = 0
+    threads: int = 1
+    batch_size: int = 1
+    sequence_length: int = 128
+    cache_dir: Path | None = None
+    keep_reference: bool = True
+    allow_table_mismatch: bool = False
+    require: str | None = None  # "validated": a predicted verdict is a failure too
+
+    @property
+    def workload(self) -> Workload:
+        return Workload(self.batch_size, self.sequence_length, self.threads)
