@@ -1,0 +1,1 @@
+"""One file per runtime; each gives a `Runner` that times one inference."""

@@ -1,0 +1,162 @@
+"""ONNX Runtime on the CPU: one inference, timed, under default session options."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from time import perf_counter_ns
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from zipc.core.errors import ExportMismatch, UsageError
+from zipc.core.types import Workload
+
+PROVIDERS = ["CPUExecutionProvider"]
+MAX_ID = 100  # random token ids stay below the size of any vocabulary
+
+_DTYPES: Mapping[str, type[np.generic]] = {
+    "tensor(float)": np.float32,
+    "tensor(double)": np.float64,
+    "tensor(float16)": np.float16,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(int8)": np.int8,
+    "tensor(uint8)": np.uint8,
+    "tensor(bool)": np.bool_,
+}
+
+
+class OnnxRuntimeRunner:
+    """Times one graph; a `Runner`.
+
+    Sessions keep ONNX Runtime's defaults except for the thread counts. With more than one thread
+    the pool does not spin: an idle spinning pool steals the core from the session timed next.
+
+    Raises:
+        ExportMismatch: ONNX Runtime cannot load or run the graph.
+        UsageError: an input of the graph is missing from `feeds`.
+    """
+
+    def __init__(
+        self,
+        model: Path | bytes,
+        *,
+        workload: Workload,
+        feeds: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
+        self._name = str(model) if isinstance(model, Path) else "graph in memory"
+        self._options = _session_options(workload)
+        self._session = _load(model, options=self._options, name=self._name)
+        if feeds is None:
+            self._feeds = default_feeds(self._session, workload)
+        else:
+            self._feeds = self._select(feeds)
+
+    @property
+    def session_options(self) -> dict[str, Any]:
+        """What the session was opened with, for the manifest."""
+        return {**self._options, "providers": list(PROVIDERS)}
+
+    def run(self) -> float:
+        """Do one inference and return its milliseconds."""
+        try:
+            start = perf_counter_ns()
+            self._session.run(None, self._feeds)
+            return (perf_counter_ns() - start) / 1e6
+        except Exception as error:  # ONNX Runtime's errors share no base
+            raise self._cannot_run(error) from error
+
+    def outputs(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Run on `feeds`; entries the graph has no input for are ignored."""
+        names = [output.name for output in self._session.get_outputs()]
+        try:
+            values = self._session.run(names, self._select(feeds))
+        except Exception as error:  # ONNX Runtime's errors share no base
+            raise self._cannot_run(error) from error
+        return dict(zip(names, values, strict=True))
+
+    def _select(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        wanted = [node.name for node in self._session.get_inputs()]
+        missing = [name for name in wanted if name not in feeds]
+        if missing:
+            raise UsageError(
+                f"{self._name} needs the inputs {missing}, which were not given; "
+                f"given: {sorted(feeds)}."
+            )
+        return {name: feeds[name] for name in wanted}
+
+    def _cannot_run(self, error: Exception) -> ExportMismatch:
+        return ExportMismatch(f"ONNX Runtime {ort.__version__} cannot run {self._name}: {error}")
+
+
+def default_feeds(session: Any, workload: Workload, seed: int = 0) -> dict[str, np.ndarray]:
+    """Make one input per graph input, from its name, type and shape.
+
+    A symbolic first axis is the batch, any other symbolic axis the sequence. The values of an
+    input depend on its name and the seed only, so two graphs are timed on the same data.
+
+    Raises:
+        UsageError: an input has a type that is not a plain tensor of numbers.
+    """
+    feeds: dict[str, np.ndarray] = {}
+    for node in session.get_inputs():
+        if node.type not in _DTYPES:
+            raise UsageError(f"Cannot make data for input {node.name!r} of type {node.type}.")
+        shape = tuple(
+            dim if isinstance(dim, int) else _symbolic(axis, workload)
+            for axis, dim in enumerate(node.shape)
+        )
+        rng = np.random.default_rng([seed, zlib.crc32(node.name.encode())])
+        feeds[node.name] = _values(node.name, shape, dtype=np.dtype(_DTYPES[node.type]), rng=rng)
+    return feeds
+
+
+def _symbolic(axis: int, workload: Workload) -> int:
+    return workload.batch_size if axis == 0 else workload.sequence_length
+
+
+def _values(
+    name: str, shape: tuple[int, ...], *, dtype: np.dtype[Any], rng: np.random.Generator
+) -> np.ndarray:
+    if np.issubdtype(dtype, np.floating) and "mask" not in name:
+        return rng.standard_normal(shape).astype(dtype)
+    if "mask" in name:
+        return np.ones(shape, dtype)
+    if name == "position_ids":
+        return np.broadcast_to(np.arange(shape[-1], dtype=dtype), shape).copy()
+    if name.endswith("ids") and name != "token_type_ids":
+        return rng.integers(1, MAX_ID, shape).astype(dtype)
+    return np.zeros(shape, dtype)
+
+
+def _session_options(workload: Workload) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "intra_op_num_threads": workload.threads,
+        "inter_op_num_threads": 1,
+    }
+    if workload.threads > 1:
+        options["session.intra_op.allow_spinning"] = "0"
+    return options
+
+
+def _load(model: Path | bytes, *, options: Mapping[str, Any], name: str) -> Any:
+    if isinstance(model, Path) and not model.is_file():
+        raise UsageError(f"There is no ONNX file at {model}.")
+    session_options = ort.SessionOptions()
+    session_options.log_severity_level = 3
+    for key, value in options.items():
+        if key.startswith("session."):
+            session_options.add_session_config_entry(key, value)
+        else:
+            setattr(session_options, key, value)
+    source = str(model) if isinstance(model, Path) else model
+    try:
+        return ort.InferenceSession(source, session_options, providers=PROVIDERS)
+    except Exception as error:  # ONNX Runtime's errors share no base
+        raise ExportMismatch(
+            f"ONNX Runtime {ort.__version__} cannot load {name}: {error}. "
+            "Export it again, or install the ONNX Runtime it was made for."
+        ) from error

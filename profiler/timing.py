@@ -1,0 +1,77 @@
+"""Timing several runners fairly: alternately, each with its own caches warm."""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from zipc.core.errors import NoisyMeasurement
+from zipc.core.types import Runner
+
+STEADY = 1.05  # largest spread of three consecutive warm runs
+
+
+def interleave(
+    runners: Sequence[Runner],
+    *,
+    rounds: int,
+    untimed: int = 1,
+    on_round: Callable[[], object] | None = None,
+) -> list[list[float]]:
+    """Time the runners run by run and return the milliseconds of each, in order.
+
+    Each timed run directly follows `untimed` runs of the same runner, so that the cache is its
+    own; every other round goes backwards, so that a drift favours nobody.
+
+    Raises:
+        NoisyMeasurement: a runner returned something that is not a positive time.
+    """
+    samples: list[list[float]] = [[] for _ in runners]
+    with _no_collection():
+        for number in range(rounds):
+            order = range(len(runners))
+            for index in order if number % 2 == 0 else reversed(order):
+                for _ in range(untimed):
+                    _timed(runners[index])
+                samples[index].append(_timed(runners[index]))
+            if on_round is not None:
+                on_round()
+    return samples
+
+
+def warm_up(runner: Runner, *, max_runs: int = 50) -> list[float]:
+    """Run until three consecutive times agree within 5 %, or `max_runs`; return the times.
+
+    Raises:
+        NoisyMeasurement: the runner returned something that is not a positive time.
+    """
+    times: list[float] = []
+    with _no_collection():
+        while len(times) < max_runs:
+            times.append(_timed(runner))
+            if len(times) >= 3 and max(times[-3:]) <= STEADY * min(times[-3:]):
+                break
+    return times
+
+
+def _timed(runner: Runner) -> float:
+    ms = runner.run()
+    if not (math.isfinite(ms) and ms > 0):
+        raise NoisyMeasurement(
+            f"{type(runner).__name__} measured {ms} ms, which is no time. "
+            "The clock of this machine cannot be trusted; run again on another one."
+        )
+    return ms
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
