@@ -1,0 +1,125 @@
+"""Whole-model correction: what a sum of site prices gets wrong about the latency of a whole graph.
+
+Latency adds over sites only roughly: weights that were hot in the cache during the sweep are not
+in the whole graph, and what no site owns has a price of its own. A line from predicted to measured
+ratio (both to the dense graph) is fitted on a few random allocations. It stays near (1, 1), where
+the dense graph is by definition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import combinations
+from statistics import median
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+MIN_SLOPE, MAX_SLOPE = 0.5, 2.0
+DENSE_TOLERANCE = 0.02  # how far from 1 the line may read at the dense point
+
+Ratio = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Point = tuple[float, float]  # (predicted ratio, measured ratio)
+Line = tuple[float, float]  # (intercept, slope)
+
+
+class Correction(BaseModel):
+    """measured ratio ≈ intercept + slope · predicted ratio.
+
+    Errors are relative and read on points left out of the fit, one at a time: an honest estimate
+    of what the next allocation will see.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    intercept: float = Field(allow_inf_nan=False)
+    slope: float = Field(ge=MIN_SLOPE, le=MAX_SLOPE)
+    points: tuple[tuple[Ratio, Ratio], ...] = Field(min_length=1)
+    median_error: float = Field(ge=0, allow_inf_nan=False)
+    worst_error: float = Field(ge=0, allow_inf_nan=False)
+
+    @property
+    def n(self) -> int:
+        return len(self.points)
+
+    def apply(self, ratio: float) -> float:
+        """Predict the measured ratio. Monotone, and positive for every positive `ratio`."""
+        knee = self._knee
+        if ratio >= knee:
+            return self.intercept + self.slope * ratio
+        return ratio * (self.intercept + self.slope * knee) / knee
+
+    def invert(self, ratio: float) -> float:
+        """Predicted ratio at which the measured one is `ratio`; may be <= 0: out of reach."""
+        knee = self._knee
+        straight = (ratio - self.intercept) / self.slope
+        if straight >= knee:
+            return straight
+        return ratio * knee / (self.intercept + self.slope * knee)
+
+    @property
+    def _knee(self) -> float:
+        """Where a line with a negative intercept turns towards the origin: the smallest point.
+
+        Beyond the points such a line would promise ever more, and in the end negative latencies.
+        """
+        return min(p for p, _ in self.points) if self.intercept < 0 else 0.0
+
+
+def fit(points: Iterable[Point]) -> Correction:
+    """Fit the line of least absolute relative deviations over the points and the dense point.
+
+    The slope is held in [0.5, 2] and the line within 2 % of (1, 1). Least absolute deviations is a
+    linear program in two variables, so the optimum is at a vertex: all of them are tried.
+
+    Raises:
+        ValueError: no points, or one that is not positive and finite.
+    """
+    cloud = tuple((float(p), float(m)) for p, m in points)
+    if not cloud or not all(0 < x < float("inf") for point in cloud for x in point):
+        raise ValueError(f"a correction needs positive, finite points, not {cloud}")
+    intercept, slope = _least_absolute_line(cloud)
+    errors = _left_out_errors(cloud)
+    return Correction(
+        intercept=intercept,
+        slope=slope,
+        points=cloud,
+        median_error=median(errors),
+        worst_error=max(errors),
+    )
+
+
+def _least_absolute_line(cloud: Sequence[Point]) -> Line:
+    points = [*cloud, (1.0, 1.0)]
+    gates = [(1.0, 1.0 - DENSE_TOLERANCE), (1.0, 1.0 + DENSE_TOLERANCE)]
+    lines = [_through(a, b) for a, b in combinations([*points, *gates], 2) if a[0] != b[0]]
+    lines += [(m - s * p, s) for p, m in [*points, *gates] for s in (MIN_SLOPE, MAX_SLOPE)]
+    legal = [line for line in lines if _is_legal(line, cloud)]
+    return min([(0.0, 1.0), *legal], key=lambda line: (_deviation(line, points), abs(line[0])))
+
+
+def _through(a: Point, b: Point) -> Line:
+    slope = (b[1] - a[1]) / (b[0] - a[0])
+    return a[1] - slope * a[0], slope
+
+
+def _is_legal(line: Line, cloud: Sequence[Point]) -> bool:
+    intercept, slope = line
+    return (
+        MIN_SLOPE <= slope <= MAX_SLOPE
+        and abs(intercept + slope - 1) <= DENSE_TOLERANCE + 1e-12
+        and intercept + slope * min(p for p, _ in cloud) > 0
+    )
+
+
+def _deviation(line: Line, points: Sequence[Point]) -> float:
+    return sum(abs(line[0] + line[1] * p - m) / m for p, m in points)
+
+
+def _left_out_errors(cloud: Sequence[Point]) -> list[float]:
+    errors = []
+    for index, point in enumerate(cloud):
+        rest = [*cloud[:index], *cloud[index + 1 :]]
+        line = _least_absolute_line(rest) if rest else (0.0, 1.0)
+        errors.append(_deviation(line, [point]))
+    return errors

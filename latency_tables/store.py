@@ -1,0 +1,123 @@
+"""Latency tables on disk: one JSON file per target, runtime, workload and model."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+from pydantic import ValidationError
+
+from zipc.core.errors import CorruptFile, TableMissing
+from zipc.core.files import fingerprint as digest_of
+from zipc.core.files import read_json, write_json
+from zipc.core.types import Workload
+from zipc.latency_tables.table import SCHEMA_VERSION, LatencyTable, profile_command
+
+
+class TableStore:
+    """The latency tables under one folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def path(self, target: str, workload: Workload, runtime: str, model_key: str) -> Path:
+        """Where the table of a model lives; the file need not exist."""
+        names = (target, runtime, workload.key, model_key)
+        folder, *_, name = map(_safe, names)
+        return self.root / folder / f"{_safe(runtime)}-{workload.key}" / f"{name}.json"
+
+    def load(
+        self, path: Path, *, fingerprint: Mapping[str, Any] | None, allow_mismatch: bool = False
+    ) -> LatencyTable | None:
+        """Read a table; None where there is no file. `fingerprint=None` takes that of any device.
+
+        With `allow_mismatch` a table of another device is returned with a note that says so.
+
+        Raises:
+            TableMissing: the table was measured on another device, runtime or power state.
+            CorruptFile: truncated, edited by hand, or written by a newer zipc.
+        """
+        if not path.exists():
+            return None
+        table = _parse(path)
+        differences = _differences(table.fingerprint, fingerprint) if fingerprint else []
+        if not differences:
+            return table
+        changed = "; ".join(differences)
+        if allow_mismatch:
+            return table.with_note(f"prices of a different device or state were used: {changed}")
+        raise TableMissing(
+            f"The latency table {path} is of a different device or state: {changed}. "
+            f"{profile_command(table.target, table.workload)} (or allow the mismatch with "
+            "--allow-table-mismatch; the report will say so)"
+        )
+
+    def save(self, table: LatencyTable, path: Path) -> None:
+        """Write a table atomically, with a digest that tells an edited file from ours.
+
+        Raises:
+            UsageError: the folder cannot be written.
+        """
+        document = table.model_dump(mode="json")
+        write_json(path, document | {"digest": digest_of(document)})
+
+
+def default_cache_dir() -> Path:
+    """`$ZIPC_CACHE_DIR`, else the user's cache folder."""
+    chosen = os.environ.get("ZIPC_CACHE_DIR")
+    return Path(chosen).expanduser() if chosen else platformdirs.user_cache_path("zipc")
+
+
+def _parse(path: Path) -> LatencyTable:
+    document = read_json(path)
+    again = "Delete it and run zipc profile again."
+    if not isinstance(document, dict):
+        raise CorruptFile(f"{path} is not a latency table. {again}")
+    version = document.get("schema_version")
+    if isinstance(version, int) and version > SCHEMA_VERSION:
+        raise CorruptFile(
+            f"{path} has schema {version}; this zipc reads up to {SCHEMA_VERSION}. "
+            f"Run: pip install --upgrade zipc, or delete the file and run zipc profile again."
+        )
+    digest = document.pop("digest", None)
+    try:
+        table = LatencyTable.model_validate(document)
+    except ValidationError as error:
+        raise CorruptFile(f"{path}: {_first_fault(error, document)}. {again}") from error
+    if digest != digest_of(document):
+        raise CorruptFile(f"{path} was edited by hand: its digest does not match. {again}")
+    return table
+
+
+def _first_fault(error: ValidationError, document: Mapping[str, Any]) -> str:
+    """Put the first violation in words, naming the entry it is in."""
+    fault = error.errors(include_url=False)[0]
+    where = [str(part) for part in fault["loc"]]
+    if len(where) >= 2 and where[0] == "entries":
+        entry = document["entries"][int(where[1])]
+        named = isinstance(entry, dict) and "signature" in entry
+        where[:2] = [f"entry {_describe(entry)}" if named else f"entry {where[1]}"]
+    return f"{', '.join(where) or 'the table'}: {fault['msg']}"
+
+
+def _describe(entry: Mapping[str, Any]) -> str:
+    level = entry.get("level")
+    parts = level.values() if isinstance(level, dict) else [level]
+    return f"{entry['signature']} at {'/'.join(sorted(map(str, parts)))}"
+
+
+def _differences(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """Fields that differ, as `name: stored → current`."""
+    return [
+        f"{name}: {stored.get(name, 'absent')!r} → {current.get(name, 'absent')!r}"
+        for name in sorted({*stored, *current})
+        if stored.get(name) != current.get(name)
+    ]
+
+
+def _safe(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".") or "-"

@@ -1,0 +1,153 @@
+"""The sweep: price many small graphs, each beside the anchor, in as little time as noise allows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby, pairwise
+from typing import TypeVar
+
+from zipc.core.types import Level, Progress, Runner
+from zipc.latency_tables.table import Entry, EntryKey, entry_key
+from zipc.profiler.timing import interleave, warm_up
+
+GROUP = 8  # graphs whose runners are alive together
+QUIET, NOISY = 0.01, 0.03  # relative noise: below, stop early; above, take more rounds
+MAX_EXTENSION = 4  # times `rounds`
+STEP = 0.05  # a narrower level slower by more than this is looked at twice
+MIN_ROUNDS = 6  # fewer say nothing about the noise
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class PricedGraph:
+    """One level of one kind of site as a graph to time; `build` gives its serialised bytes."""
+
+    signature: str
+    level: Level
+    build: Callable[[], bytes]
+
+    @property
+    def key(self) -> EntryKey:
+        return entry_key(self.signature, self.level)
+
+
+def sweep(
+    graphs: Iterable[PricedGraph],
+    *,
+    anchor: Runner,
+    make_runner: Callable[[bytes], Runner],
+    progress: Progress,
+    rounds: int = 12,
+    seconds_budget: float | None = None,
+    on_entries: Callable[[list[Entry]], None] | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> list[Entry]:
+    """Measure every graph once, as paired samples with the anchor.
+
+    Graphs of equal signature and level are measured once. An entry stops early when its noise is
+    below 1 % and gets up to four times the rounds while it is above 3 %. Entries that break the
+    order of their neighbours are measured again and their samples pooled; a real staircase stays.
+    Spent, `seconds_budget` (an aim, not a promise) ends the extra rounds: every graph still gets
+    the first `max(6, rounds / 2)`.
+
+    `on_entries` receives the entries of each finished group, and later their pooled replacements,
+    so that an interrupted sweep can be resumed from what was saved.
+    """
+    todo = sorted({g.key: g for g in reversed(list(graphs))}.values(), key=_order)
+    report = on_entries or (lambda _: None)
+    groups = list(_batches(todo, GROUP))
+    started = clock()
+    measured: dict[EntryKey, Entry] = {}
+    progress.stage("measuring prices", total=len(todo))
+    for number, group in enumerate(groups, start=1):
+        deadline = _share(started, seconds_budget, number / len(groups))
+        entries = _measure(group, anchor, make_runner, rounds, _until(deadline, clock))
+        measured |= {entry.key: entry for entry in entries}
+        report(entries)
+        progress.advance(len(group), note=group[-1].signature)
+
+    in_time = _until(_share(started, seconds_budget, 1.0), clock)
+    suspects = _out_of_order(measured)
+    for group in _batches([g for g in todo if g.key in suspects], GROUP):
+        if not in_time():
+            break
+        again = _measure(group, anchor, make_runner, 2 * rounds, in_time)
+        pooled = [measured[entry.key].pooled(entry) for entry in again]
+        measured |= {entry.key: entry for entry in pooled}
+        report(pooled)
+    noisy = sum(entry.noise > NOISY for entry in measured.values())
+    progress.done(f"{len(measured)} prices, {noisy} of them noisier than {NOISY:.0%}")
+    return list(measured.values())
+
+
+def _measure(
+    group: Sequence[PricedGraph],
+    anchor: Runner,
+    make_runner: Callable[[bytes], Runner],
+    rounds: int,
+    may_extend: Callable[[], bool],
+) -> list[Entry]:
+    """Time one group, run by run, the anchor beside each graph in every round."""
+    runners = [make_runner(graph.build()) for graph in group]
+    for runner in (anchor, *runners):
+        warm_up(runner, max_runs=6)
+    entries: list[Entry | None] = [None] * len(group)
+    active = list(range(len(group)))
+    chunk = max(MIN_ROUNDS, rounds // 2)
+    while active:
+        beside = [runner for index in active for runner in (anchor, runners[index])]
+        samples = interleave(beside, rounds=chunk, untimed=1)
+        for position, index in enumerate(active):
+            new = Entry(
+                signature=group[index].signature,
+                level=group[index].level,
+                samples_ms=tuple(samples[2 * position + 1]),
+                anchor_ms=tuple(samples[2 * position]),
+            )
+            old = entries[index]
+            entries[index] = new if old is None else old.pooled(new)
+        if not may_extend():
+            break
+        active = [i for i in active if _wants_more(entries[i], rounds)]
+    return [entry for entry in entries if entry is not None]
+
+
+def _wants_more(entry: Entry | None, rounds: int) -> bool:
+    if entry is None:
+        return True
+    taken = len(entry.samples_ms)
+    if taken < rounds:
+        return entry.noise >= QUIET
+    return taken < MAX_EXTENSION * rounds and entry.noise > NOISY
+
+
+def _out_of_order(measured: dict[EntryKey, Entry]) -> set[EntryKey]:
+    """Keys of neighbours in width, of one signature and numeric, the narrower of them slower."""
+    suspects: set[EntryKey] = set()
+    ordered = sorted(measured.values(), key=_order)
+    for _, line in groupby(ordered, key=lambda e: _order(e)[:-1]):
+        for narrow, wide in pairwise(line):
+            if narrow.ratio > (1 + STEP) * wide.ratio:
+                suspects |= {narrow.key, wide.key}
+    return suspects
+
+
+def _order(priced: PricedGraph | Entry) -> tuple[str, str, str, int]:
+    level = priced.level
+    return priced.signature, level.numeric, level.pattern, level.width
+
+
+def _share(started: float, seconds: float | None, share: float) -> float | None:
+    return None if seconds is None else started + seconds * share
+
+
+def _until(deadline: float | None, clock: Callable[[], float]) -> Callable[[], bool]:
+    return lambda: deadline is None or clock() < deadline
+
+
+def _batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
