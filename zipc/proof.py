@@ -14,6 +14,7 @@ from scipy import stats
 from zipc.core.errors import CorruptFile, UsageError
 from zipc.core.files import read_json
 from zipc.core.types import PairedTiming, Progress, Runner, Silent, VerdictName, Workload
+from zipc.profiler.runners.onnxruntime import OnnxRuntimeRunner
 from zipc.profiler.timing import interleave, warm_up
 
 MIN_PAIRS = 16  # fewer give no interval
@@ -157,8 +158,6 @@ def bench(
         CorruptFile: the manifest is truncated or lacks a field.
         NoisyMeasurement: the clock gave something that is not a positive time.
     """
-    from zipc.profiler.runners.onnxruntime import OnnxRuntimeRunner
-
     manifest = _manifest(out)
     path = out / "manifest.json"
     workload = _workload(manifest, threads=threads, path=path)
@@ -254,16 +253,28 @@ def log_ratio_interval(log_ratios: Sequence[float] | np.ndarray, alpha: float = 
     size, kept = _batch_size(rounds)
     count = len(rounds) // size
     means = rounds[len(rounds) - count * size :].reshape(count, size).mean(axis=1)
+    return batch_interval(means, alpha=alpha, batch_size=2 * size, correlation=kept)
+
+
+def batch_interval(
+    means: np.ndarray, *, alpha: float, batch_size: int, correlation: float = 0.0
+) -> Interval:
+    """Give the t-interval of batches in time order that keep `correlation` with their neighbour.
+
+    A correlation that the batches themselves show beyond its own noise counts where it is larger.
+    """
+    count = len(means)
     estimate, centre = float(np.median(means)), float(means.mean())
-    kept = max(kept, _lag_one(means) - 1 / math.sqrt(count))
-    error = float(means.std(ddof=1)) * math.sqrt((1 + kept) / (1 - kept) / count)
+    shown = min(_lag_one(means) - 1 / math.sqrt(count), 0.9)
+    correlation = max(correlation, shown)
+    error = float(means.std(ddof=1)) * math.sqrt((1 + correlation) / (1 - correlation) / count)
     reach = float(stats.t.isf(alpha / 2, count - 1)) * error
     return Interval(
         estimate=estimate,
         lower=min(centre - reach, estimate),
         upper=max(centre + reach, estimate),
         batches=count,
-        batch_size=2 * size,
+        batch_size=batch_size,
     )
 
 
@@ -272,7 +283,8 @@ def _without_spikes(values: np.ndarray) -> np.ndarray:
     spread = 1.4826 * np.median(np.abs(values - middle))
     if spread == 0:
         return values
-    return np.clip(values, middle - _CLIP * spread, middle + _CLIP * spread)
+    clipped: np.ndarray = np.clip(values, middle - _CLIP * spread, middle + _CLIP * spread)
+    return clipped
 
 
 def _batch_size(values: np.ndarray) -> tuple[int, float]:
