@@ -48,7 +48,8 @@ class RequestRecord(BaseModel):
     @classmethod
     def of(cls, request: Request) -> Self:
         fields: dict[str, Any] = dataclasses.asdict(request)
-        return cls(**{k: v for k, v in fields.items() if k not in ("output", "cache_dir")})
+        kept = {k: v for k, v in fields.items() if k not in ("output", "cache_dir")}
+        return cls(**{k: list(v) if isinstance(v, tuple) else v for k, v in kept.items()})
 
 
 class AllocationRecord(Record):

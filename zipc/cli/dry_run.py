@@ -1,0 +1,60 @@
+"""`--dry-run`: check a request as far as that costs nothing, and print it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from zipc.cli.running import Outcome
+from zipc.core.request import Request
+from zipc.targets import load_target
+
+
+def dry_run(request: Request) -> Outcome:
+    """Load the target and read the data of `request`; nothing is measured or written.
+
+    Raises:
+        UsageError: there is no such target, or the data cannot be used.
+    """
+    target = load_target(request.target)
+    data = None if request.data is None else _describe_data(request, request.data)
+    document = {
+        "dry_run": True,
+        "request": {k: _plain(v) for k, v in dataclasses.asdict(request).items()},
+        "target": dataclasses.asdict(target),
+        "data": data,
+    }
+
+    def show(console: Console) -> None:
+        table = Table(box=None, show_header=False, pad_edge=False)
+        for name, value in document["request"].items():
+            if value not in (None, [], False):
+                table.add_row(name, str(value))
+        table.add_row("runtime", target.runtime)
+        if data is not None:
+            table.add_row("columns, splits", data)
+        console.print(table)
+        console.print("dry run: nothing was measured or written")
+
+    return Outcome(document, show)
+
+
+def _describe_data(request: Request, data: str) -> str:
+    from zipc.data import load_splits
+
+    splits = load_splits(
+        data,
+        text_columns=request.text_columns,
+        label_column=request.label_column,
+        seed=request.seed,
+    )
+    return splits.description
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return list(value)
+    return value if isinstance(value, bool | int | float | None) else str(value)

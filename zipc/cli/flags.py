@@ -1,0 +1,322 @@
+"""The flags of `compile`, `plan` and `profile`, and how their strings become a `Request`."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+import typer
+
+from zipc.cli.running import Format
+from zipc.core.errors import UsageError
+from zipc.core.request import Request
+
+Numerics = Literal["auto", "fp32", "int8", "int8-dynamic", "int8-static"]
+_WORKLOAD, _SEARCH, _DATA, _RUN = "Workload", "Search", "Reading the data", "Running"
+Effort = Literal["quick", "default", "extensive"]
+FormatFlag = Annotated[
+    Format, typer.Option("--format", help="table for people, json: one document on stdout.")
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFlags:
+    """What is priced, and where: all that `profile` needs."""
+
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A local Hugging Face folder, a hub id, or the alias minilm.",
+            metavar="MODEL",
+            show_default=False,
+        ),
+    ]
+    target: Annotated[
+        str, typer.Option("--target", help="A built-in target, or the path of a .toml file.")
+    ] = "cpu"
+    numerics: Annotated[
+        Numerics,
+        typer.Option(
+            "--numerics",
+            "--precision",
+            help="Which precisions the search may choose from.",
+            rich_help_panel=_SEARCH,
+        ),
+    ] = "auto"
+    include: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--include",
+            help="Only sites whose name matches this glob. Repeatable.",
+            metavar="GLOB",
+            rich_help_panel=_SEARCH,
+        ),
+    ] = None
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--exclude",
+            help="No site whose name matches this glob. Repeatable.",
+            metavar="GLOB",
+            rich_help_panel=_SEARCH,
+        ),
+    ] = None
+    threads: Annotated[
+        int,
+        typer.Option(
+            "--threads", min=1, help="Threads the runtime may use.", rich_help_panel=_WORKLOAD
+        ),
+    ] = 1
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", min=1, help="Batch timed.", rich_help_panel=_WORKLOAD)
+    ] = 1
+    sequence_length: Annotated[
+        int,
+        typer.Option(
+            "--sequence-length", min=1, help="Tokens per sequence timed.", rich_help_panel=_WORKLOAD
+        ),
+    ] = 128
+    effort: Annotated[
+        Effort,
+        typer.Option("--effort", help="How long to measure and to search.", rich_help_panel=_RUN),
+    ] = "default"
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, help="Seed of everything random.", rich_help_panel=_RUN)
+    ] = 0
+    cache_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--cache-dir", help="Where tables and finished stages are kept.", rich_help_panel=_RUN
+        ),
+    ] = None
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Check the request, print it, and stop.", rich_help_panel=_RUN
+        ),
+    ] = False
+    format: FormatFlag = "table"
+
+    def request(self) -> Request:
+        """Convert the strings.
+
+        Raises:
+            UsageError: one of them means nothing, or two exclude each other.
+        """
+        return Request(**self._fields())
+
+    def _fields(self) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "target": self.target,
+            "numerics": self.numerics,
+            "include": tuple(self.include or ()),
+            "exclude": tuple(self.exclude or ()),
+            "threads": self.threads,
+            "batch_size": self.batch_size,
+            "sequence_length": self.sequence_length,
+            "effort": self.effort,
+            "seed": self.seed,
+            "cache_dir": self.cache_dir,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchFlags(ModelFlags):
+    """What is asked for, and how quality is read: all that `plan` needs."""
+
+    speedup: Annotated[
+        str | None,
+        typer.Option("--speedup", help="How many times faster than the dense model, e.g. 2x."),
+    ] = None
+    latency: Annotated[
+        str | None,
+        typer.Option("--latency", help="Latency to reach instead of a speedup, e.g. 5ms."),
+    ] = None
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data", help="Folder or file (csv, tsv, jsonl, txt) of texts the model will see."
+        ),
+    ] = None
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            "--metric",
+            help="Metric of the report, e.g. spearman, accuracy.",
+            metavar="NAME",
+            rich_help_panel=_DATA,
+        ),
+    ] = None
+    evaluator: Annotated[
+        str | None,
+        typer.Option(
+            "--eval",
+            help="Your own metric; the file is run.",
+            metavar="FILE.PY:FUNCTION",
+            rich_help_panel=_DATA,
+        ),
+    ] = None
+    text_column: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--text-column",
+            help="Column that holds a text. Repeatable.",
+            metavar="NAME",
+            rich_help_panel=_DATA,
+        ),
+    ] = None
+    label_column: Annotated[
+        str | None,
+        typer.Option(
+            "--label-column",
+            help="Column that holds the label.",
+            metavar="NAME",
+            rich_help_panel=_DATA,
+        ),
+    ] = None
+    no_prune: Annotated[
+        bool,
+        typer.Option(
+            "--no-prune",
+            help="Change the precision only; --speedup is optional.",
+            rich_help_panel=_SEARCH,
+        ),
+    ] = False
+    recover: Annotated[
+        Literal["none"],
+        typer.Option("--recover", help="How quality is trained back.", rich_help_panel=_SEARCH),
+    ] = "none"
+    allow_table_mismatch: Annotated[
+        bool,
+        typer.Option(
+            "--allow-table-mismatch",
+            help="Use a latency table of another device; it is reported.",
+            rich_help_panel=_RUN,
+        ),
+    ] = False
+
+    def _fields(self) -> dict[str, Any]:
+        if self.speedup is not None and self.latency is not None:
+            raise UsageError("--speedup and --latency are two ways to say one thing: give one.")
+        if self.speedup is None and self.latency is None and not self.no_prune:
+            raise UsageError(
+                "How fast should it be? Give --speedup 2x, or --latency 5ms "
+                "(--no-prune alone needs neither)."
+            )
+        return super()._fields() | {
+            "speedup": None if self.speedup is None else parse_speedup(self.speedup),
+            "latency_ms": None if self.latency is None else parse_latency(self.latency),
+            "data": self.data,
+            "metric": self.metric,
+            "evaluator": self.evaluator,
+            "text_columns": tuple(self.text_column or ()),
+            "label_column": self.label_column,
+            "prune": not self.no_prune,
+            "recover": self.recover,
+            "allow_table_mismatch": self.allow_table_mismatch,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompileFlags(SearchFlags):
+    """What is written, and when the result counts as a success."""
+
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Folder the result is written to.")
+    ] = None
+    no_reference: Annotated[
+        bool, typer.Option("--no-reference", help="Leave out reference.onnx; bench needs it.")
+    ] = False
+    require: Annotated[
+        Literal["validated"] | None,
+        typer.Option("--require", help="Exit 1 unless the verdict is this one."),
+    ] = None
+
+    def _fields(self) -> dict[str, Any]:
+        return super()._fields() | {
+            "output": self.output,
+            "keep_reference": not self.no_reference,
+            "require": self.require,
+        }
+
+
+def parse_speedup(text: str) -> float:
+    """Read "2x", "2" or "1.5X" as a factor above 1."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)\s*[xX×]?", text.strip())
+    if found is None:
+        raise UsageError(
+            f"--speedup '{text}' is not a factor. Did you mean {_suggestion(text)}? "
+            "Write how many times faster, e.g. 2x."
+        )
+    factor = float(found[1])
+    if not 1 < factor < 1e6:
+        raise UsageError(
+            f"--speedup {text} would not make the model faster: it must be above 1, e.g. 2x."
+        )
+    return factor
+
+
+def parse_latency(text: str) -> float:
+    """Read "5ms", "5", "800us" or "0.1s" as milliseconds."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)\s*(us|µs|ms|s)?", text.strip().lower())
+    value = float(found[1]) * _MS_PER[found[2] or "ms"] if found else 0.0
+    if value <= 0:
+        raise UsageError(f"--latency '{text}' is not a time above 0. Write milliseconds, e.g. 5ms.")
+    return value
+
+
+def parse_seconds(text: str, flag: str) -> float:
+    """Read "60s", "60", "500ms" or "2m" as seconds."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)\s*(ms|s|m|min)?", text.strip().lower())
+    value = float(found[1]) * _SECONDS_PER[found[2] or "s"] if found else 0.0
+    if value <= 0:
+        raise UsageError(f"{flag} '{text}' is not a time above 0. Write seconds, e.g. 60s.")
+    return value
+
+
+def verb(flags: type[ModelFlags]) -> Callable[[Callable[[Any], None]], Callable[..., None]]:
+    """Give a function of one flags object the signature typer reads its options from."""
+
+    def wrap(function: Callable[[Any], None]) -> Callable[..., None]:
+        hints = get_type_hints(flags, include_extras=True)
+        parameters = [
+            inspect.Parameter(
+                field.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                annotation=hints[field.name],
+                default=getattr(flags, field.name, inspect.Parameter.empty),
+            )
+            for field in fields(flags)
+        ]
+
+        def command(**values: Any) -> None:
+            function(flags(**values))
+
+        command.__name__, command.__doc__ = function.__name__, function.__doc__
+        command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        command.__setattr__("__signature__", inspect.Signature(parameters))
+        return command
+
+    return wrap
+
+
+_MS_PER = {"us": 1e-3, "µs": 1e-3, "ms": 1.0, "s": 1e3}
+_SECONDS_PER = {"ms": 1e-3, "s": 1.0, "m": 60.0, "min": 60.0}
+_WORDS = {"double": "2x", "twice": "2x", "two": "2x", "three": "3x", "triple": "3x", "four": "4x"}
+
+
+def _suggestion(text: str) -> str:
+    if text.strip().startswith("-"):
+        return "2x"
+    number = re.search(r"\d+(?:[.,]\d+)?", text)
+    if number is None:
+        return _WORDS.get(text.strip().lower(), "2x")
+    factor = float(number[0].replace(",", "."))
+    if "%" in text and factor > 10:
+        factor = factor / 100 if factor > 100 else 1 + factor / 100
+    return f"{factor:g}x" if factor > 1 else "2x"

@@ -1,0 +1,222 @@
+"""What people read on the terminal: a finished compile, a plan, and plain fields."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from rich.console import Console
+from rich.table import Table
+
+from zipc.core.request import Request
+from zipc.core.types import Level
+from zipc.manifest import Manifest
+
+if TYPE_CHECKING:
+    from zipc.pipeline import Plan
+
+_COLOURS = {"validated": "green", "predicted": "yellow", "missed": "red", "inconclusive": "yellow"}
+_FEW_SITES = 32  # more than this and the table is shortened to one line per level
+
+
+def show_manifest(
+    console: Console, manifest: Manifest, *, out: Path, every_site: bool = False
+) -> None:
+    """Print the proof, quality, sizes and allocation of a compile, and what to run next."""
+    colour = _COLOURS[manifest.verdict]
+    _say(console, f"[bold {colour}]{manifest.verdict}[/]  {_asked(manifest)}")
+    facts = Table(box=None, show_header=False, pad_edge=False)
+    for name, value in _facts(manifest):
+        facts.add_row(f"[dim]{name}[/]", value)
+    console.print(facts)
+    rows: list[Row] = [
+        (a.site, a.level, a.units, a.predicted_ms, a.error) for a in manifest.allocation
+    ]
+    _show_allocation(console, rows, every_site=every_site)
+    for part in manifest.left_alone:
+        console.print(f"left alone: {part.path}: {part.reason}", markup=False, soft_wrap=True)
+    for note in _notes(manifest):
+        console.print(f"note: {note}", markup=False, soft_wrap=True)
+    for file in manifest.files:
+        console.print(f"{out / file.path}  ({file.kind})", markup=False, soft_wrap=True)
+    for command in _next_commands(manifest, out):
+        console.print(f"next: {command}", markup=False, soft_wrap=True)
+
+
+def show_plan(console: Console, plan: Plan, *, request: Request) -> None:
+    """Print an allocation that was found but not built."""
+    _say(
+        console,
+        f"[bold]predicted {plan.predicted_speedup:.2f}x[/]  "
+        f"{plan.allocation.predicted_ms:.2f} ms of {plan.dense_ms:.2f} ms dense",
+    )
+    _say(console, " / ".join(f"{name} {rows:,}" for name, rows in plan.split.items()) + " rows")
+    units = {site.name: site.units for site in plan.sites}
+    levels = plan.allocation.levels.items()
+    rows: list[Row] = [(name, level, units.get(name), None, None) for name, level in levels]
+    _show_allocation(console, rows, every_site=True)
+    _say(console, f"[dim]predicted error {plan.allocation.predicted_error:.4g}[/]")
+    for part in plan.left_alone:
+        console.print(f"left alone: {part.path}: {part.reason}", markup=False, soft_wrap=True)
+    wanted = _flag(request)
+    console.print(
+        f"next: zipc compile {request.model} --target {request.target}{wanted} "
+        f"--data {request.data} -o OUT",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def show_fields(console: Console, document: Mapping[str, Any]) -> None:
+    """Print a flat or nested document as name and value; long lists as their length."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, value in _flat(document):
+        table.add_row(f"[dim]{name}[/]", value)
+    console.print(table)
+
+
+Row = tuple[str, Level, int | None, float | None, float | None]  # site, level, units, ms, error
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, soft_wrap=True)
+
+
+def _asked(manifest: Manifest) -> str:
+    latency, request = manifest.latency, manifest.request
+    if latency.speedup is None:
+        got = "not measured"
+    else:
+        got = f"{latency.speedup:.2f}x"
+        if latency.speedup_ci95 is not None:
+            low, high = latency.speedup_ci95
+            got += f" (95 % interval {low:.2f} to {high:.2f}, {latency.pairs or '?'} pairs)"
+    if request.speedup is not None:
+        return f"{got}, asked {request.speedup:g}x"
+    return f"{got}, asked {request.latency_ms:g} ms" if request.latency_ms is not None else got
+
+
+def _facts(manifest: Manifest) -> Iterable[tuple[str, str]]:
+    latency, size, load = manifest.latency, manifest.size, manifest.workload
+    yield "model", f"{manifest.model.source}  sha256 {manifest.model.sha256[:12]}"
+    yield (
+        "target",
+        f"{manifest.target}: batch {load.batch_size}, sequence {load.sequence_length}, "
+        f"{load.threads} thread{'s' if load.threads > 1 else ''}",
+    )
+    times = f"reference {_ms(latency.reference_ms)}, compiled {_ms(latency.compiled_ms)}"
+    if latency.p90_ms is not None and latency.p99_ms is not None:
+        times += f" (p90 {latency.p90_ms:.2f}, p99 {latency.p99_ms:.2f})"
+    yield "latency", times
+    predicted = f"{_ms(latency.predicted_ms)} from a {latency.table_kind} table"
+    if latency.prediction_error is not None:
+        predicted += f", off by {latency.prediction_error:+.1%}"
+    yield "predicted", predicted
+    if latency.speedup_vs_best_dense is not None:
+        yield "best dense", f"{latency.speedup_vs_best_dense:.2f}x against the fastest dense fp32"
+    if manifest.quality is not None:
+        yield "quality", _quality(manifest)
+    yield "size", _sizes(size.dense_mb, size.compiled_mb, size.dense_params, size.compiled_params)
+    if manifest.data is not None:
+        yield "data", manifest.data.description or manifest.data.source
+    if manifest.timings_s:
+        yield "took", f"{sum(manifest.timings_s.values()):.0f} s"
+
+
+def _quality(manifest: Manifest) -> str:
+    quality = manifest.quality
+    assert quality is not None
+    text = f"{quality.metric} on {quality.split}"
+    text += f" ({quality.rows:,} rows)" if quality.rows is not None else ""
+    text += f": dense {quality.dense:.2f}"
+    if quality.compiled is not None:
+        text += f", compiled {quality.compiled:.2f} ({quality.compiled - quality.dense:+.2f}"
+        if quality.interval is not None:
+            text += f", 95 % {quality.interval[0]:+.2f} to {quality.interval[1]:+.2f}"
+        text += ")"
+    if quality.recovered is not None and quality.one_shot is not None:
+        text += f", one-shot {quality.one_shot:.2f}"
+    return text
+
+
+def _sizes(dense_mb: float, mb: float, dense_params: int | None, params: int | None) -> str:
+    text = f"{dense_mb:.1f} MB to {mb:.1f} MB"
+    if dense_params is not None and params is not None:
+        text += f", {dense_params / 1e6:.2f} M to {params / 1e6:.2f} M parameters"
+    return text
+
+
+def _show_allocation(console: Console, rows: Sequence[Row], *, every_site: bool) -> None:
+    if len(rows) > _FEW_SITES and not every_site:
+        counts = Counter(str(level) for _, level, _, _, _ in rows)
+        _say(console, ", ".join(f"{n} sites {level}" for level, n in counts.most_common(12)))
+        return
+    table = Table(box=None, pad_edge=False)
+    for name, justify in _COLUMNS:
+        table.add_column(name, justify=justify)
+    for site, level, units, ms, error in rows:
+        kept = "removed" if level.removed else str(level.width)
+        numeric = "" if level.removed else level.numeric
+        table.add_row(
+            site,
+            kept if units is None or level.removed else f"{kept}/{units}",
+            numeric if level.pattern == "dense" else f"{numeric} {level.pattern}",
+            "" if ms is None else f"{ms:.3f}",
+            "" if error is None else f"{error:.4f}",
+        )
+    console.print(table)
+
+
+def _notes(manifest: Manifest) -> Iterable[str]:
+    yield from manifest.latency.notes
+    if manifest.quality is not None:
+        yield from manifest.quality.notes
+
+
+def _next_commands(manifest: Manifest, out: Path) -> Iterable[str]:
+    if manifest.verdict == "missed":
+        yield f"zipc inspect {out}  (ask for less, or allow more with --numerics auto)"
+    if any(file.path == "reference.onnx" for file in manifest.files):
+        yield f"zipc bench {out}"
+    yield f"zipc check NEW --baseline {out}"
+    yield f"""python -c "import zipc; model = zipc.load('{out}')" """.rstrip()
+
+
+def _flag(request: Request) -> str:
+    if request.speedup is not None:
+        return f" --speedup {request.speedup:g}x"
+    return f" --latency {request.latency_ms:g}ms" if request.latency_ms is not None else ""
+
+
+def _ms(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.2f} ms"
+
+
+def _flat(document: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
+    for name, value in document.items():
+        where = f"{prefix}{name}"
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{where}.")
+        elif isinstance(value, list | tuple) and any(isinstance(v, Mapping) for v in value):
+            for index, item in enumerate(value):
+                yield from _flat(item, f"{where}.{index}.")
+        elif isinstance(value, list | tuple):
+            shown = ", ".join(_value(v) for v in value)
+            yield where, shown if len(value) <= 8 else f"{len(value)} values"
+        elif value is not None:
+            yield where, _value(value)
+
+
+def _value(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+_COLUMNS: tuple[tuple[str, Literal["left", "right"]], ...] = (
+    ("site", "left"),
+    ("kept", "right"),
+    ("numeric", "left"),
+    ("ms", "right"),
+    ("error", "right"),
+)
