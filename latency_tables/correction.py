@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 MIN_SLOPE, MAX_SLOPE = 0.5, 2.0
 DENSE_TOLERANCE = 0.02  # how far from 1 the line may read at the dense point
+MIN_SHARE = 0.5  # of the smallest predicted ratio: what the line must leave of it
 
 Ratio = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Point = tuple[float, float]  # (predicted ratio, measured ratio)
@@ -69,8 +70,9 @@ class Correction(BaseModel):
 def fit(points: Iterable[Point]) -> Correction:
     """Fit the line of least absolute relative deviations over the points and the dense point.
 
-    The slope is held in [0.5, 2] and the line within 2 % of (1, 1). Least absolute deviations is a
-    linear program in two variables, so the optimum is at a vertex: all of them are tried.
+    The slope is held in [0.5, 2], the line within 2 % of (1, 1), and no point is predicted below
+    half of its sum of prices. Least absolute deviations is a linear program in two variables, so
+    the optimum is at a vertex: all of them are tried.
 
     Raises:
         ValueError: no points, or one that is not positive and finite.
@@ -90,11 +92,14 @@ def fit(points: Iterable[Point]) -> Correction:
 
 
 def _least_absolute_line(cloud: Sequence[Point]) -> Line:
+    smallest = min(p for p, _ in cloud)
     points = [*cloud, (1.0, 1.0)]
-    gates = [(1.0, 1.0 - DENSE_TOLERANCE), (1.0, 1.0 + DENSE_TOLERANCE)]
-    lines = [_through(a, b) for a, b in combinations([*points, *gates], 2) if a[0] != b[0]]
-    lines += [(m - s * p, s) for p, m in [*points, *gates] for s in (MIN_SLOPE, MAX_SLOPE)]
-    legal = [line for line in lines if _is_legal(line, cloud)]
+    limits = [(1.0, 1 - DENSE_TOLERANCE), (1.0, 1 + DENSE_TOLERANCE)]
+    limits.append((smallest, MIN_SHARE * smallest))
+    pivots = [*points, *limits]
+    lines = [_through(a, b) for a, b in combinations(pivots, 2) if a[0] != b[0]]
+    lines += [(m - slope * p, slope) for p, m in pivots for slope in (MIN_SLOPE, MAX_SLOPE)]
+    legal = [line for line in lines if _is_legal(line, smallest)]
     return min([(0.0, 1.0), *legal], key=lambda line: (_deviation(line, points), abs(line[0])))
 
 
@@ -103,12 +108,12 @@ def _through(a: Point, b: Point) -> Line:
     return a[1] - slope * a[0], slope
 
 
-def _is_legal(line: Line, cloud: Sequence[Point]) -> bool:
+def _is_legal(line: Line, smallest: float) -> bool:
     intercept, slope = line
     return (
         MIN_SLOPE <= slope <= MAX_SLOPE
         and abs(intercept + slope - 1) <= DENSE_TOLERANCE + 1e-12
-        and intercept + slope * min(p for p, _ in cloud) > 0
+        and intercept + slope * smallest >= MIN_SHARE * smallest - 1e-12
     )
 
 

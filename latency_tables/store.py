@@ -106,8 +106,9 @@ def _first_fault(error: ValidationError, document: Mapping[str, Any]) -> str:
 
 def _describe(entry: Mapping[str, Any]) -> str:
     level = entry.get("level")
-    parts = level.values() if isinstance(level, dict) else [level]
-    return f"{entry['signature']} at {'/'.join(sorted(map(str, parts)))}"
+    if isinstance(level, dict):
+        level = f"{level.get('width')}@{level.get('numeric')}"
+    return f"{entry['signature']} at {level}"
 
 
 def _differences(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:

@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from zipc.latency_tables.correction import fit
+
+ratios = st.floats(0.05, 1.5)
+clouds = st.lists(st.tuples(ratios, ratios), min_size=1, max_size=10)
+
+
+def test_an_unpriced_fixed_part_is_recovered_exactly() -> None:
+    # 8 % of the dense time is in no price: measured = 0.08 + 0.92 * predicted.
+    correction = fit((p, 0.08 + 0.92 * p) for p in (0.2, 0.35, 0.5, 0.8))
+    assert correction.intercept == pytest.approx(0.08)
+    assert correction.slope == pytest.approx(0.92)
+    assert correction.worst_error == pytest.approx(0.0, abs=1e-9)
+
+
+def test_perfect_prices_need_no_correction() -> None:
+    correction = fit((p, p) for p in (0.2, 0.5, 0.9))
+    assert correction.apply(0.1) == pytest.approx(0.1)
+    assert correction.median_error == pytest.approx(0.0, abs=1e-9)
+
+
+def test_one_wild_point_does_not_move_the_line_but_shows_in_the_worst_error() -> None:
+    points = [(p, 0.1 + 0.9 * p) for p in (0.15, 0.25, 0.4, 0.5, 0.6, 0.8)]
+    correction = fit([*points, (0.3, 0.9)])
+    assert correction.apply(0.2) == pytest.approx(0.28)
+    assert correction.median_error == pytest.approx(0.0, abs=1e-9)
+    assert correction.worst_error == pytest.approx((0.9 - 0.37) / 0.9)
+
+
+def test_the_error_is_read_on_points_left_out() -> None:
+    # Fitted, the only point is met exactly; left out, nothing but the prices predicts it.
+    correction = fit([(0.5, 0.6)])
+    assert correction.apply(0.5) == pytest.approx(0.6)
+    assert correction.worst_error == pytest.approx(abs(0.5 - 0.6) / 0.6)
+
+
+def test_noisy_points_give_the_true_line_within_the_noise() -> None:
+    rng = random.Random(0)
+    predicted = [rng.uniform(0.15, 0.9) for _ in range(10)]
+    correction = fit((p, (0.06 + 0.94 * p) * rng.gauss(1, 0.02)) for p in predicted)
+    for p in (0.2, 0.5, 0.8):
+        assert correction.apply(p) == pytest.approx(0.06 + 0.94 * p, rel=0.05)
+    assert correction.median_error < 0.05
+    assert correction.n == 10
+
+
+@settings(max_examples=60, deadline=None)
+@given(clouds, st.floats(0.01, 2.0), st.floats(0.01, 2.0))
+def test_any_correction_is_sane_monotone_positive_and_invertible(
+    points: list[tuple[float, float]], a: float, b: float
+) -> None:
+    correction = fit(points)
+    assert 0.5 <= correction.slope <= 2.0
+    assert abs(correction.intercept + correction.slope - 1) <= 0.02 + 1e-9
+    low, high = sorted((a, b))
+    assert 0 < correction.apply(low) <= correction.apply(high)
+    assert correction.invert(correction.apply(a)) == pytest.approx(a)
+
+
+@settings(max_examples=100, deadline=None)
+@given(clouds, st.floats(0.5, 2.0), st.floats(-0.02, 0.02))
+def test_no_legal_line_deviates_less(
+    points: list[tuple[float, float]], slope: float, miss: float
+) -> None:
+    def deviation(intercept: float, slope: float) -> float:
+        return sum(abs(intercept + slope * p - m) / m for p, m in [*points, (1.0, 1.0)])
+
+    correction = fit(points)
+    intercept, smallest = 1 + miss - slope, min(p for p, _ in points)
+    assume(intercept + slope * smallest >= smallest / 2)
+    best = deviation(correction.intercept, correction.slope)
+    assert best <= deviation(intercept, slope) + 1e-9
+
+
+def test_a_steep_line_never_promises_more_than_the_points_show() -> None:
+    correction = fit((p, 1.3 * p - 0.3) for p in (0.5, 0.6, 0.8))
+    assert correction.intercept == pytest.approx(-0.3)
+    assert correction.apply(0.25) == pytest.approx(0.35 / 2)  # half of the smallest point
+    assert correction.invert(0.35 / 2) == pytest.approx(0.25)
+
+
+def test_what_no_allocation_can_reach_inverts_to_nothing() -> None:
+    correction = fit([(0.5, 0.6), (0.25, 0.4)])  # intercept 0.2
+    assert correction.invert(0.1) <= 0
+
+
+@pytest.mark.parametrize("points", [[], [(0.5, 0.0)], [(-1.0, 0.5)], [(0.5, math.nan)]])
+def test_impossible_points_are_refused(points: list[tuple[float, float]]) -> None:
+    with pytest.raises(ValueError, match="positive, finite"):
+        fit(points)

@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from zipc.core.errors import CorruptFile, TableMissing, UsageError
+from zipc.core.types import Level, Workload
+from zipc.latency_tables.correction import fit
+from zipc.latency_tables.store import TableStore, default_cache_dir
+from zipc.latency_tables.table import Entry, LatencyTable
+
+FINGERPRINT = {"cpu": "EPYC", "isa": ["avx2"], "runtime_version": "1.20.0"}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> TableStore:
+    return TableStore(tmp_path)
+
+
+@pytest.fixture
+def table() -> LatencyTable:
+    entries = [
+        Entry(
+            signature="ffn:384",
+            level=Level(width, "int8-dynamic"),
+            samples_ms=(0.1 * width, 0.3),
+            anchor_ms=(1.0, 1.1),
+        )
+        for width in (32, 64)
+    ]
+    return LatencyTable(
+        target="cpu",
+        runtime="onnxruntime",
+        workload=Workload(1, 128, 1),
+        fingerprint=FINGERPRINT,
+        state={"load_average": [0.1]},
+        correction=fit([(0.5, 0.55), (0.3, 0.36)]),
+    ).with_entries(entries)
+
+
+@pytest.fixture
+def saved(store: TableStore, table: LatencyTable) -> Path:
+    path = store.path("cpu", table.workload, "onnxruntime", "minilm-abc")
+    store.save(table, path)
+    return path
+
+
+def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    document = json.loads(path.read_text())
+    change(document)
+    path.write_text(json.dumps(document))
+
+
+def test_a_saved_table_comes_back_equal(
+    store: TableStore, table: LatencyTable, saved: Path
+) -> None:
+    assert store.load(saved, fingerprint=FINGERPRINT) == table
+    assert store.load(saved, fingerprint=None) == table
+
+
+def test_an_absent_table_is_none(store: TableStore) -> None:
+    path = store.path("cpu", Workload(), "onnxruntime", "other")
+    assert store.load(path, fingerprint=FINGERPRINT) is None
+
+
+def test_paths_differ_by_target_workload_runtime_and_model_and_stay_inside(
+    store: TableStore,
+) -> None:
+    paths = {
+        store.path("cpu", Workload(), "onnxruntime", "m"),
+        store.path("orin", Workload(), "onnxruntime", "m"),
+        store.path("cpu", Workload(8), "onnxruntime", "m"),
+        store.path("cpu", Workload(), "openvino", "m"),
+        store.path("cpu", Workload(), "onnxruntime", "n"),
+    }
+    assert len(paths) == 5
+    hostile = store.path("../..", Workload(), "a/b", "../../etc/passwd")
+    assert hostile.resolve().is_relative_to(store.root.resolve())
+
+
+def test_another_device_is_refused_and_the_changed_fields_are_named(
+    store: TableStore, saved: Path
+) -> None:
+    here = FINGERPRINT | {"runtime_version": "1.21.0", "governor": "powersave"}
+    with pytest.raises(TableMissing) as caught:
+        store.load(saved, fingerprint=here)
+    message = str(caught.value)
+    assert "runtime_version: '1.20.0' → '1.21.0'" in message
+    assert "governor: 'absent' → 'powersave'" in message
+    assert "cpu:" not in message
+    assert "zipc profile" in message
+
+
+def test_an_allowed_mismatch_is_noted_in_the_table(store: TableStore, saved: Path) -> None:
+    here = FINGERPRINT | {"cpu": "Xeon"}
+    table = store.load(saved, fingerprint=here, allow_mismatch=True)
+    assert table is not None
+    assert "'EPYC' → 'Xeon'" in table.notes[0]
+    assert store.load(saved, fingerprint=FINGERPRINT, allow_mismatch=True).notes == ()  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
+def test_a_truncated_file_is_corrupt(store: TableStore, saved: Path, share: float) -> None:
+    text = saved.read_text()
+    saved.write_text(text[: int(len(text) * share)])
+    with pytest.raises(CorruptFile, match=saved.name):
+        store.load(saved, fingerprint=FINGERPRINT)
+
+
+@pytest.mark.parametrize("value", [float("nan"), -1.0, 0.0, "fast", None])
+def test_an_impossible_sample_names_its_entry(store: TableStore, saved: Path, value: Any) -> None:
+    edit(saved, lambda d: d["entries"][1]["samples_ms"].__setitem__(0, value))
+    with pytest.raises(CorruptFile, match="ffn:384 at 64@int8-dynamic"):
+        store.load(saved, fingerprint=FINGERPRINT)
+
+
+def test_empty_samples_name_their_entry(store: TableStore, saved: Path) -> None:
+    edit(saved, lambda d: d["entries"][0].update(samples_ms=[], anchor_ms=[]))
+    with pytest.raises(CorruptFile, match="ffn:384 at 32@int8-dynamic"):
+        store.load(saved, fingerprint=FINGERPRINT)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda d: d["entries"][0]["samples_ms"].__setitem__(0, 0.001),
+        lambda d: d["correction"].update(slope=1.5),
+        lambda d: d["fingerprint"].update(cpu="Xeon"),
+        lambda d: d.pop("digest"),
+    ],
+)
+def test_a_plausible_edit_by_hand_is_found(
+    store: TableStore, saved: Path, change: Callable[[dict[str, Any]], object]
+) -> None:
+    edit(saved, change)
+    with pytest.raises(CorruptFile, match="edited by hand"):
+        store.load(saved, fingerprint=FINGERPRINT)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda d: d.update(entries="none"),
+        lambda d: d.update(entries=[3]),
+        lambda d: d["entries"][0].update(level=7),
+        lambda d: d["entries"][0].pop("signature"),
+        lambda d: d["entries"].append(d["entries"][0]),
+        lambda d: d.pop("workload"),
+        lambda d: d.update(surprise=1),
+        lambda d: d.update(schema_version="one"),
+    ],
+)
+def test_a_malformed_table_is_corrupt(
+    store: TableStore, saved: Path, change: Callable[[dict[str, Any]], object]
+) -> None:
+    edit(saved, change)
+    with pytest.raises(CorruptFile, match="zipc profile"):
+        store.load(saved, fingerprint=FINGERPRINT)
+
+
+def test_a_newer_schema_asks_for_an_upgrade(store: TableStore, saved: Path) -> None:
+    edit(saved, lambda d: d.update(schema_version=2, unheard_of=True))
+    with pytest.raises(CorruptFile, match="pip install --upgrade"):
+        store.load(saved, fingerprint=FINGERPRINT)
+
+
+def test_a_failed_write_leaves_the_old_table(
+    store: TableStore, table: LatencyTable, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UsageError, match="No space left"):
+        store.save(table.with_note("new"), saved)
+    assert store.load(saved, fingerprint=FINGERPRINT) == table
+    assert [p.name for p in saved.parent.iterdir()] == [saved.name]
+
+
+def test_the_cache_folder_obeys_its_variable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ZIPC_CACHE_DIR", str(tmp_path / "here"))
+    assert default_cache_dir() == tmp_path / "here"
+    monkeypatch.delenv("ZIPC_CACHE_DIR")
+    assert default_cache_dir().name == "zipc"
