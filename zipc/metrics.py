@@ -13,7 +13,7 @@ USER_METRIC = "user"
 
 
 def metric_value(metric: str, per_row: Array) -> float:
-    """Compute a named metric ×100 from `per_row` (n, 2): prediction and target of each row."""
+    """Compute a named metric x100 from `per_row` (n, 2): prediction and target of each row."""
     return float(METRICS[metric](per_row[:, 0], per_row[:, 1]))
 
 
@@ -44,7 +44,7 @@ def paired_bootstrap(
 
 
 def pearson(prediction: Array, target: Array) -> Array:
-    """Pearson correlation ×100 along the last axis; a constant side correlates with nothing: 0."""
+    """Pearson correlation x100 along the last axis; a constant side correlates with nothing: 0."""
     x = prediction - prediction.mean(axis=-1, keepdims=True)
     y = target - target.mean(axis=-1, keepdims=True)
     energy_x, energy_y = (x * x).sum(axis=-1), (y * y).sum(axis=-1)
@@ -56,17 +56,17 @@ def pearson(prediction: Array, target: Array) -> Array:
 
 
 def spearman(prediction: Array, target: Array) -> Array:
-    """Spearman rank correlation ×100 along the last axis; ties share their mean rank."""
+    """Spearman rank correlation x100 along the last axis; ties share their mean rank."""
     return pearson(rankdata(prediction, axis=-1), rankdata(target, axis=-1))
 
 
 def accuracy(prediction: Array, target: Array) -> Array:
-    """Share of equal classes ×100 along the last axis."""
+    """Share of equal classes x100 along the last axis."""
     return np.asarray(100 * (prediction == target).mean(axis=-1))
 
 
 def f1(prediction: Array, target: Array) -> Array:
-    """F1 ×100 of class 1 when there are two classes (0 and 1), else the mean over classes."""
+    """F1 x100 of class 1 when there are two classes (0 and 1), else the mean over classes."""
     classes = np.union1d(prediction, target)
     if set(classes.tolist()) <= {0.0, 1.0}:
         classes = np.array([1.0])
@@ -82,7 +82,7 @@ def f1(prediction: Array, target: Array) -> Array:
 
 
 def mcc(prediction: Array, target: Array) -> Array:
-    """Matthews correlation ×100, for any number of classes (Gorodkin 2004); 0 when undefined."""
+    """Matthews correlation x100, for any number of classes (Gorodkin 2004); 0 when undefined."""
     rows = float(prediction.shape[-1])
     correct = (prediction == target).sum(axis=-1) * 1.0
     cross = np.zeros_like(correct)
@@ -101,7 +101,7 @@ def mcc(prediction: Array, target: Array) -> Array:
 
 
 def agreement(prediction: Array, target: Array) -> Array:
-    """Mean ×100 of the agreement with the dense model, one figure a row; the target is unused."""
+    """Mean x100 of the agreement with the dense model, one figure a row; the target is unused."""
     return np.asarray(100 * prediction.mean(axis=-1))
 
 
