@@ -47,9 +47,9 @@ class RequestRecord(BaseModel):
 
     @classmethod
     def of(cls, request: Request) -> Self:
-        fields: dict[str, Any] = dataclasses.asdict(request)
+        fields = dataclasses.asdict(request)
         kept = {k: v for k, v in fields.items() if k not in ("output", "cache_dir")}
-        return cls(**{k: list(v) if isinstance(v, tuple) else v for k, v in kept.items()})
+        return cls.model_validate({k: list(v) if type(v) is tuple else v for k, v in kept.items()})
 
 
 class AllocationRecord(Record):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import sys
+import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -55,10 +55,7 @@ def examine() -> tuple[Finding, ...]:
 
 
 def _python() -> Finding:
-    here = f"{sys.version.split()[0]}, zipc {zipc.__version__}"
-    if sys.version_info < (3, 11):
-        return Finding("python", "broken", here, "install Python 3.11 or newer")
-    return Finding("python", "ok", here)
+    return Finding("python", "ok", f"{platform.python_version()}, zipc {zipc.__version__}")
 
 
 def _package(name: str) -> Finding:

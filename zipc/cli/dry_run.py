@@ -21,16 +21,17 @@ def dry_run(request: Request) -> Outcome:
     """
     target = load_target(request.target)
     data = None if request.data is None else _describe_data(request, request.data)
+    asked = {k: _plain(v) for k, v in dataclasses.asdict(request).items()}
     document = {
         "dry_run": True,
-        "request": {k: _plain(v) for k, v in dataclasses.asdict(request).items()},
+        "request": asked,
         "target": dataclasses.asdict(target),
         "data": data,
     }
 
     def show(console: Console) -> None:
         table = Table(box=None, show_header=False, pad_edge=False)
-        for name, value in document["request"].items():
+        for name, value in asked.items():
             if value not in (None, [], False):
                 table.add_row(name, str(value))
         table.add_row("runtime", target.runtime)
