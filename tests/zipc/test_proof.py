@@ -1,0 +1,225 @@
+"""The paired speedup: coverage in simulation, verdicts, and the repeated proof of a folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from zipc.core.errors import CorruptFile, NoisyMeasurement, UsageError
+from zipc.core.types import PairedTiming
+from zipc.proof import (
+    bench,
+    default_pairs,
+    log_ratio_interval,
+    paired_speedup,
+    percentiles,
+    verdict,
+)
+
+
+class Fake:
+    """A runner with a true time, a relative noise and spikes, driven by a seeded generator."""
+
+    def __init__(self, ms: float, *, noise: float = 0.0, spikes: float = 0.0, seed: int = 0):
+        self.ms, self.noise, self.spikes = ms, noise, spikes
+        self.rng = np.random.default_rng(seed)
+
+    def run(self) -> float:
+        spike = self.rng.exponential(2) if self.rng.random() < self.spikes else 0.0
+        return float(self.ms * np.exp(self.noise * self.rng.normal()) * (1 + spike))
+
+
+def _autoregressive(rng: np.random.Generator, count: int, rho: float) -> np.ndarray:
+    values = [rng.normal()]
+    for shock in rng.normal(size=count - 1) * np.sqrt(1 - rho**2):
+        values.append(rho * values[-1] + shock)
+    return np.array(values)
+
+
+def _spiky(rng: np.random.Generator, count: int) -> np.ndarray:
+    hits = (rng.random((2, count)) < 0.04) * rng.exponential(10, (2, count))
+    return rng.normal(size=count) + hits[0] - hits[1]
+
+
+SERIES = {
+    "white": lambda rng, n: rng.normal(size=n),
+    "autocorrelated 0.5": lambda rng, n: _autoregressive(rng, n, 0.5),
+    "autocorrelated 0.8": lambda rng, n: _autoregressive(rng, n, 0.8),
+    "white over slow": lambda rng, n: rng.normal(size=n) + _autoregressive(rng, n, 0.8) / 2,
+    "order effect": lambda rng, n: rng.normal(size=n) + 2 * (-1.0) ** np.arange(n),
+    "drifting": lambda rng, n: rng.normal(size=n) + np.linspace(-1, 1, n),
+    "spiky": _spiky,
+    "heavy tails": lambda rng, n: rng.standard_t(2, size=n),
+}
+
+
+@pytest.mark.parametrize("kind", SERIES)
+def test_nominal_95_percent_interval_covers_at_least_92_percent(kind: str):
+    rng = np.random.default_rng(11)
+    trials = 500
+    covered = 0
+    for _ in range(trials):
+        interval = log_ratio_interval(0.7 + 0.04 * SERIES[kind](rng, 200))
+        covered += interval.lower <= 0.7 <= interval.upper
+    assert covered / trials >= 0.92
+
+
+def test_interval_narrows_with_the_root_of_the_sample_where_noise_is_white():
+    rng = np.random.default_rng(3)
+
+    def width(count: int) -> float:
+        return float(
+            np.mean([log_ratio_interval(rng.normal(size=count)).half_width for _ in range(200)])
+        )
+
+    assert width(100) / width(1600) == pytest.approx(4, rel=0.2)
+
+
+def test_autocorrelation_widens_the_interval_by_what_theory_says():
+    rng = np.random.default_rng(4)
+
+    def width(rho: float) -> float:
+        series = (_autoregressive(rng, 400, rho) for _ in range(200))
+        return float(np.mean([log_ratio_interval(values).half_width for values in series]))
+
+    assert width(0.6) / width(0.0) == pytest.approx(np.sqrt(1.6 / 0.4), rel=0.2)
+
+
+def test_a_noiseless_pair_gives_its_exact_speedup():
+    timing = paired_speedup(Fake(20.0), Fake(8.0), pairs=20)
+    assert timing.speedup == pytest.approx(2.5)
+    assert timing.ci95 == pytest.approx((2.5, 2.5))
+    assert len(timing.reference_ms) == len(timing.candidate_ms) == 20
+
+
+def test_a_noisy_spiky_pair_is_near_its_speedup_and_inside_its_interval():
+    reference = Fake(20.0, noise=0.04, spikes=0.02, seed=1)
+    candidate = Fake(10.0, noise=0.04, spikes=0.02, seed=2)
+    timing = paired_speedup(reference, candidate, pairs=300)
+    assert timing.speedup == pytest.approx(2.0, rel=0.015)
+    assert timing.ci95[0] <= 2.0 <= timing.ci95[1]
+    assert not timing.inconclusive
+    assert timing.ci95[1] / timing.ci95[0] < 1.03
+
+
+def test_hopeless_noise_is_inconclusive():
+    timing = paired_speedup(Fake(20.0, noise=0.8, seed=1), Fake(10.0, noise=0.8, seed=2), pairs=60)
+    assert timing.inconclusive
+    assert verdict(timing, 2.0) == "inconclusive"
+
+
+def test_too_few_pairs_and_impossible_times_are_refused():
+    with pytest.raises(UsageError, match="at least"):
+        paired_speedup(Fake(2.0), Fake(1.0), pairs=5)
+    with pytest.raises(NoisyMeasurement):
+        paired_speedup(Fake(2.0), Fake(float("nan")), pairs=20)
+
+
+def _timing(speedup: float, lower: float, upper: float, inconclusive: bool = False) -> PairedTiming:
+    return PairedTiming((), (), speedup, (lower, upper), inconclusive)
+
+
+@pytest.mark.parametrize(
+    ("timing", "expected"),
+    [
+        (_timing(2.04, 2.0, 2.08), "validated"),
+        (_timing(2.6, 2.1, 3.2, inconclusive=True), "validated"),
+        (_timing(2.02, 1.99, 2.05), "inconclusive"),
+        (_timing(1.99, 1.97, 2.01), "missed"),
+        (_timing(1.99, 1.7, 2.3, inconclusive=True), "inconclusive"),
+        (_timing(1.5, 1.3, 1.7, inconclusive=True), "missed"),
+    ],
+)
+def test_verdict_follows_the_lower_end_of_the_interval(timing: PairedTiming, expected: str):
+    assert verdict(timing, 2.0) == expected
+
+
+@pytest.mark.parametrize("reference_ms", [0.05, 5.0, 17.0, 90.0, 1000.0])
+def test_default_pairs_stay_in_the_time_budget_but_never_below_sixty(reference_ms: float):
+    pairs = default_pairs(reference_ms)
+    assert 60 <= pairs <= 400
+    assert pairs == 60 or pairs * 4 * reference_ms <= 25_000
+
+
+def test_percentiles_of_a_known_sample():
+    found = percentiles([float(value) for value in range(101)])
+    assert found == {"p50": 50.0, "p90": 90.0, "p99": 99.0}
+
+
+def _matmul(path: Path, width: int) -> None:
+    weight = np.ones((64, width), np.float32)
+    graph = helper.make_graph(
+        [
+            helper.make_node("MatMul", ["x", "w"], ["h"]),
+            helper.make_node("ReduceMean", ["h"], ["y"], keepdims=0),
+        ],
+        "matmul",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", "sequence", 64])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [])],
+        [numpy_helper.from_array(weight, "w")],
+    )
+    opset = [helper.make_opsetid("", 17)]
+    onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=8), str(path))
+
+
+def _folder(path: Path, **request: float) -> Path:
+    _matmul(path / "reference.onnx", 2048)
+    _matmul(path / "model.onnx", 64)
+    manifest = {
+        "workload": {"batch_size": 1, "sequence_length": 128, "threads": 1},
+        "request": request,
+        "latency": {"speedup": 9.0, "speedup_ci95": [1.1, 10.0]},
+    }
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("request_", "holds"),
+    [
+        ({"speedup": 1.01}, True),
+        ({"speedup": 1e6}, False),
+        ({"latency_ms": 1e-6}, False),
+        ({"latency_ms": 1e6}, True),
+        ({}, True),
+    ],
+)
+def test_bench_repeats_the_measurement_and_judges_the_promise(
+    tmp_path: Path, request_: dict[str, float], holds: bool
+):
+    result = bench(_folder(tmp_path, **request_), pairs=40)
+    assert result.holds is holds
+    assert result.exit_code == (0 if holds else 1)
+    document = json.loads(json.dumps(result.to_json()))
+    assert document["pairs"] == len(document["samples_ms"]["reference"]) == 40
+    assert document["recorded_speedup"] == 9.0
+    assert document["reference_ms"]["p50"] <= document["reference_ms"]["p99"]
+
+
+def test_bench_takes_the_workload_of_the_manifest_unless_told_otherwise(tmp_path: Path):
+    result = bench(_folder(tmp_path, speedup=1.01), pairs=20, threads=2)
+    assert result.workload.sequence_length == 128
+    assert result.workload.threads == result.session_options["intra_op_num_threads"] == 2
+
+
+@pytest.mark.parametrize("missing", ["manifest.json", "model.onnx", "reference.onnx"])
+def test_bench_names_the_file_it_lacks(tmp_path: Path, missing: str):
+    folder = _folder(tmp_path, speedup=2.0)
+    (folder / missing).unlink()
+    with pytest.raises(UsageError, match=missing):
+        bench(folder)
+
+
+def test_bench_refuses_a_missing_folder_and_a_damaged_manifest(tmp_path: Path):
+    with pytest.raises(UsageError, match="not a folder"):
+        bench(tmp_path / "absent")
+    folder = _folder(tmp_path, speedup=2.0)
+    for text in ("{", "[]", "{}", '{"workload": {"batch_size": "x"}}'):
+        (folder / "manifest.json").write_text(text)
+        with pytest.raises(CorruptFile):
+            bench(folder)
