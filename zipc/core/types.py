@@ -91,6 +91,7 @@ class Site:
     consumers: tuple[Consumer, ...]
     producers: tuple[str, ...]  # module paths whose output carries the units
     signature: str  # equal for sites that cost the same at equal levels
+    calls: int = 1  # how often the shared modules run in one forward pass
 
 
 @dataclass(frozen=True, slots=True)

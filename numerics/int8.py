@@ -1,0 +1,161 @@
+"""INT8: symmetric S8 weights per output channel, U8 activations per tensor.
+
+Formulas follow ONNX `DynamicQuantizeLinear` and `QuantizeLinear`, so that the torch simulation
+and the ONNX graph agree to rounding. Error feedback is GPTQ (arXiv:2210.17323): a column's rounding
+error is spread over the columns not yet rounded through the Cholesky factor of the inverse Gram.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+DYNAMIC = "int8-dynamic"
+STATIC = "int8-static"
+
+
+@dataclass(frozen=True, slots=True)
+class ActivationRange:
+    """U8 parameters of one activation tensor: x ~ scale * (q - zero_point)."""
+
+    scale: float
+    zero_point: int
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedWeight:
+    """W ~ values * scale[:, None]."""
+
+    values: Tensor  # int8 (out, in)
+    scale: Tensor  # float32 (out,)
+
+    def dequantized(self) -> Tensor:
+        return self.values.to(torch.float32) * self.scale[:, None]
+
+
+def quantize_weight(
+    weight: Tensor, *, gram: Tensor | None = None, limit: int = 127, damp: float = 1e-2
+) -> QuantizedWeight:
+    """Round (out, in) to S8 in [-limit, limit]; with `gram` (in, in) feed rounding errors forward.
+
+    `limit` is 63 on processors whose U8 x S8 dot product saturates in 16 bits (no VNNI).
+    """
+    W = weight.to(torch.float32)  # (out, in)
+    scale = W.abs().amax(dim=1).clamp_min(1e-12) / limit if W.shape[1] else W.new_ones(len(W))
+    if gram is None or W.shape[1] < 2:
+        values = (W / scale[:, None]).round().clamp(-limit, limit)
+        return QuantizedWeight(values.to(torch.int8), scale)
+    upper = _inverse_factor(gram, damp)  # (in, in), U with U'U = H^-1
+    W = W.clone()
+    values = torch.zeros_like(W)
+    block = 64
+    for start in range(0, W.shape[1], block):
+        stop = min(start + block, W.shape[1])
+        errors = torch.zeros(W.shape[0], stop - start)
+        for j in range(start, stop):
+            q = (W[:, j] / scale).round().clamp(-limit, limit)
+            values[:, j] = q
+            error = (W[:, j] - q * scale) / upper[j, j]
+            W[:, j:stop] -= error[:, None] * upper[j, j:stop][None]
+            errors[:, j - start] = error
+        W[:, stop:] -= errors @ upper[start:stop, stop:]
+    return QuantizedWeight(values.to(torch.int8), scale)
+
+
+def _inverse_factor(gram: Tensor, damp: float) -> Tensor:
+    H = gram.to(torch.float64).clone()
+    mean = H.diagonal().mean().clamp_min(1e-12)
+    while True:
+        damped = H + torch.eye(len(H), dtype=H.dtype) * (damp * mean)
+        factor, info = torch.linalg.cholesky_ex(damped)
+        if int(info) == 0:
+            inverse = torch.cholesky_inverse(factor)
+            upper, info = torch.linalg.cholesky_ex(inverse, upper=True)
+            if int(info) == 0:
+                return upper.to(torch.float32)
+        damp *= 10
+
+
+def dynamic_range(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of `DynamicQuantizeLinear`."""
+    low, high = torch.aminmax(x)
+    low, high = low.clamp_max(0), high.clamp_min(0)
+    scale = ((high - low) / 255).clamp_min(1e-30)
+    zero = (-low / scale).round().clamp(0, 255)
+    return scale, zero
+
+
+def fake_quantize_dynamic(x: Tensor) -> Tensor:
+    """x rounded to U8 with the range of the whole tensor, as floats."""
+    if x.numel() == 0:
+        return x
+    scale, zero = dynamic_range(x)
+    return (x / scale).round_().add_(zero).clamp_(0, 255).sub_(zero).mul_(scale)
+
+
+def fake_quantize_static(x: Tensor, at: ActivationRange) -> Tensor:
+    """x rounded to U8 with a calibrated range, as floats."""
+    q = (x / at.scale).round_().add_(at.zero_point).clamp_(0, 255)
+    return q.sub_(at.zero_point).mul_(at.scale)
+
+
+def activation_range(low: float, high: float) -> ActivationRange:
+    """U8 parameters covering [min(low, 0), max(high, 0)]."""
+    low, high = min(low, 0.0), max(high, 0.0)
+    scale = max((high - low) / 255, 1e-12)
+    return ActivationRange(scale, int(min(max(round(-low / scale), 0), 255)))
+
+
+def calibrate(x: Tensor, weight: Tensor) -> ActivationRange:
+    """Choose the clipping range that gives the least output error of `weight` on sample `x`.
+
+    x (tokens, in), weight (out, in). Tries shrinking the min-max range from both ends.
+    """
+    low, high = float(x.min()), float(x.max())
+    exact = x @ weight.T
+    best, best_error = activation_range(low, high), float("inf")
+    for shrink in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2):
+        at = activation_range(low * shrink, high * shrink)
+        error = float((fake_quantize_static(x.clone(), at) @ weight.T - exact).square().sum())
+        if error < best_error:
+            best, best_error = at, error
+    return best
+
+
+class Int8Linear(nn.Module):
+    """A linear map that computes what the ONNX integer kernels compute, in floats.
+
+    Holds S8 weights; `numeric` says whether activations are quantised with the range of each batch
+    or with a calibrated one (`input_scale`, `input_zero_point`).
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    input_scale: Tensor
+    input_zero_point: Tensor
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool, numeric: str) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.numeric = numeric
+        self.register_buffer("weight", torch.zeros(out_features, in_features, dtype=torch.int8))
+        self.register_buffer("weight_scale", torch.ones(out_features))
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+        if numeric == STATIC:
+            self.register_buffer("input_scale", torch.ones(()))
+            self.register_buffer("input_zero_point", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.numeric == STATIC:
+            at = ActivationRange(float(self.input_scale), int(self.input_zero_point))
+            x = fake_quantize_static(x, at)
+        else:
+            x = fake_quantize_dynamic(x)
+        weight = self.weight.to(x.dtype) * self.weight_scale[:, None]
+        return nn.functional.linear(x, weight, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, numeric={self.numeric}"

@@ -1,0 +1,183 @@
+"""Run a traced program with other weights, without building a module.
+
+The search scores hundreds of candidates that differ from each other at one or two sites. A
+candidate is a `Variant`: sliced weights, a set of removed maps, and the kept width per site. The
+executor runs the dense graph with those weights, skips what a removal made dead, and can start in
+the middle from the live values that an earlier run left there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from zipc.pruner.graph.sites import Structure
+from zipc.pruner.graph.trace import LinearCall, Program
+
+LinearFn = Callable[[Tensor], Tensor]
+Env = dict[str, Any]
+
+
+@dataclass(slots=True)
+class Variant:
+    """One candidate. Empty fields mean the dense model.
+
+    `linears` maps a linear's module path to its replacement; `constants` maps the module path of a
+    removed consumer to its bias; `widths` gives units kept per site; `tensors` overrides others.
+    """
+
+    linears: Mapping[str, LinearFn] = field(default_factory=dict)
+    constants: Mapping[str, Tensor] = field(default_factory=dict)
+    widths: Mapping[str, int] = field(default_factory=dict)
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+_RESHAPES = {"view", "reshape", "_unsafe_view", "expand"}
+_SKIP = ("_assert", "sym_constrain")
+
+
+class Executor:
+    """Interpreter of one program; holds no state of any run."""
+
+    def __init__(self, program: Program, structure: Structure) -> None:
+        self.program = program
+        self.calls: dict[str, LinearCall] = {c.node: c for c in program.linears}
+        self._index = {n.name: i for i, n in enumerate(program.nodes)}
+        self._symbols = _input_symbols(program)
+        self._site_dims = {
+            name: {i: f for i, f in enumerate(dims) if any(s for s, _ in f)}
+            for name, dims in structure.shapes.items()
+            if any(s for f in dims for s, _ in f)
+        }
+        self._plans: dict[frozenset[str], tuple[list[fx.Node], dict[str, int]]] = {}
+
+    def run(
+        self,
+        feeds: Mapping[str, Tensor],
+        variant: Variant,
+        *,
+        start: int = 0,
+        live: Env | None = None,
+        cuts: Sequence[int] = (),
+        on_linear: Callable[[LinearCall, Tensor], None] | None = None,
+    ) -> tuple[list[Tensor], dict[int, Env]]:
+        """Run nodes `start..`; returns the outputs and the live values at each of `cuts`.
+
+        `live` must hold the values a run left at cut `start`. `on_linear` sees every linear's
+        input, before it runs.
+        """
+        order, last_use = self._plan(frozenset(variant.constants))
+        symbols = {s: int(feeds[name].shape[d]) for name, d, s in self._symbols if name in feeds}
+        env: Env = dict(live or {})
+        saved: dict[int, Env] = {}
+        pending = sorted(c for c in cuts if c >= start)
+        for node in order:
+            at = self._index[node.name]
+            if at < start:
+                continue
+            while pending and pending[0] <= at:
+                cut = pending.pop(0)
+                saved[cut] = {k: v for k, v in env.items() if last_use.get(k, -1) >= cut}
+            env[node.name] = self._step(node, env, feeds, variant, symbols, on_linear)
+            for source in node.all_input_nodes:
+                if last_use.get(source.name, -1) <= at:
+                    env.pop(source.name, None)
+        return [env[o.name] for o in self.program.outputs], saved
+
+    def position(self, module: str) -> int:
+        """Index of the first node that a change at `module` can affect."""
+        return min(self._index[c.node] for c in self.program.linears if c.module == module)
+
+    def _step(
+        self,
+        node: fx.Node,
+        env: Env,
+        feeds: Mapping[str, Tensor],
+        variant: Variant,
+        symbols: Mapping[str, int],
+        on_linear: Callable[[LinearCall, Tensor], None] | None,
+    ) -> Any:
+        if node.op == "placeholder":
+            held = self.program.tensor_of(node)
+            if held is not None:
+                return variant.tensors.get(held[0], held[1])
+            return feeds.get(node.name)
+        call = self.calls.get(node.name)
+        if call is not None:
+            constant = variant.constants.get(call.module)
+            if constant is not None:
+                sizes = [symbols[str(s)] if not isinstance(s, int) else s for s in _val(node)[:-1]]
+                return constant.expand(*sizes, -1)
+            x = env[call.source]
+            if on_linear is not None:
+                on_linear(call, x)
+            replaced = variant.linears.get(call.module)
+            if replaced is not None:
+                return replaced(x)
+        args = fx.map_arg(node.args, lambda n: env[n.name])
+        kwargs = fx.map_arg(node.kwargs, lambda n: env[n.name])
+        name = str(node.target).removeprefix("aten.").split(".")[0]
+        if name in _RESHAPES and node.name in self._site_dims and variant.widths:
+            args = (args[0], self._resized(node, list(args[1]), variant.widths), *args[2:])
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def _resized(self, node: fx.Node, shape: list[Any], widths: Mapping[str, int]) -> list[Any]:
+        for i, factors in self._site_dims[node.name].items():
+            size = 1
+            for site, dense in factors:
+                kept = widths.get(site) if site is not None else None
+                size *= kept if kept is not None else int(dense or 1)
+            if shape[i] != -1 or sum(1 for s in shape if s == -1) > 1:
+                shape[i] = size
+        return shape
+
+    def _plan(self, removed: frozenset[str]) -> tuple[list[fx.Node], dict[str, int]]:
+        """Nodes still needed in order, and the index of each value's last use."""
+        if removed not in self._plans:
+            needed: set[str] = set()
+            stack = [o.name for o in self.program.outputs]
+            by_name = {n.name: n for n in self.program.nodes}
+            last: dict[str, int] = {}
+            while stack:
+                name = stack.pop()
+                if name in needed:
+                    continue
+                needed.add(name)
+                call = self.calls.get(name)
+                if call is not None and call.module in removed:
+                    continue
+                for source in by_name[name].all_input_nodes:
+                    last[source.name] = max(last.get(source.name, -1), self._index[name])
+                    stack.append(source.name)
+            for output in self.program.outputs:
+                last[output.name] = len(self.program.nodes)
+            order = [
+                n
+                for n in self.program.nodes
+                if n.name in needed and not str(n.target).startswith(_SKIP)
+            ]
+            self._plans[removed] = order, last
+        return self._plans[removed]
+
+
+def _val(node: fx.Node) -> Sequence[Any]:
+    value = node.meta["val"]
+    assert isinstance(value, torch.Tensor)
+    return list(value.shape)
+
+
+def _input_symbols(program: Program) -> list[tuple[str, int, str]]:
+    found = []
+    for node in program.nodes:
+        if node.op == "placeholder" and node.name in program.inputs:
+            for d, size in enumerate(_val(node)):
+                if not isinstance(size, int):
+                    found.append((node.name, d, str(size)))
+    return found
+
+
+__all__ = ["Env", "Executor", "LinearFn", "Variant"]

@@ -1,0 +1,123 @@
+"""Trace a module into a flat graph of ATen operations with named parameters."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from zipc.core.errors import UnsupportedModel
+
+
+@dataclass(frozen=True, slots=True)
+class LinearCall:
+    """One `aten.linear` of the graph: `module` is the path of the nn.Linear that owns it."""
+
+    node: str
+    module: str
+    weight: str
+    bias: str | None
+    source: str  # node name of the input
+
+
+@dataclass(slots=True)
+class Program:
+    """A traced module: `graph` in execution order; tensors by qualified name.
+
+    `tensors` maps placeholder names to (qualified name, tensor) for parameters, buffers and
+    constants; `inputs` are the names of the user's tensors, in order.
+    """
+
+    exported: torch.export.ExportedProgram
+    nodes: list[fx.Node]
+    tensors: dict[str, tuple[str, Tensor]]
+    inputs: list[str]
+    outputs: list[fx.Node]
+    linears: list[LinearCall]
+    dynamic: dict[str, str] = field(default_factory=dict)
+
+    def tensor_of(self, node: Any) -> tuple[str, Tensor] | None:
+        """Qualified name and value if `node` is a parameter, buffer or constant."""
+        return self.tensors.get(node.name) if isinstance(node, fx.Node) else None
+
+
+def trace(model: nn.Module, example: Mapping[str, Tensor], *, max_length: int) -> Program:
+    """Export `model` on `example` (batch, sequence) inputs with both axes dynamic.
+
+    Raises:
+        UnsupportedModel: torch.export cannot follow the module; names the reason.
+    """
+    batch = torch.export.Dim("batch")
+    sequence = torch.export.Dim("sequence", max=max_length)
+    shapes = {k: {0: batch, 1: sequence} for k in example}
+    try:
+        with torch.no_grad(), quiet():
+            exported = torch.export.export(
+                model, (), kwargs=dict(example), dynamic_shapes=shapes, strict=False
+            )
+    except Exception as error:  # torch.export raises many unrelated types
+        first = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        raise UnsupportedModel(
+            f"{type(model).__name__} cannot be traced by torch.export: "
+            f"{type(error).__name__}: {first}. Data-dependent control flow and custom ops must be "
+            "rewritten or the part excluded."
+        ) from error
+    return program_of(exported)
+
+
+def program_of(exported: torch.export.ExportedProgram) -> Program:
+    signature = exported.graph_signature
+    tensors: dict[str, tuple[str, Tensor]] = {}
+    stored = {**exported.state_dict, **exported.constants}
+    for names in (
+        signature.inputs_to_parameters,
+        signature.inputs_to_buffers,
+        signature.inputs_to_lifted_tensor_constants,
+    ):
+        for placeholder, name in names.items():
+            value = stored[name]
+            if isinstance(value, Tensor):
+                tensors[placeholder] = (name, value.detach())
+    nodes = list(exported.graph.nodes)
+    inputs = [n for n in signature.user_inputs if isinstance(n, str)]
+    by_name = {n.name: n for n in nodes}
+    outputs = [by_name[n] for n in signature.user_outputs if isinstance(n, str) and n in by_name]
+    linears = []
+    for node in nodes:
+        if node.target is torch.ops.aten.linear.default:
+            weight = tensors.get(getattr(node.args[1], "name", ""))
+            if weight is None:
+                continue
+            bias = node.args[2] if len(node.args) > 2 else None
+            bias_name = tensors[bias.name][0] if isinstance(bias, fx.Node) else None
+            module = weight[0].rpartition(".")[0]
+            source = node.args[0]
+            assert isinstance(source, fx.Node)
+            linears.append(LinearCall(node.name, module, weight[0], bias_name, source.name))
+    return Program(exported, nodes, tensors, inputs, outputs, linears)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the exporter's chatter (missing optional packages, deprecations of its own)."""
+    loggers = [logging.getLogger(n) for n in ("torch.onnx", "torch.export", "onnxscript")]
+    levels = [log.level for log in loggers]
+    for log in loggers:
+        log.setLevel(logging.ERROR)
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for log, level in zip(loggers, levels, strict=True):
+            log.setLevel(level)
