@@ -15,8 +15,8 @@ from zipc.profiler.timing import interleave, warm_up
 class Scripted:
     """Returns given times and writes its name into a shared log."""
 
-    def __init__(self, name: str, log: list[str], times=repeat(1.0)) -> None:
-        self.name, self.log, self.times = name, log, iter(times)
+    def __init__(self, name: str, log: list[str], times=None) -> None:
+        self.name, self.log, self.times = name, log, iter(times or repeat(1.0))
 
     def run(self) -> float:
         self.log.append(self.name)

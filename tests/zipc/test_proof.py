@@ -179,20 +179,31 @@ def _folder(path: Path, **request: float) -> Path:
     return path
 
 
+def _scripted(path: Path, **_: object) -> Fake:
+    runner = Fake(20.0 if path.name == "reference.onnx" else 10.0, noise=0.01, seed=5)
+    runner.session_options = {}
+    return runner
+
+
 @pytest.mark.parametrize(
     ("request_", "holds"),
     [
-        ({"speedup": 1.01}, True),
-        ({"speedup": 1e6}, False),
-        ({"latency_ms": 1e-6}, False),
-        ({"latency_ms": 1e6}, True),
+        ({"speedup": 1.9}, True),
+        ({"speedup": 2.2}, False),
+        ({"latency_ms": 9.0}, False),
+        ({"latency_ms": 11.0}, True),
         ({}, True),
     ],
 )
-def test_bench_repeats_the_measurement_and_judges_the_promise(
-    tmp_path: Path, request_: dict[str, float], holds: bool
+def test_bench_judges_the_promise_of_the_manifest(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request_: dict[str, float],
+    holds: bool,
 ):
+    monkeypatch.setattr("zipc.proof.OnnxRuntimeRunner", _scripted)
     result = bench(_folder(tmp_path, **request_), pairs=40)
+    assert result.timing.speedup == pytest.approx(2.0, rel=0.05)
     assert result.holds is holds
     assert result.exit_code == (0 if holds else 1)
     document = json.loads(json.dumps(result.to_json()))
@@ -201,8 +212,11 @@ def test_bench_repeats_the_measurement_and_judges_the_promise(
     assert document["reference_ms"]["p50"] <= document["reference_ms"]["p99"]
 
 
-def test_bench_takes_the_workload_of_the_manifest_unless_told_otherwise(tmp_path: Path):
+def test_bench_times_real_graphs_on_the_workload_of_the_manifest_unless_told_otherwise(
+    tmp_path: Path,
+):
     result = bench(_folder(tmp_path, speedup=1.01), pairs=20, threads=2)
+    assert min(result.timing.reference_ms + result.timing.candidate_ms) > 0
     assert result.workload.sequence_length == 128
     assert result.workload.threads == result.session_options["intra_op_num_threads"] == 2
 
