@@ -167,9 +167,9 @@ def main() -> None:
         parser.error("--real needs --model")
 
     document = read_json(RESULTS) if RESULTS.is_file() else {}
-    document |= {"device": _device(), "commit": _commit(), "fail_on": "p50:5%"}
+    origin = {"device": _device(), "commit": _commit(), "fail_on": "p50:5%"}
     if arguments.real:
-        document["real_a_a"] = real(
+        document["real_a_a"] = origin | real(
             arguments.model,
             trials=arguments.real,
             max_time_s=arguments.max_time,
@@ -178,9 +178,10 @@ def main() -> None:
         _print("A/A, real", {arguments.model.stem: document["real_a_a"]})
     else:
         start = time.perf_counter()
+        document["simulated"] = origin
         for title, slowdown in (("A/A", 1.0), ("5 % slower", 1.05), ("10 % slower", 1.1)):
             table = simulate(slowdown, trials=arguments.trials, seed=arguments.seed)
-            document.setdefault("simulated", {})[title] = table
+            document["simulated"][title] = table
             _print(f"{title}, simulated", table)
         print(f"\n{time.perf_counter() - start:.0f} s")
     write_json(RESULTS, document)
