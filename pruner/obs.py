@@ -9,7 +9,7 @@ of any width follow in closed form (`compensate.least_squares`), and so do the e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,6 @@ from torch import Tensor
 from zipc.pruner.compensate.least_squares import REFIT_DAMP, damped_cholesky
 
 ORDER_DAMP = 1e-2
-COMPACT_BELOW = 0.85  # share of columns alive under which the buffers are made smaller
 PANEL = 256  # columns per step of the blocked triangular products
 
 
@@ -33,9 +32,6 @@ class Sweep:
     errors: tuple[float, ...]
 
 
-State = tuple[Tensor, Tensor]  # P and G restricted to some columns
-
-
 @torch.no_grad()
 def sweep(
     weight: Tensor,
@@ -46,12 +42,13 @@ def sweep(
     block: int = 48,
     refit_damp: float = REFIT_DAMP,
 ) -> Sweep:
-    """Eliminate all units, cheapest first; the greedy loop runs in the dtype of `weight`.
+    """Eliminate all units, cheapest first.
 
     `weight` is (out, in), `gram` (in, in) is `sum x x^T`, centred or not, and `unit_columns`
     (units, columns per unit) partitions the columns. `damp` (of the mean diagonal) steadies the
     order; `refit_damp` is that of the refit whose errors are reported. Units of nothing but dead
-    columns go first; ties go to the lower index.
+    columns go first; ties go to the lower index. Single columns are eliminated in the dtype of
+    `weight`, `block` of them between two matrix products; larger units, being few, in fp64.
 
     Raises:
         UsageError: the Gram matrix holds NaN or infinity.
@@ -70,30 +67,20 @@ def eliminate(
     block: int = 48,
 ) -> tuple[int, ...]:
     """Return only the order of `sweep`."""
-    gram = gram.double()
     _check(weight, gram, unit_columns)
-    scale = float(gram.diagonal().mean())
-    # Damping once for the whole run: later re-factorings see the same matrix.
-    _, shift = damped_cholesky(gram, damp, scale=scale)
-    unit = scale if scale > 0 else 1.0
-    damped = gram / unit
-    damped.diagonal().add_(shift / unit)
+    single = unit_columns.shape[1] == 1
+    problem = _Problem(weight if single else weight.double(), gram, damp)
     dead = (gram.diagonal()[unit_columns] == 0).all(dim=1)
     first = dead.nonzero().flatten().tolist()
     alive = (~dead).nonzero().flatten()
-
-    def refresh(columns: Tensor) -> State:
-        return _state(weight, damped, columns)
-
+    units = unit_columns[alive]
     if not len(alive):
-        return tuple(first)
-    if unit_columns.shape[1] == 1:
-        diagonal = damped.diagonal().to(weight.dtype)
-        columns = unit_columns[alive, 0]
-        picked = _eliminate_columns(refresh, columns, diagonal[columns], block)
+        picked: list[int] = []
+    elif single:
+        picked = _eliminate_columns(problem, units[:, 0], block)
     else:
-        picked = _eliminate_groups(refresh, unit_columns[alive])
-    return tuple(first) + tuple(alive[torch.tensor(picked)].tolist())
+        picked = _eliminate_groups(problem, units)
+    return (*first, *alive[torch.tensor(picked, dtype=torch.long)].tolist())
 
 
 def sweep_reference(
@@ -215,39 +202,52 @@ def _check(weight: Tensor, gram: Tensor, unit_columns: Tensor) -> None:
         raise ValueError("unit_columns must hold every column exactly once")
 
 
-def _state(weight: Tensor, damped: Tensor, columns: Tensor) -> State:
-    """P and G of the optimal weights on `columns`, in the dtype of `weight`."""
-    lower = torch.linalg.cholesky(damped[columns][:, columns])
-    kept = weight[:, columns]
-    if len(columns) < weight.shape[1]:
-        cross = weight.double() @ damped[:, columns]
-        kept = torch.cholesky_solve(cross.T, lower).T.to(weight.dtype)
-    energy = kept.T @ kept
-    mean = float(energy.diagonal().mean())
-    return torch.cholesky_inverse(lower).to(weight.dtype), energy / (mean if mean > 0 else 1.0)
+class _Problem:
+    """Damped once for the whole run, scaled to a mean diagonal of one; gives P and G afresh."""
+
+    def __init__(self, weight: Tensor, gram: Tensor, damp: float) -> None:
+        gram = gram.double()
+        scale = float(gram.diagonal().mean())
+        self.weight = weight
+        self.damped = gram / (scale if scale > 0 else 1.0)
+        self.lower, shift = damped_cholesky(self.damped, damp, scale=1.0)
+        self.damped.diagonal().add_(shift)
+        self.diagonal = self.damped.diagonal().to(weight.dtype)
+
+    def state(self, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """P and G of the optimal weights on `columns`, in the dtype of `weight`."""
+        weight, kept = self.weight, self.weight[:, columns]
+        if len(columns) == weight.shape[1]:
+            inverse = torch.cholesky_inverse(self.lower)[columns][:, columns]
+        else:
+            lower, _ = damped_cholesky(self.damped[columns][:, columns], 0.0, scale=1.0)
+            inverse = torch.cholesky_inverse(lower)
+            cross = weight.double() @ self.damped[:, columns]  # (out, kept)
+            kept = torch.cholesky_solve(cross.T, lower).T.to(weight.dtype)
+        energy = kept.T @ kept
+        mean = float(energy.diagonal().mean())
+        return inverse.to(weight.dtype), energy / (mean if mean > 0 else 1.0)
 
 
-def _eliminate_columns(
-    refresh: Callable[[Tensor], State], columns: Tensor, diagonal: Tensor, block: int
-) -> list[int]:
+def _eliminate_columns(problem: _Problem, columns: Tensor, block: int) -> list[int]:
     """Lazy-blocked pivoted elimination of single columns; returns places in `columns`.
 
     P and G change only once per block, by matrix products. Within a block a row is brought up to
     date when it is picked, from the rank-one pieces U, V of the steps before it:
-    `P = P0 - U'U` and `G = G0 - U'V - V'U`.
+    `P = P0 - U'U` and `G = G0 - U'V - V'U`. After a block the last columns move into the holes.
     """
     places = torch.arange(len(columns))
-    inverse, energy = refresh(columns)
+    diagonal = problem.diagonal[columns]
+    inverse, energy = problem.state(columns)
     picked: list[int] = []
     fresh = True
-    while len(picked) < len(columns):
-        size = inverse.shape[0]
+    while len(places):
+        size = len(places)
         steps = inverse.new_empty(2 * block, size)  # U above V
         pivots, powers = inverse.diagonal().clone(), energy.diagonal().clone()
-        pivots[places < 0], powers[places < 0] = 1.0, torch.inf
-        goal, done = min(block, len(columns) - len(picked)), 0
+        goal, done = min(block, size), 0
         while done < goal:
-            place = int(torch.argmin(powers / pivots))
+            place = _cheapest(powers / pivots, places)
             # P_jj >= 1 / H_jj holds for every kept set: anything less is rounding.
             if not fresh and not float(pivots[place] * diagonal[place]) > 0.5:
                 break
@@ -263,22 +263,38 @@ def _eliminate_columns(
             picked.append(int(places[place]))
             places[place] = -1
             done += 1
-        alive = (places >= 0).nonzero().flatten()
-        if not len(alive):
-            break
+        steps = torch.cat([steps[:done], steps[block : block + done]])
+        holes = (places[: size - done] < 0).nonzero().flatten()
+        movers = (places[size - done :] >= 0).nonzero().flatten() + size - done
+        for vector in (places, diagonal):
+            vector[holes] = vector[movers]
+        places, diagonal = places[: size - done], diagonal[: size - done]
         if done < goal:
-            places, diagonal = places[alive], diagonal[alive]
-            inverse, energy = refresh(columns[places])
+            inverse, energy = problem.state(columns[places])
             fresh = True
             continue
-        steps = torch.cat([steps[:done], steps[block : block + done]])
-        if len(alive) < COMPACT_BELOW * size:
-            places, diagonal, steps = places[alive], diagonal[alive], steps[:, alive]
-            inverse, energy = inverse[alive][:, alive], energy[alive][:, alive]
+        steps[:, holes] = steps[:, movers]
+        steps = steps[:, : size - done]
+        inverse = _close(inverse, holes, movers, size - done)
+        energy = _close(energy, holes, movers, size - done)
         u, v = steps[:done], steps[done:]
         inverse.addmm_(u.T, u, alpha=-1)
         energy.addmm_(steps.T, torch.cat([v, u]), alpha=-1)
     return picked
+
+
+def _cheapest(scores: Tensor, places: Tensor) -> int:
+    """The place of the least score; of equals that of the lowest index."""
+    best = int(torch.argmin(scores))
+    equal = (scores == scores[best]).nonzero().flatten()
+    return best if len(equal) < 2 else int(equal[torch.argmin(places[equal])])
+
+
+def _close(matrix: Tensor, holes: Tensor, movers: Tensor, size: int) -> Tensor:
+    """Move rows and columns into the holes and return the leading square, in place."""
+    matrix[holes] = matrix[movers]
+    matrix[:, holes] = matrix[:, movers]
+    return matrix[:size, :size]
 
 
 def _rows(
@@ -289,7 +305,7 @@ def _rows(
     done: int,
     block: int,
     *,
-    out: State,
+    out: tuple[Tensor, Tensor],
 ) -> None:
     """Write row `place` of the up-to-date P and G into `out`."""
     row, power = out
@@ -304,11 +320,11 @@ def _rows(
     power.addmv_(u.T, force, alpha=-1)
 
 
-def _eliminate_groups(refresh: Callable[[Tensor], State], units: Tensor) -> list[int]:
+def _eliminate_groups(problem: _Problem, units: Tensor) -> list[int]:
     """Block elimination of units of several columns; returns places in `units`."""
     places = torch.arange(len(units))
     width = units.shape[1]
-    inverse, energy = refresh(units.flatten())
+    inverse, energy = problem.state(units.flatten())
     picked: list[int] = []
     fresh = True
     while len(places):
@@ -316,8 +332,9 @@ def _eliminate_groups(refresh: Callable[[Tensor], State], units: Tensor) -> list
         pivots = inverse[own[:, :, None], own[:, None, :]]  # (units, width, width)
         powers = energy[own[:, :, None], own[:, None, :]]
         lower, failed = torch.linalg.cholesky_ex(pivots)
-        if bool(failed.any()) and not fresh:
-            inverse, energy = refresh(units[places].flatten())
+        sound = inverse.diagonal() * problem.diagonal[units[places].flatten()] > 0.5
+        if not fresh and (bool(failed.any()) or not bool(sound.all())):
+            inverse, energy = problem.state(units[places].flatten())
             fresh = True
             continue
         fresh = False

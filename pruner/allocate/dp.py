@@ -79,9 +79,8 @@ class _Site:
 
 
 def _search(sites: Sequence[_Site], slack: float, buckets: int) -> list[int]:
-    """Places within each site's levels; `best[i][b]` is the least cost of sites < i in b buckets."""
-    size = slack / buckets
-    steps = [_buckets_taken(site.extra, size, buckets) for site in sites]
+    """Places within each site's levels; `best[i][b]`: least cost of sites < i in b buckets."""
+    steps = [_buckets_taken(site.extra, slack, buckets) for site in sites]
     best = [np.zeros(buckets + 1)]
     candidate = np.empty(buckets + 1)
     for site, taken in zip(sites, steps, strict=True):
@@ -104,11 +103,11 @@ def _search(sites: Sequence[_Site], slack: float, buckets: int) -> list[int]:
     return chosen[::-1]
 
 
-def _buckets_taken(extra: Floats, size: float, buckets: int) -> NDArray[np.int64]:
+def _buckets_taken(extra: Floats, slack: float, buckets: int) -> NDArray[np.int64]:
     """Round up to buckets; what does not fit at all takes one more than there are."""
-    if size <= 0:
-        return np.where(extra > 0, buckets + 1, 0)
-    return np.ceil(np.minimum(extra / size * (1 - 1e-12), buckets + 1)).astype(np.int64)
+    share = np.minimum(extra, slack) / slack if slack > 0 else np.zeros_like(extra)
+    taken = np.ceil(share * buckets * (1 - 1e-12)).astype(np.int64)
+    return np.where(extra > slack * (1 + 1e-12), buckets + 1, taken)
 
 
 def _improve(sites: Sequence[_Site], chosen: list[int], slack: float) -> list[int]:
