@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from zipc.core.errors import UnsupportedModel
+from zipc.core.quiet import hush
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +55,7 @@ def trace(model: nn.Module, example: Mapping[str, Tensor], *, max_length: int) -
     sequence = torch.export.Dim("sequence", max=max_length)
     shapes = {k: {0: batch, 1: sequence} for k in example}
     try:
-        with torch.no_grad(), quiet():
+        with torch.no_grad(), hush():
             exported = torch.export.export(
                 model, (), kwargs=dict(example), dynamic_shapes=shapes, strict=False
             )
@@ -102,22 +99,3 @@ def program_of(exported: torch.export.ExportedProgram) -> Program:
             assert isinstance(source, fx.Node)
             linears.append(LinearCall(node.name, module, weight[0], bias_name, source.name))
     return Program(exported, nodes, tensors, inputs, outputs, linears)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silence the exporter's chatter (missing optional packages, deprecations of its own)."""
-    loggers = [logging.getLogger(n) for n in ("torch.onnx", "torch.export", "onnxscript")]
-    levels = [log.level for log in loggers]
-    for log in loggers:
-        log.setLevel(logging.ERROR)
-    try:
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stdout(io.StringIO()),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for log, level in zip(loggers, levels, strict=True):
-            log.setLevel(level)

@@ -1,0 +1,144 @@
+"""An ONNX graph one can edit: nodes in a list, initialisers as arrays, parameters by torch name."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import NodeProto, helper, numpy_helper
+
+Array = npt.NDArray[np.generic]
+
+
+@dataclass(slots=True)
+class OnnxGraph:
+    """Nodes, initialisers and what the exporter knew about them.
+
+    `weights` maps a torch parameter to (initialiser, whether it is stored transposed);
+    `shapes` gives the symbolic shape of every value of the dense graph.
+    """
+
+    proto: onnx.ModelProto  # header, inputs and outputs; its nodes and initialisers are ignored
+    nodes: list[NodeProto]
+    arrays: dict[str, Array]
+    weights: dict[str, tuple[str, bool]] = field(default_factory=dict)
+    shapes: dict[str, list[int | str]] = field(default_factory=dict)
+    types: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, proto: onnx.ModelProto) -> OnnxGraph:
+        graph = proto.graph
+        arrays = {t.name: numpy_helper.to_array(t) for t in graph.initializer}
+        shapes: dict[str, list[int | str]] = {}
+        types: dict[str, int] = {}
+        for value in (*graph.value_info, *graph.input, *graph.output):
+            tensor = value.type.tensor_type
+            types[value.name] = tensor.elem_type
+            shapes[value.name] = [d.dim_param or d.dim_value for d in tensor.shape.dim]
+        header = onnx.ModelProto()
+        header.CopyFrom(proto)
+        del header.graph.node[:], header.graph.initializer[:], header.graph.value_info[:]
+        return cls(header, list(graph.node), arrays, {}, shapes, types)
+
+    def copy(self) -> OnnxGraph:
+        """A copy whose nodes can be edited; arrays are shared and must be replaced, not changed."""
+        return OnnxGraph(
+            self.proto,
+            [copy.deepcopy(n) for n in self.nodes],
+            dict(self.arrays),
+            dict(self.weights),
+            self.shapes,
+            self.types,
+        )
+
+    def producers(self) -> dict[str, NodeProto]:
+        return {o: n for n in self.nodes for o in n.output}
+
+    def consumers(self) -> dict[str, list[NodeProto]]:
+        found: dict[str, list[NodeProto]] = {}
+        for node in self.nodes:
+            for name in dict.fromkeys(node.input):
+                found.setdefault(name, []).append(node)
+        return found
+
+    def outputs(self) -> list[str]:
+        return [o.name for o in self.proto.graph.output]
+
+    def linear_nodes(self, parameter: str) -> list[NodeProto]:
+        """MatMul/Gemm nodes that use a torch weight."""
+        held = self.weights.get(parameter)
+        if held is None:
+            return []
+        return [
+            n for n in self.nodes if n.op_type in ("MatMul", "Gemm") and held[0] in n.input[1:2]
+        ]
+
+    def op_counts(self) -> Counter[str]:
+        return Counter(n.op_type for n in self.nodes)
+
+    def to_proto(self) -> onnx.ModelProto:
+        """Drop what nothing uses, order the nodes and return a checked standard model."""
+        nodes = _ordered(_live(self.nodes, self.outputs()), self._given())
+        used = {i for n in nodes for i in n.input} | set(self.outputs())
+        model = onnx.ModelProto()
+        model.CopyFrom(self.proto)
+        model.graph.node.extend(nodes)
+        model.graph.initializer.extend(
+            numpy_helper.from_array(np.ascontiguousarray(a), n)
+            for n, a in self.arrays.items()
+            if n in used
+        )
+        return model
+
+    def to_bytes(self) -> bytes:
+        return self.to_proto().SerializeToString()
+
+    def _given(self) -> set[str]:
+        return {"", *self.arrays, *(i.name for i in self.proto.graph.input)}
+
+
+def _live(nodes: list[NodeProto], outputs: Iterable[str]) -> list[NodeProto]:
+    producer = {o: i for i, n in enumerate(nodes) for o in n.output}
+    keep: set[int] = set()
+    stack = list(outputs)
+    while stack:
+        index = producer.get(stack.pop())
+        if index is not None and index not in keep:
+            keep.add(index)
+            stack += nodes[index].input
+    return [n for i, n in enumerate(nodes) if i in keep]
+
+
+def _ordered(nodes: list[NodeProto], given: set[str]) -> list[NodeProto]:
+    """Topological order, stable."""
+    made = {o: i for i, n in enumerate(nodes) for o in n.output}
+    order: list[NodeProto] = []
+    state = [0] * len(nodes)
+    for root in range(len(nodes)):
+        stack = [(root, False)]
+        while stack:
+            at, done = stack.pop()
+            if done:
+                order.append(nodes[at])
+                state[at] = 2
+            elif state[at] == 0:
+                state[at] = 1
+                stack.append((at, True))
+                stack += [
+                    (made[i], False)
+                    for i in reversed(nodes[at].input)
+                    if i not in given and state[made[i]] == 0
+                ]
+    return order
+
+
+def node(
+    op: str, inputs: list[str], outputs: list[str], **attributes: int | float | list[int]
+) -> NodeProto:
+    """A node of the standard domain, named after its first output."""
+    return helper.make_node(op, inputs, outputs, name=f"{op}/{outputs[0]}", **attributes)

@@ -1,0 +1,157 @@
+"""Torch to ONNX: one export of the dense module; everything after it edits that graph."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from torch import Tensor
+
+from zipc.core.errors import ExportMismatch, UnsupportedModel
+from zipc.core.quiet import hush
+from zipc.exporters.graph import OnnxGraph
+from zipc.exporters.passes import clean
+
+OPSET = 20  # the first with Gelu as one operator
+
+
+def export_dense(
+    exported: torch.export.ExportedProgram,
+    example: Mapping[str, Tensor],
+    *,
+    outputs: Sequence[tuple[int, str]],
+) -> OnnxGraph:
+    """Export to standard-domain ONNX with dynamic batch and sequence axes, cleaned by our passes.
+
+    `outputs` are (index in the traced outputs, public name). Inputs keep their torch names.
+
+    Raises:
+        UnsupportedModel: an operation has no ONNX translation; names it.
+    """
+    table: dict[Callable[..., Any], Callable[..., Any]] = {
+        torch.ops.aten.scaled_dot_product_attention.default: _attention
+    }
+    try:
+        with hush():
+            program = torch.onnx.export(
+                exported,
+                (),
+                kwargs=dict(example),
+                optimize=False,
+                opset_version=OPSET,
+                verbose=False,
+                custom_translation_table=table,
+            )
+            assert program is not None
+            transposed = _transposed_weights(program.model_proto)
+            program.optimize()
+            proto = program.model_proto
+    except Exception as error:  # the exporter raises many unrelated types
+        first = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        raise UnsupportedModel(
+            f"The model cannot be exported to ONNX: {type(error).__name__}: {first}"
+        ) from error
+    _name_axes(proto)
+    graph = OnnxGraph.of(proto)
+    _keep_outputs(graph, outputs)
+    for initializer in graph.arrays:
+        parameter = transposed.get(initializer, initializer)
+        graph.weights[parameter] = (initializer, initializer in transposed)
+    clean(graph)
+    return graph
+
+
+def _attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """softmax(q k' scale + mask) v, as the five operators every runtime has kernels for."""
+    from onnxscript import opset20 as op
+
+    if is_causal or enable_gqa:
+        raise UnsupportedModel("causal and grouped-query attention are not exported yet")
+    factor = float(scale) if scale is not None else 1.0 / math.sqrt(query.shape[-1])
+    scores = op.MatMul(
+        op.Mul(query, op.Constant(value_float=factor)), op.Transpose(key, perm=[0, 1, 3, 2])
+    )
+    if attn_mask is not None:
+        if attn_mask.dtype is not None and int(attn_mask.dtype) == onnx.TensorProto.BOOL:
+            attn_mask = op.Where(
+                attn_mask, op.Constant(value_float=0.0), op.Constant(value_float=-1e9)
+            )
+        scores = op.Add(scores, attn_mask)
+    return op.MatMul(op.Softmax(scores, axis=-1), value)
+
+
+def _transposed_weights(proto: onnx.ModelProto) -> dict[str, str]:
+    """Value name -> parameter, for `Transpose(parameter)` nodes the optimiser will fold."""
+    known = {t.name for t in proto.graph.initializer}
+    return {
+        n.output[0]: n.input[0]
+        for n in proto.graph.node
+        if n.op_type == "Transpose" and n.input[0] in known
+    }
+
+
+def _name_axes(proto: onnx.ModelProto) -> None:
+    """Rename the exporter's symbols to `batch` and `sequence`."""
+    dims = proto.graph.input[0].type.tensor_type.shape.dim
+    names = {dims[0].dim_param: "batch", dims[1].dim_param: "sequence"}
+    for value in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param in names:
+                dim.dim_param = names[dim.dim_param]
+
+
+def _keep_outputs(graph: OnnxGraph, outputs: Sequence[tuple[int, str]]) -> None:
+    old = list(graph.proto.graph.output)
+    del graph.proto.graph.output[:]
+    for index, name in outputs:
+        value = onnx.ValueInfoProto()
+        value.CopyFrom(old[index])
+        before, value.name = value.name, name
+        graph.proto.graph.output.append(value)
+        for node in graph.nodes:
+            for i, output in enumerate(node.output):
+                if output == before:
+                    node.output[i] = name
+            for i, source in enumerate(node.input):
+                if source == before:
+                    node.input[i] = name
+        graph.shapes[name] = graph.shapes[before]
+        graph.types[name] = graph.types[before]
+
+
+def check_parity(
+    actual: Sequence[np.ndarray[Any, Any]],
+    expected: Sequence[np.ndarray[Any, Any]],
+    *,
+    bound: float,
+    what: str,
+) -> float:
+    """Largest difference relative to the largest expected value.
+
+    Raises:
+        ExportMismatch: it is above `bound`, or a shape differs, or a value is not finite.
+    """
+    worst = 0.0
+    for a, e in zip(actual, expected, strict=True):
+        if a.shape != e.shape or not np.isfinite(a).all():
+            raise ExportMismatch(f"{what}: shape {a.shape} against {e.shape}, or not finite")
+        worst = max(worst, float(np.abs(a - e).max() / max(np.abs(e).max(), 1e-12)))
+    if worst > bound:
+        raise ExportMismatch(f"{what}: relative difference {worst:.2e} is above {bound:.0e}")
+    return worst
+
+
+__all__ = ["OPSET", "check_parity", "export_dense"]

@@ -1,0 +1,90 @@
+"""Cut one site with its surroundings out of a graph, so that it can be priced alone."""
+
+from __future__ import annotations
+
+import onnx
+from onnx import helper
+
+from zipc.core.errors import UnsupportedModel
+from zipc.core.types import Site, Workload
+from zipc.exporters.graph import OnnxGraph
+
+
+def block_ends(graph: OnnxGraph, site: Site) -> tuple[list[str], list[str]]:
+    """Values where the surroundings of a site begin and end, in the dense graph.
+
+    They begin at the inputs of the producing linears and end after the residual sum and the
+    normalisation that follow the consumer, where there are such.
+    """
+    starts: list[str] = []
+    for module in site.producers:
+        nodes = graph.linear_nodes(module + ".weight")
+        if not nodes:
+            raise UnsupportedModel(f"{module} has no linear node in the exported graph")
+        starts.append(nodes[0].input[0])
+    consumers = graph.consumers()
+    ends: list[str] = []
+    for consumer in site.consumers:
+        end = graph.linear_nodes(consumer.module + ".weight")[0].output[0]
+        while True:
+            after = consumers.get(end, [])
+            chain = [n for n in after if n.op_type in ("Add", "Sum", "LayerNormalization")]
+            if not chain or end in graph.outputs():
+                break
+            end = chain[0].output[0]
+            if chain[0].op_type == "LayerNormalization":
+                break
+        ends.append(end)
+    return list(dict.fromkeys(starts)), list(dict.fromkeys(ends))
+
+
+def extract(graph: OnnxGraph, ends: tuple[list[str], list[str]], workload: Workload) -> bytes:
+    """The nodes between the two ends as a model with concrete input shapes.
+
+    Values that come from elsewhere (an attention mask) become inputs too. `graph` may be a
+    specialised copy: the ends keep their names.
+    """
+    starts, stops = ends
+    producers = graph.producers()
+    depends = _dependents(graph, starts)
+    inside: dict[int, onnx.NodeProto] = {}
+    inputs: list[str] = []
+    stack = list(stops)
+    seen: set[str] = set()
+    while stack:
+        name = stack.pop()
+        if name in seen or not name or name in graph.arrays:
+            continue
+        seen.add(name)
+        node = producers.get(name)
+        if name in starts or node is None or (name not in depends and name not in stops):
+            inputs.append(name)
+            continue
+        inside[id(node)] = node
+        stack += node.input
+    sizes = {"batch": workload.batch_size, "sequence": workload.sequence_length}
+    proto = onnx.ModelProto()
+    proto.CopyFrom(graph.proto)
+    del proto.graph.input[:], proto.graph.output[:]
+    for group, names in ((proto.graph.input, inputs), (proto.graph.output, stops)):
+        for name in names:
+            if name not in graph.shapes:
+                raise UnsupportedModel(f"the shape of {name} is unknown in the exported graph")
+            shape = [sizes.get(d, 1) if isinstance(d, str) else d for d in graph.shapes[name]]
+            group.append(helper.make_tensor_value_info(name, graph.types[name], shape))
+    part = OnnxGraph(proto, [n for n in graph.nodes if id(n) in inside], graph.arrays)
+    return part.to_bytes()
+
+
+def _dependents(graph: OnnxGraph, starts: list[str]) -> set[str]:
+    """Values computed from `starts`."""
+    found = set(starts)
+    consumers = graph.consumers()
+    stack = list(starts)
+    while stack:
+        for node in consumers.get(stack.pop(), []):
+            for output in node.output:
+                if output not in found:
+                    found.add(output)
+                    stack.append(output)
+    return found

@@ -1,0 +1,177 @@
+"""The dense graph at other widths, with other weights and numerics: no second export."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from onnx import NodeProto, TensorProto
+
+from zipc.exporters.graph import OnnxGraph, node
+
+FloatArray = np.ndarray[Any, np.dtype[np.float32]]
+
+
+@dataclass(frozen=True, slots=True)
+class Int8Weights:
+    """What an integer linear needs. `values` (out, in) int8, `scale` (out,).
+
+    `activation` is (scale, zero point) of a calibrated input, or None for a dynamic range.
+    """
+
+    values: np.ndarray[Any, np.dtype[np.int8]]
+    scale: FloatArray
+    activation: tuple[float, int] | None = None
+
+
+@dataclass(slots=True)
+class Edit:
+    """Changes to the dense graph, by torch names.
+
+    `tensors`: new float values in torch layout; `removed`: module path of a linear map that loses
+    its whole input -> what it outputs, (out,); `int8`: module path -> integer weights.
+    """
+
+    tensors: Mapping[str, FloatArray] = field(default_factory=dict)
+    removed: Mapping[str, FloatArray] = field(default_factory=dict)
+    int8: Mapping[str, Int8Weights] = field(default_factory=dict)
+
+
+def specialise(dense: OnnxGraph, edit: Edit) -> OnnxGraph:
+    """A copy of `dense` with the edit applied. Pure: `dense` is unchanged."""
+    graph = dense.copy()
+    for name, value in edit.tensors.items():
+        held = graph.weights.get(name)
+        if held is not None:
+            graph.arrays[held[0]] = value.T if held[1] else value
+        elif name.endswith(".bias"):
+            _add_bias_(graph, name, value)
+    for module, constant in edit.removed.items():
+        _remove_(graph, module, constant)
+    shared: dict[tuple[str, tuple[float, int] | None], tuple[str, ...]] = {}
+    for module, weights in edit.int8.items():
+        for call in graph.linear_nodes(module + ".weight"):
+            _quantise_(graph, call, weights, shared)
+    return graph
+
+
+def _add_bias_(graph: OnnxGraph, name: str, value: FloatArray) -> None:
+    """Give a linear map without bias one."""
+    graph.arrays[name] = value
+    graph.weights[name] = (name, False)
+    for call in graph.linear_nodes(name.removesuffix("bias") + "weight"):
+        if call.op_type == "Gemm":
+            del call.input[2:]
+            call.input.append(name)
+            continue
+        inner = call.output[0] + "_unbiased"
+        graph.nodes.append(node("Add", [inner, name], [call.output[0]]))
+        call.output[0] = inner
+
+
+def _remove_(graph: OnnxGraph, module: str, constant: FloatArray) -> None:
+    """Replace a linear map (with its bias) by its constant output; what fed it becomes dead."""
+    name = module + ".constant"
+    graph.arrays[name] = constant
+    for call in graph.linear_nodes(module + ".weight"):
+        consumers = graph.consumers()
+        last = call
+        after = consumers.get(call.output[0], [])
+        if call.op_type == "MatMul" and len(after) == 1 and _is_bias(graph, after[0], module):
+            last = after[0]
+        users = consumers.get(last.output[0], [])
+        broadcastable = all(u.op_type in ("Add", "Sum") and len(u.input) == 2 for u in users)
+        if broadcastable and users and last.output[0] not in graph.outputs():
+            replacement = name
+        else:  # keep the full shape: expand along the dimensions of the removed map's own input
+            replacement = last.output[0] + "_constant"
+            leading = call.input[0]
+            shape, head = replacement + "_shape", replacement + "_head"
+            graph.arrays["minus_one"] = np.array([-1], dtype=np.int64)
+            graph.arrays["zero"] = np.array([0], dtype=np.int64)
+            graph.arrays[replacement + "_width"] = np.array([len(constant)], dtype=np.int64)
+            graph.nodes += [
+                node("Shape", [leading], [shape]),
+                node("Slice", [shape, "zero", "minus_one"], [head]),
+                node("Concat", [head, replacement + "_width"], [replacement + "_full"], axis=0),
+                node("Expand", [name, replacement + "_full"], [replacement]),
+            ]
+        for user in users:
+            for i, source in enumerate(user.input):
+                if source == last.output[0]:
+                    user.input[i] = replacement
+
+
+def _is_bias(graph: OnnxGraph, candidate: NodeProto, module: str) -> bool:
+    bias = graph.weights.get(module + ".bias")
+    return candidate.op_type == "Add" and bias is not None and bias[0] in candidate.input
+
+
+def _quantise_(
+    graph: OnnxGraph,
+    call: NodeProto,
+    weights: Int8Weights,
+    shared: dict[tuple[str, tuple[float, int] | None], tuple[str, ...]],
+) -> None:
+    """Emit integer arithmetic for one linear map; maps with the same input share its rounding."""
+    out, source = call.output[0], call.input[0]
+    stem = graph_name(call)
+    graph.arrays[stem + "_values"] = weights.values.T
+    graph.arrays[stem + "_scale"] = weights.scale.astype(np.float32)
+    graph.arrays[stem + "_zero"] = np.zeros(len(weights.scale), dtype=np.int8)
+    graph.nodes.remove(call)
+    if call.op_type == "Gemm" and len(call.input) > 2:
+        graph.nodes.append(node("Add", [out + "_product", call.input[2]], [out]))
+        out = out + "_product"
+    key = (source, weights.activation)
+    if weights.activation is None:
+        if key not in shared:
+            shared[key] = tuple(f"{source}_q{part}" for part in ("", "_scale", "_zero"))
+            graph.nodes.append(node("DynamicQuantizeLinear", [source], list(shared[key])))
+        q, scale, zero = shared[key]
+        graph.nodes += [
+            node(
+                "MatMulInteger",
+                [q, stem + "_values", zero, stem + "_zero"],
+                [stem + "_int32"],
+            ),
+            node("Cast", [stem + "_int32"], [stem + "_float"], to=int(TensorProto.FLOAT)),
+            node("Mul", [scale, stem + "_scale"], [stem + "_rescale"]),
+            node("Mul", [stem + "_float", stem + "_rescale"], [out]),
+        ]
+        return
+    if key not in shared:
+        at = f"{source}_at_{len(shared)}"
+        shared[key] = (at + "_rounded",)
+        graph.arrays[at + "_scale"] = np.array(weights.activation[0], dtype=np.float32)
+        graph.arrays[at + "_zero"] = np.array(weights.activation[1], dtype=np.uint8)
+        pair = [at + "_scale", at + "_zero"]
+        graph.nodes += [
+            node("QuantizeLinear", [source, *pair], [at + "_q"]),
+            node("DequantizeLinear", [at + "_q", *pair], [at + "_rounded"]),
+        ]
+    (rounded,) = shared[key]
+    graph.nodes += [
+        node(
+            "DequantizeLinear",
+            [stem + "_values", stem + "_scale", stem + "_zero"],
+            [stem + "_dequantized"],
+            axis=1,
+        ),
+        node("MatMul", [rounded, stem + "_dequantized"], [out]),
+    ]
+
+
+def graph_name(call: NodeProto) -> str:
+    """A stem for the values of one linear call."""
+    return f"{call.input[1]}/{call.output[0]}"
+
+
+INTEGER_KERNELS = ("MatMulIntegerToFloat", "DynamicQuantizeMatMul", "MatMulInteger", "QGemm")
+
+
+def count_integer_kernels(nodes: Sequence[NodeProto]) -> int:
+    """Integer products in an optimised ONNX Runtime graph."""
+    return sum(n.op_type in INTEGER_KERNELS for n in nodes)

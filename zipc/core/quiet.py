@@ -1,0 +1,27 @@
+"""Keep third-party chatter off the terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+
+_NOISY = ("torch.onnx", "torch.export", "torch.onnx._internal.exporter", "onnxscript", "onnx_ir")
+
+
+@contextlib.contextmanager
+def hush() -> Iterator[None]:
+    """Silence the exporter's chatter (missing optional packages, deprecations of its own)."""
+    loggers = [logging.getLogger(n) for n in _NOISY]
+    levels = [log.level for log in loggers]
+    for log in loggers:
+        log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for log, level in zip(loggers, levels, strict=True):
+            log.setLevel(level)
