@@ -89,10 +89,7 @@ def _encode(
 
 def _tokenize(tokenizer: Any, texts: Sequence[Texts], **options: Any) -> list[dict[str, list[int]]]:
     first = [text if isinstance(text, str) else text[0] for text in texts]
-    if any(isinstance(text, str) for text in texts):
-        second = None
-    else:
-        second = [text[1] for text in texts]
+    second = [text[1] for text in texts if not isinstance(text, str)] or None
     encoded = tokenizer(first, second, verbose=False, return_attention_mask=False, **options)
     names = [name for name in ("input_ids", "token_type_ids") if name in encoded]
     return [{name: encoded[name][i] for name in names} for i in range(len(texts))]

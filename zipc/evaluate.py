@@ -1,4 +1,4 @@
-"""How quality is read: pooling of the model folder, a label-free oracle, and the report's metric."""
+"""How quality is read: the label-free oracle of the search and the metric of the report."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ import torch
 
 from zipc.batches import Batch, Texts, count_truncated, tokenize_batches
 from zipc.core.errors import UsageError
-from zipc.core.files import read_json
 from zipc.data import Row, Splits
 from zipc.metrics import METRICS, metric_value, paired_bootstrap
-from zipc.pooling import Pooling, pool, read_pooling
+from zipc.pooling import Pooling, pool, read_model_json, read_pooling
 from zipc.predict import Array, Run, onnx_run, torch_run
 from zipc.user_function import UserFunction, call_user_function, load_user_function
 
@@ -209,6 +208,8 @@ class Evaluator:
                 )
             target = np.array([self.class_index[str(row.label)] for row in rows])
             return outputs.argmax(-1), target
+        if any(row.label is None for row in rows):
+            raise ValueError(f"{self.metric} needs labelled rows")
         target = np.array([row.label for row in rows], np.float64)
         if self.head == "regression":
             return outputs[:, 0], target
@@ -298,9 +299,7 @@ def _class_order(config: dict[str, Any], splits: Splits) -> tuple[dict[str, int]
     if not named or default:
         count = len(named) or int(config.get("num_labels") or 2)
         if all(label.isdecimal() for label in splits.labels):
-            return {
-                label: int(label) for label in splits.labels
-            }, "classes: the numbers in the data"
+            return {label: int(label) for label in splits.labels}, "classes: numbers of the data"
         if not set(splits.labels) <= set(named):
             if len(splits.labels) != count:
                 raise UsageError(
@@ -308,12 +307,12 @@ def _class_order(config: dict[str, Any], splits: Splits) -> tuple[dict[str, int]
                     f"{count} without names. Name them in id2label of its config.json."
                 )
             order = {label: index for index, label in enumerate(splits.labels)}
-            return order, "classes: the model does not name them, taken in alphabetical order"
+            return order, "classes: the model does not name them, taken in sorted order"
     folded = {name.casefold(): index for name, index in named.items()}
     if all(label.casefold() in folded for label in splits.labels):
         return {label: folded[label.casefold()] for label in splits.labels}, "classes: id2label"
     if all(label.isdecimal() and int(label) < len(named) for label in splits.labels):
-        return {label: int(label) for label in splits.labels}, "classes: the numbers in the data"
+        return {label: int(label) for label in splits.labels}, "classes: numbers of the data"
     missing = [label for label in splits.labels if label.casefold() not in folded]
     raise UsageError(
         f"The data has classes the model does not know: {', '.join(missing[:10])}. "
@@ -325,7 +324,7 @@ def _model_config(model_dir: Path) -> dict[str, Any]:
     path = model_dir / "config.json"
     if not path.exists():
         raise UsageError(f"{model_dir} has no config.json. Give a Hugging Face model folder.")
-    config = read_json(path)
+    config = read_model_json(path)
     if not isinstance(config, dict):
         raise UsageError(f"{path} is not a model configuration.")
     return config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -11,10 +12,10 @@ import numpy.typing as npt
 import torch
 
 from zipc.core.errors import UsageError
-from zipc.core.files import read_json
 
 Mode = Literal["mean", "cls", "max", "pooler", "logits"]
 Tensor = TypeVar("Tensor", torch.Tensor, npt.NDArray[Any])
+Array = npt.NDArray[Any]
 MODES: dict[str, Mode] = {
     "mean": "mean",
     "mean_tokens": "mean",
@@ -40,8 +41,7 @@ def read_pooling(model_dir: Path, *, has_logits: bool = False) -> Pooling:
     A folder without `modules.json` is pooled by the mean of its tokens, and `source` says so.
 
     Raises:
-        UsageError: the folder asks for a pooling that zipc does not know.
-        CorruptFile: one of its JSON files cannot be read.
+        UsageError: the folder asks for a pooling that zipc does not know, or a file is corrupt.
     """
     if has_logits:
         return Pooling("logits", source="the model gives logits")
@@ -51,7 +51,7 @@ def read_pooling(model_dir: Path, *, has_logits: bool = False) -> Pooling:
     mode: Mode | None = None
     normalize = False
     extra = []
-    for module in read_json(modules_file):
+    for module in read_model_json(modules_file):
         kind = str(module.get("type", "")).rpartition(".")[2]
         if kind == "Pooling":
             mode = _mode(model_dir / module["path"] / "config.json")
@@ -75,6 +75,20 @@ def pool(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
     return _pool_numpy(hidden, mask, pooling)
 
 
+def read_model_json(path: Path) -> Any:
+    """Read a JSON file of a model folder.
+
+    Raises:
+        UsageError: it is missing or corrupt.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"The model file {path} cannot be read ({error}). Fetch the model again."
+        ) from error
+
+
 def _pool_torch(hidden: torch.Tensor, mask: torch.Tensor, pooling: Pooling) -> torch.Tensor:
     found = hidden
     if pooling.mode == "mean":
@@ -90,7 +104,7 @@ def _pool_torch(hidden: torch.Tensor, mask: torch.Tensor, pooling: Pooling) -> t
     return found
 
 
-def _pool_numpy(hidden: Any, mask: Any, pooling: Pooling) -> Any:
+def _pool_numpy(hidden: Array, mask: Array, pooling: Pooling) -> Array:
     found = hidden
     if pooling.mode == "mean":
         weights = mask.astype(hidden.dtype)
@@ -102,11 +116,11 @@ def _pool_numpy(hidden: Any, mask: Any, pooling: Pooling) -> Any:
         found = np.where(mask[..., None] == 0, -np.inf, hidden).max(1).astype(hidden.dtype)
     if pooling.normalize:
         found = found / np.maximum(np.linalg.norm(found, axis=-1, keepdims=True), 1e-12)
-    return found
+    return np.asarray(found)
 
 
 def _mode(path: Path) -> Mode:
-    config = read_json(path)
+    config = read_model_json(path)
     named = config.get("pooling_mode")
     asked = [named] if isinstance(named, str) else []
     asked = asked or [

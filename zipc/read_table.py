@@ -128,7 +128,7 @@ def read_table(path: Path, wanted: Collection[str] = ()) -> Table:
         raise UsageError(f"{path} is empty.")
     suffix = _suffix(path)
     if suffix == ".txt":
-        lines = content.splitlines()
+        lines = _lines(content)
         return Table(path, ("text",), [(line.strip(),) for line in lines if line.strip()])
     if suffix == ".jsonl":
         return _read_jsonl(path, content)
@@ -202,18 +202,27 @@ def _read_cells(path: Path, content: str, suffix: str) -> list[list[str]]:
         except csv.Error:
             pass
         # Quotes that do not come in pairs are part of the text, as in the GLUE files.
-        return [line.split("\t") for line in content.splitlines() if line]
-    try:
-        rows = list(csv.reader(io.StringIO(content, newline="")))
-        if all(len(row) <= 1 for row in rows[:100]):
-            for delimiter in ";\t":
-                other = list(csv.reader(io.StringIO(content, newline=""), delimiter=delimiter))
-                widths = {len(row) for row in other if row}
-                if len(widths) == 1 and widths != {1}:
-                    return other
-    except csv.Error as error:
-        raise UsageError(f"{path} is not valid CSV: {error}.") from error
-    return rows
+        return [line.split("\t") for line in _lines(content) if line]
+    readings = []
+    for delimiter in ",;\t":
+        try:
+            readings.append(list(csv.reader(io.StringIO(content, newline=""), delimiter=delimiter)))
+        except csv.Error as error:
+            if delimiter == ",":
+                raise UsageError(f"{path} is not valid CSV: {error}.") from error
+    return min(readings, key=_untidiness)
+
+
+def _untidiness(rows: list[list[str]]) -> tuple[bool, bool]:
+    """Order readings by separator: even width over one, then few cells after a space.
+
+    A separator that is always followed by a space is punctuation of the text.
+    """
+    widths = {len(row) for row in rows if row}
+    later = [cell for row in rows[:1000] for cell in row[1:]]
+    spaced = sum(cell[:1] == " " for cell in later) / max(len(later), 1)
+    even = len(widths) == 1 and max(widths) > 1
+    return not even, even and spaced > 0.3
 
 
 def _read_jsonl(path: Path, content: str) -> Table:
@@ -252,6 +261,11 @@ def _read_text(path: Path) -> str:
     if "\0" in content:
         raise UsageError(f"{path} contains zero bytes: it is binary, or UTF-16 and not UTF-8.")
     return content
+
+
+def _lines(content: str) -> list[str]:
+    """Split at line ends only; `str.splitlines` would also split at U+2028 and form feeds."""
+    return content.replace("\r\n", "\n").replace("\r", "\n").split("\n")
 
 
 def _suffix(path: Path) -> str:
