@@ -22,6 +22,7 @@ from zipc.core.types import Progress
 
 Format = Literal["table", "json"]
 BUG_EXIT_CODE = 70  # sysexits' EX_SOFTWARE: a crash must not read as "regressed", which is 1
+PIPED_WIDTH = 120  # columns, where there is no terminal to ask
 INTERRUPTED = "interrupted; finished stages are kept, run the same command again to resume"
 
 
@@ -64,7 +65,8 @@ def run_verb(body: Callable[[Progress], Outcome], *, output: Format) -> None:
     if as_json:
         print_json(outcome.document)
     else:
-        outcome.show(Console(highlight=False))
+        width = None if sys.stdout.isatty() else PIPED_WIDTH
+        outcome.show(Console(highlight=False, width=width))
     raise typer.Exit(outcome.exit_code)
 
 

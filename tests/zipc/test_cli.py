@@ -1,0 +1,534 @@
+"""The command line: strings to a request, outcomes to exit codes, nothing but JSON on stdout."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from zipc.cli.app import main
+from zipc.cli.bench import pairs_within
+from zipc.cli.flags import parse_latency, parse_seconds, parse_speedup
+from zipc.cli.progress import Lines
+from zipc.cli.running import INTERRUPTED
+from zipc.core.errors import NoisyMeasurement, TargetUnreachable, UsageError
+from zipc.core.request import Request
+from zipc.core.types import Allocation, Artifact, Level, Progress, Site, Workload
+from zipc.manifest import (
+    AllocationRecord,
+    LatencyRecord,
+    Manifest,
+    ModelRecord,
+    QualityRecord,
+    RequestRecord,
+    SizeRecord,
+)
+from zipc.targets import load_target, target_names
+
+ROOT = Path(__file__).parents[2]
+SHA = "ab" * 32
+COMPILE = ["compile", "minilm", "--speedup", "2x", "--data", "d", "-o", "OUT"]
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    def go(*arguments: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        out, err = capsys.readouterr()
+        assert isinstance(stop.value.code, int)
+        return stop.value.code, out, err
+
+    return go
+
+
+@pytest.fixture
+def pipeline(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """A pipeline whose functions the test sets; requests it was given lie in `requests`."""
+    module: Any = ModuleType("zipc.pipeline")
+    module.requests = []
+    module.compile_model = answer(module, lambda: manifest())
+    monkeypatch.setitem(sys.modules, "zipc.pipeline", module)
+    return module
+
+
+def answer(module: Any, result: Callable[[], Any]) -> Callable[..., Any]:
+    def function(request: Request, *, progress: Progress) -> Any:
+        module.requests.append(request)
+        progress.stage("search", total=2)
+        progress.advance()
+        print("noise of a library")
+        progress.done()
+        return result()
+
+    return function
+
+
+def manifest(**changes: Any) -> Manifest:
+    made = Manifest(
+        target="cpu",
+        workload=Workload(),
+        model=ModelRecord(source="minilm", sha256=SHA),
+        request=RequestRecord(model="minilm", speedup=2.0),
+        allocation=(AllocationRecord(site="layer.0.ffn", level=Level(512), units=1536),),
+        latency=LatencyRecord(
+            table_kind="measured",
+            reference_ms=20.0,
+            compiled_ms=9.8,
+            predicted_ms=9.7,
+            speedup=2.04,
+            speedup_ci95=(2.01, 2.07),
+            pairs=200,
+        ),
+        verdict="validated",
+        quality=QualityRecord(metric="spearman", split="test", dense=82.03, compiled=81.53),
+        size=SizeRecord(dense_mb=90.0, compiled_mb=24.0),
+        files=(Artifact("reference.onnx", "reference", SHA),),
+        timings_s={"search": 12.0},
+        seed=0,
+        versions={},
+    )
+    return made.model_copy(update=changes)
+
+
+def failing(error: BaseException) -> Callable[[], Any]:
+    def fail() -> Any:
+        raise error
+
+    return fail
+
+
+class TestParsing:
+    @pytest.mark.parametrize(
+        ("text", "factor"), [("2x", 2.0), ("2", 2.0), ("1.5X", 1.5), (" 3 x ", 3.0), ("2.50×", 2.5)]
+    )
+    def test_speedup_is_read(self, text: str, factor: float) -> None:
+        assert parse_speedup(text) == factor
+
+    @pytest.mark.parametrize(
+        ("text", "meant"),
+        [
+            *[("2%", "2x"), ("two", "2x"), ("x2", "2x"), ("2,5x", "2.5x"), ("150%", "1.5x")],
+            *[("3times", "3x"), ("", "2x"), ("nan", "2x"), ("-2x", "2x"), ("inf", "2x")],
+        ],
+    )
+    def test_mistyped_speedup_is_answered_with_what_was_meant(self, text: str, meant: str) -> None:
+        with pytest.raises(UsageError, match=f"Did you mean {meant}\\?"):
+            parse_speedup(text)
+
+    @pytest.mark.parametrize("text", ["1", "1x", "0.5x", "0"])
+    def test_speedup_that_is_none_is_refused(self, text: str) -> None:
+        with pytest.raises(UsageError, match="above 1"):
+            parse_speedup(text)
+
+    @given(st.floats(min_value=1.001, max_value=1000))
+    def test_speedup_reads_back_what_is_printed(self, factor: float) -> None:
+        assert parse_speedup(f"{factor:.6f}x") == pytest.approx(factor, abs=1e-6)
+
+    @given(st.text())
+    def test_any_text_is_a_factor_above_one_or_a_usage_error(self, text: str) -> None:
+        with contextlib.suppress(UsageError):
+            assert parse_speedup(text) > 1
+
+    @pytest.mark.parametrize(("text", "ms"), [("5ms", 5), ("5", 5), ("0.1s", 100), ("800us", 0.8)])
+    def test_latency_is_read_as_milliseconds(self, text: str, ms: float) -> None:
+        assert parse_latency(text) == pytest.approx(ms)
+
+    @pytest.mark.parametrize("text", ["", "0ms", "-3ms", "fast", "5 hours"])
+    def test_latency_that_is_no_time_is_refused(self, text: str) -> None:
+        with pytest.raises(UsageError, match=r"e\.g\. 5ms"):
+            parse_latency(text)
+
+    def test_seconds_are_read_in_their_units(self) -> None:
+        assert [parse_seconds(t, "--max-time") for t in ("60s", "60", "2m", "500ms")] == [
+            60,
+            60,
+            120,
+            0.5,
+        ]
+
+
+class TestCompile:
+    def test_every_flag_reaches_the_request(self, run: Run, pipeline: Any) -> None:
+        code, _, _ = run(
+            *("compile", "m", "--latency", "5ms", "--data", "d", "-o", "o", "--target", "cpu"),
+            *("--metric", "pearson", "--eval", "f.py:g", "--text-column", "a"),
+            *("--text-column", "b", "--label-column", "c", "--precision", "int8", "--no-prune"),
+            *("--include", "x*", "--exclude", "y*", "--effort", "quick", "--seed", "7"),
+            *("--threads", "2", "--batch-size", "4", "--sequence-length", "64"),
+            *("--cache-dir", "k", "--no-reference", "--allow-table-mismatch"),
+            *("--require", "validated", "--recover", "none"),
+        )
+        assert code == 0
+        assert pipeline.requests == [
+            Request(
+                model="m",
+                data="d",
+                output=Path("o"),
+                latency_ms=5.0,
+                numerics="int8",
+                prune=False,
+                metric="pearson",
+                evaluator="f.py:g",
+                text_columns=("a", "b"),
+                label_column="c",
+                include=("x*",),
+                exclude=("y*",),
+                effort="quick",
+                seed=7,
+                threads=2,
+                batch_size=4,
+                sequence_length=64,
+                cache_dir=Path("k"),
+                keep_reference=False,
+                allow_table_mismatch=True,
+                require="validated",
+            )
+        ]
+
+    def test_defaults_are_those_of_the_request(self, run: Run, pipeline: Any) -> None:
+        run(*COMPILE)
+        assert pipeline.requests == [
+            Request(model="minilm", data="d", output=Path("OUT"), speedup=2.0)
+        ]
+
+    @pytest.mark.parametrize(
+        ("verdict", "flags", "code"),
+        [
+            ("validated", (), 0),
+            ("missed", (), 1),
+            ("inconclusive", (), 3),
+            ("predicted", (), 0),
+            ("predicted", ("--require", "validated"), 1),
+            ("validated", ("--require", "validated"), 0),
+        ],
+    )
+    def test_verdict_becomes_the_exit_code(
+        self, run: Run, pipeline: Any, verdict: str, flags: tuple[str, ...], code: int
+    ) -> None:
+        pipeline.compile_model = answer(pipeline, lambda: manifest(verdict=verdict))
+        assert run(*COMPILE, *flags)[0] == code
+
+    def test_report_says_speedup_quality_size_and_what_next(self, run: Run, pipeline: Any) -> None:
+        _, out, err = run(*COMPILE)
+        assert "validated  2.04x (95 % interval 2.01 to 2.07, 200 pairs), asked 2x" in out
+        assert "reference 20.00 ms, compiled 9.80 ms" in out
+        assert "dense 82.03, compiled 81.53 (-0.50)" in out
+        assert "90.0 MB to 24.0 MB" in out
+        assert "512/1536" in out
+        assert "next: zipc bench OUT" in out
+        assert "noise of a library" in err
+        assert "noise" not in out
+
+    def test_json_is_the_manifest_and_nothing_else(self, run: Run, pipeline: Any) -> None:
+        code, out, _ = run(*COMPILE, "--format", "json")
+        assert code == 0
+        assert json.loads(out) == json.loads(json.dumps(manifest().to_json()))
+
+    def test_without_data_says_what_is_needed_and_why(self, run: Run, pipeline: Any) -> None:
+        code, out, err = run("compile", "minilm", "--speedup", "2x", "-o", "OUT")
+        assert (code, out) == (2, "")
+        assert "compile needs --data" in err
+        assert "what can be removed" in err
+        assert pipeline.requests == []
+
+    @pytest.mark.parametrize(
+        ("arguments", "said"),
+        [
+            (("compile", "m", "--data", "d", "-o", "o"), "How fast should it be?"),
+            ((*COMPILE, "--latency", "5ms"), "give one"),
+            (("compile", "m", "--speedup", "2x", "--data", "d"), "Give a folder: -o OUT"),
+            (("compile", "m", "--speedup", "two", "--data", "d", "-o", "o"), "Did you mean 2x?"),
+            (("compile",), "Missing argument"),
+            ((*COMPILE, "--numerics", "int3"), "int3"),
+            ((*COMPILE, "--threads", "0"), "--threads"),
+            ((*COMPILE, "--colour", "red"), "--colour"),
+            (("compress", "m"), "compress"),
+        ],
+    )
+    def test_bad_usage_is_one_message_and_code_2(
+        self, run: Run, pipeline: Any, arguments: tuple[str, ...], said: str
+    ) -> None:
+        code, out, err = run(*arguments)
+        assert (code, out) == (2, "")
+        assert said in err
+        assert "Traceback" not in err
+
+        code, out, _ = run(*arguments, "--format", "json")
+        error = json.loads(out)["error"]
+        assert code == error["exit_code"] == 2
+        assert said in error["message"]
+
+    def test_no_prune_needs_no_speedup(self, run: Run, pipeline: Any) -> None:
+        assert run("compile", "m", "--no-prune", "--data", "d", "-o", "o")[0] == 0
+
+    def test_dry_run_reads_the_data_and_builds_nothing(
+        self, run: Run, pipeline: Any, tmp_path: Path
+    ) -> None:
+        out = tmp_path / "out"
+        arguments = ("compile", "m", "--speedup", "2x", "--data", str(ROOT / "examples/stsb"))
+        code, text, _ = run(*arguments, "-o", str(out), "--dry-run", "--format", "json")
+        document = json.loads(text)
+        assert code == 0
+        assert document["request"]["speedup"] == 2.0
+        assert "sentence1" in document["data"]
+        assert pipeline.requests == []
+        assert not out.exists()
+
+
+class TestFailures:
+    def test_zipc_error_is_its_message_and_code(self, run: Run, pipeline: Any) -> None:
+        pipeline.compile_model = answer(pipeline, failing(NoisyMeasurement("too noisy; go")))
+        code, out, err = run(*COMPILE)
+        assert (code, out) == (3, "")
+        assert err.endswith("zipc: too noisy; go\n")
+        assert "Traceback" not in err
+
+    def test_unreachable_target_states_the_best_speedup(self, run: Run, pipeline: Any) -> None:
+        error = TargetUnreachable("at most 4.1x", best_speedup=4.1)
+        pipeline.compile_model = answer(pipeline, failing(error))
+        code, out, _ = run(*COMPILE, "--format", "json")
+        assert code == 1
+        assert json.loads(out)["error"] == {
+            "type": "TargetUnreachable",
+            "message": "at most 4.1x",
+            "exit_code": 1,
+            "best_speedup": 4.1,
+        }
+
+    @pytest.mark.parametrize("form", ["table", "json"])
+    def test_a_bug_keeps_its_traceback_and_is_not_a_regression(
+        self, run: Run, pipeline: Any, form: str
+    ) -> None:
+        pipeline.compile_model = answer(pipeline, failing(KeyError("layer")))
+        code, out, err = run(*COMPILE, "--format", form)
+        assert code == 70
+        assert "Traceback" in err
+        assert "KeyError: 'layer'" in err
+        if form == "json":
+            assert json.loads(out)["error"]["type"] == "KeyError"
+
+    def test_ctrl_c_is_one_line_and_130(self, run: Run, pipeline: Any) -> None:
+        pipeline.compile_model = answer(pipeline, failing(KeyboardInterrupt()))
+        code, out, err = run(*COMPILE)
+        assert (code, out) == (130, "")
+        assert err.endswith(INTERRUPTED + "\n")
+        assert "Traceback" not in err
+
+    def test_sigterm_unwinds_and_is_143(self, run: Run, pipeline: Any) -> None:
+        tidied = []
+
+        def terminated() -> Any:
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+                signal.pause()
+            finally:
+                tidied.append(True)
+
+        before = signal.getsignal(signal.SIGTERM)
+        pipeline.compile_model = answer(pipeline, terminated)
+        code, out, _ = run(*COMPILE, "--format", "json")
+        assert code == json.loads(out)["error"]["exit_code"] == 143
+        assert tidied == [True]
+        assert signal.getsignal(signal.SIGTERM) is before
+
+
+class TestOtherVerbs:
+    def test_plan_prints_levels_and_the_compile_to_run(self, run: Run, pipeline: Any) -> None:
+        site = Site("layer.0.heads", "heads", 12, (), (), (), "s")
+        plan = FakePlan(Allocation({site.name: Level(7)}, 9.5, 0.1), [site])
+        pipeline.plan_model = answer(pipeline, lambda: plan)
+        code, out, _ = run("plan", "minilm", "--speedup", "2x", "--data", "d")
+        assert code == 0
+        assert "predicted 2.11x" in out
+        assert "7/12" in out
+        assert "next: zipc compile minilm --target cpu --speedup 2x --data d -o OUT" in out
+
+    def test_profile_takes_no_speedup(self, run: Run, pipeline: Any) -> None:
+        code, _, err = run("profile", "minilm", "--speedup", "2x")
+        assert code == 2
+        assert "--speedup" in err
+
+    def test_profile_prints_where_the_table_is(self, run: Run, pipeline: Any) -> None:
+        pipeline.profile_model = answer(pipeline, FakeProfile)
+        code, out, _ = run("profile", "minilm")
+        assert code == 0
+        assert "130 prices, measured in 42 s" in out
+        assert "tables/cpu.json" in out
+
+    def test_inspect_prints_the_same_report(self, run: Run, tmp_path: Path) -> None:
+        manifest().write(tmp_path)
+        code, out, _ = run("inspect", str(tmp_path))
+        assert code == 0
+        assert "validated  2.04x" in out
+        assert json.loads(run("inspect", str(tmp_path), "--format", "json")[1])["verdict"]
+
+    def test_check_hands_over_rules_and_returns_the_gate_s_code(
+        self, run: Run, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from zipc import gate
+
+        seen: dict[str, Any] = {}
+
+        def check(new: Path, base: Path, **keywords: Any) -> FakeGate:
+            seen.update(keywords, new=new, base=base)
+            return FakeGate()
+
+        monkeypatch.setattr(gate, "check", check)
+        code, out, _ = run(
+            *("check", "NEW", "--baseline", "BASE", "--fail-on", "p99:15%", "--max-time", "2m"),
+            *("--min-delta", "0.1ms", "--threads", "2", "--format", "json"),
+        )
+        assert code == 3
+        assert json.loads(out)["status"] == "inconclusive"
+        seen.pop("progress")
+        assert seen == {
+            "new": Path("NEW"),
+            "base": Path("BASE"),
+            "fail_on": "p99:15%",
+            "max_time_s": 120.0,
+            "min_delta_ms": pytest.approx(0.1),
+            "workload": Workload(threads=2),
+        }
+
+    def test_bench_of_nothing_is_bad_usage(self, run: Run, tmp_path: Path) -> None:
+        code, _, err = run("bench", str(tmp_path))
+        assert code == 2
+        assert "not a finished compile" in err
+
+    def test_bench_time_becomes_pairs_of_four_runs(self) -> None:
+        made = manifest()  # 20 + 9.8 ms, each run twice
+        assert pairs_within(30.0, made) == int(30 / (2 * 0.0298))
+        with pytest.raises(UsageError, match="Give at least 4s"):
+            pairs_within(1.0, made)
+        unmeasured = made.latency.model_copy(update={"compiled_ms": None})
+        with pytest.raises(UsageError, match="never measured"):
+            pairs_within(30.0, manifest(latency=unmeasured))
+
+    def test_doctor_finds_this_environment_in_order(self, run: Run) -> None:
+        code, out, _ = run("doctor", "--format", "json")
+        document = json.loads(out)
+        assert (code, document["ok"]) == (0, True)
+        assert {"python", "torch", "onnxruntime"} <= {f["name"] for f in document["findings"]}
+
+    def test_version_and_help(self, run: Run) -> None:
+        assert run("--version") == (0, "zipc 0.1.0\n", "")
+        code, out, _ = run("--help")
+        assert code == 0
+        for verb in ("compile", "plan", "profile", "bench", "inspect", "check", "doctor"):
+            assert verb in out
+
+    def test_python_m_zipc_is_the_same_program(self) -> None:
+        command = [sys.executable, "-m", "zipc", "--version"]
+        ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert (ran.returncode, ran.stdout) == (0, "zipc 0.1.0\n")
+
+
+class TestTargets:
+    def test_cpu_is_built_in(self) -> None:
+        target = load_target("cpu")
+        assert (target.name, target.runtime) == ("cpu", "onnxruntime")
+        assert "cpu" in target_names()
+
+    def test_unknown_target_is_answered_with_the_nearest(self) -> None:
+        with pytest.raises(UsageError, match=r"Unknown target 'cpuu'\. Did you mean 'cpu'\?"):
+            load_target("cpuu")
+
+    def test_own_target_is_read_from_its_file(self, tmp_path: Path) -> None:
+        file = tmp_path / "desk.toml"
+        file.write_text('runtime = "onnxruntime"\nnumerics = ["fp32"]\nwidth_step = 8\n')
+        expected = replace(load_target("cpu"), name="desk", numerics=("fp32",), width_step=8)
+        assert load_target(str(file)) == replace(expected, description="")
+
+    @pytest.mark.parametrize(
+        ("text", "said"),
+        [
+            ('runtime = "x', "not valid TOML"),
+            ('runtime = "x"', "numerics"),
+            ('runtime = "x"\nnumerics = ["fp32"]\nwidth = 3', "unknown keys: width"),
+            ('runtime = "x"\nnumerics = ["fp32"]\nwidth_step = 0', "width_step"),
+            ('runtime = "x"\nnumerics = ["int8-static"]', "reference numeric"),
+        ],
+    )
+    def test_bad_target_file_says_what_is_wrong(self, tmp_path: Path, text: str, said: str) -> None:
+        file = tmp_path / "desk.toml"
+        file.write_text(text)
+        with pytest.raises(UsageError, match=said):
+            load_target(str(file))
+
+    def test_missing_target_file_names_the_built_in_ones(self) -> None:
+        with pytest.raises(UsageError, match=r"cannot be read.*built-in target: .*cpu"):
+            load_target("./nowhere.toml")
+
+
+def test_plain_progress_tells_each_stage_and_its_time() -> None:
+    lines: list[str] = []
+    now = [0.0]
+    progress = Lines(lines.append, clock=lambda: now[0])
+    progress.stage("profile", total=30)
+    for _ in range(30):
+        now[0] += 1.0
+        progress.advance(note="ffn")
+    progress.stage("search")
+    now[0] += 2.5
+    progress.done("3 sites")
+    progress.done()
+    assert lines == [
+        "profile ...",
+        "profile: 10/30 · ffn",
+        "profile: 20/30 · ffn",
+        "profile: 30/30 · ffn",
+        "profile: 30.0 s",
+        "search ...",
+        "search: 2.5 s · 3 sites",
+    ]
+
+
+@dataclass
+class FakePlan:
+    allocation: Allocation
+    sites: list[Site]
+    dense_ms: float = 20.0
+    predicted_speedup: float = 20.0 / 9.5
+    left_alone: tuple[Any, ...] = ()
+    split: Any = None
+
+    def __post_init__(self) -> None:
+        self.split = {"calibration": 100, "test": 50}
+
+    def to_json(self) -> dict[str, Any]:
+        return {"predicted_ms": self.allocation.predicted_ms}
+
+
+@dataclass
+class FakeProfile:
+    table_path: Path = Path("tables/cpu.json")
+    entries: int = 130
+    seconds: float = 42.0
+    from_cache: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        return {"entries": self.entries}
+
+
+@dataclass
+class FakeGate:
+    status: str = "inconclusive"
+    exit_code: int = 3
+
+    def to_json(self) -> dict[str, Any]:
+        return {"status": self.status}
