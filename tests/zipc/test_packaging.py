@@ -21,7 +21,7 @@ MAY_IMPORT = {"core": {"core"}, "latency_tables": {"core", "latency_tables"}} | 
     for name in ("profiler", "pruner", "numerics", "exporters")
 }
 NAMES_OF_DISTRIBUTIONS = {"huggingface_hub": "transformers", "tokenizers": "transformers"}
-NOT_IMPORTED = {"onnxscript"}  # torch.onnx.export imports it
+NOT_IMPORTED = {"onnxscript"}  # torch.onnx.export needs it, whether we import it or not
 
 
 def sources() -> Iterator[tuple[str, Path]]:
@@ -116,7 +116,7 @@ def test_third_party_imports_are_declared(project: dict[str, Any]) -> None:
     used = {imported.split(".")[0] for _, path in sources() for imported in imports(path)}
     used -= set(sys.stdlib_module_names) | {"zipc"} | demo
     assert {NAMES_OF_DISTRIBUTIONS.get(name, name) for name in used} <= declared
-    assert declared - used == NOT_IMPORTED
+    assert declared - used <= NOT_IMPORTED
 
 
 def test_every_module_imports_without_the_extras() -> None:
