@@ -216,17 +216,18 @@ class _Problem:
 
     def state(self, columns: Tensor) -> tuple[Tensor, Tensor]:
         """P and G of the optimal weights on `columns`, in the dtype of `weight`."""
-        weight, kept = self.weight, self.weight[:, columns]
-        if len(columns) == weight.shape[1]:
-            inverse = torch.cholesky_inverse(self.lower)[columns][:, columns]
-        else:
+        weight, kept, lower = self.weight, self.weight[:, columns], self.lower
+        if len(columns) < weight.shape[1]:
             lower, _ = damped_cholesky(self.damped[columns][:, columns], 0.0, scale=1.0)
-            inverse = torch.cholesky_inverse(lower)
             cross = weight.double() @ self.damped[:, columns]  # (out, kept)
             kept = torch.cholesky_solve(cross.T, lower).T.to(weight.dtype)
+        # Factored in fp64, where it can fail; inverted in the dtype that the loop can hold.
+        inverse = _inverse_of_product(lower.to(weight.dtype))
+        if lower is self.lower and not torch.equal(columns, torch.arange(len(columns))):
+            inverse = inverse[columns][:, columns]
         energy = kept.T @ kept
         mean = float(energy.diagonal().mean())
-        return inverse.to(weight.dtype), energy / (mean if mean > 0 else 1.0)
+        return inverse, energy / (mean if mean > 0 else 1.0)
 
 
 def _eliminate_columns(problem: _Problem, columns: Tensor, block: int) -> list[int]:
@@ -367,6 +368,20 @@ def _inverse_lower(lower: Tensor) -> Tensor:
             inverse[start:stop, :start] = -own @ (
                 lower[start:stop, :start] @ inverse[:start, :start]
             )
+    return inverse
+
+
+def _inverse_of_product(lower: Tensor) -> Tensor:
+    """Invert `L L'` as `L^-T L^-1`, panel by panel over the inverse of L.
+
+    LAPACK's potri does the same, at half the speed on one thread.
+    """
+    inverse = _inverse_lower(lower)
+    for start in range(0, lower.shape[0], PANEL):
+        stop = start + PANEL
+        rows = inverse[start:, start:stop].T @ inverse[start:, :stop]
+        inverse[start:stop, :stop] = rows
+        inverse[:start, start:stop] = rows[:, :start].T
     return inverse
 
 

@@ -1,0 +1,100 @@
+"""Score candidates by the oracle on really sliced weights, starting where they first differ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from zipc.core.types import Allocation
+from zipc.pruner.graph.interpret import Env, Executor
+from zipc.pruner.levels import Levels
+
+Feeds = Mapping[str, Tensor]
+Readout = Callable[[Tensor, Feeds], Tensor]  # model output, feeds -> pooled embeddings or logits
+Oracle = Callable[[Tensor, Tensor], float]  # dense, candidate -> loss
+
+
+@dataclass(slots=True)
+class _Prefix:
+    allocation: Allocation
+    live: list[dict[int, Env]]  # per batch: cut -> live values
+
+
+class Scorer:
+    """The oracle on a fixed set of texts, with the live values of one allocation kept.
+
+    Candidates of a search resemble the best one so far. Whatever comes before the first site at
+    which they differ is not computed again.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        levels: Levels,
+        batches: Sequence[Feeds],
+        *,
+        readout: Readout,
+        oracle: Oracle,
+    ) -> None:
+        self._executor = executor
+        self._levels = levels
+        self._batches = batches
+        self._readout = readout
+        self._oracle = oracle
+        self._cuts = {
+            name: min(executor.position(m) for m in site.producers)
+            for name, site in levels.sites.items()
+        }
+        self._prefix: _Prefix | None = None
+        self._memo: dict[object, float] = {}
+        dense = Allocation({}, 0.0, 0.0)
+        self._dense, self._dense_live = self._run(dense, base=None, keep=True)
+        self.evaluations = 0
+
+    @property
+    def dense_outputs(self) -> Tensor:
+        return self._dense
+
+    def score(self, allocation: Allocation, *, keep: bool = False) -> float:
+        """Loss of an allocation; `keep` makes it the base that later candidates start from."""
+        key = allocation.key
+        if key in self._memo and not keep:
+            return self._memo[key]
+        outputs, live = self._run(allocation, base=self._prefix, keep=keep)
+        if keep:
+            self._prefix = _Prefix(allocation, live)
+        self.evaluations += 1
+        self._memo[key] = self._oracle(self._dense, outputs)
+        return self._memo[key]
+
+    def rebase_on_dense(self) -> None:
+        """Start candidates from the dense model, as sensitivities want."""
+        self._prefix = _Prefix(Allocation({}, 0.0, 0.0), self._dense_live)
+
+    def seen(self, allocation: Allocation) -> bool:
+        return allocation.key in self._memo
+
+    def _run(
+        self, allocation: Allocation, *, base: _Prefix | None, keep: bool
+    ) -> tuple[Tensor, list[dict[int, Env]]]:
+        variant = self._levels.variant(allocation)
+        start = 0
+        if base is not None:
+            old, new = base.allocation.levels, allocation.levels
+            changed = [c for s, c in self._cuts.items() if old.get(s) != new.get(s)]
+            start = min(changed, default=max(self._cuts.values()))
+        cuts = sorted(set(self._cuts.values())) if keep else []
+        outputs, saved = [], []
+        with torch.inference_mode():
+            for i, feeds in enumerate(self._batches):
+                live = base.live[i].get(start) if base is not None else None
+                first = start if live is not None else 0
+                result, envs = self._executor.run(feeds, variant, start=first, live=live, cuts=cuts)
+                if keep and base is not None:
+                    envs = {**{c: e for c, e in base.live[i].items() if c <= first}, **envs}
+                outputs.append(self._readout(result[0], feeds))
+                saved.append(envs)
+        return torch.cat(outputs), saved
