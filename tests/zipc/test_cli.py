@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import signal
@@ -17,11 +18,12 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from zipc.cli.app import main
 from zipc.cli.bench import pairs_within
 from zipc.cli.flags import parse_latency, parse_seconds, parse_speedup
-from zipc.cli.progress import Lines
+from zipc.cli.progress import Lines, open_progress
 from zipc.cli.running import INTERRUPTED
 from zipc.core.errors import NoisyMeasurement, TargetUnreachable, UsageError
 from zipc.core.request import Request
@@ -233,6 +235,11 @@ class TestCompile:
         assert "next: zipc bench OUT" in out
         assert "noise of a library" in err
         assert "noise" not in out
+
+    def test_brackets_in_names_are_printed_as_they_are(self, run: Run, pipeline: Any) -> None:
+        model = ModelRecord(source="models/[v2]", sha256=SHA)
+        pipeline.compile_model = answer(pipeline, lambda: manifest(model=model))
+        assert "models/[v2]" in run(*COMPILE)[1]
 
     def test_json_is_the_manifest_and_nothing_else(self, run: Run, pipeline: Any) -> None:
         code, out, _ = run(*COMPILE, "--format", "json")
@@ -496,6 +503,20 @@ def test_plain_progress_tells_each_stage_and_its_time() -> None:
         "search ...",
         "search: 2.5 s · 3 sites",
     ]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_draws_every_stage_once_it_is_done(terminal: bool) -> None:
+    stream = io.StringIO()
+    with open_progress(Console(file=stream, force_terminal=terminal, width=90)) as progress:
+        progress.stage("evidence", total=2)
+        progress.advance(note="batch [1]")
+        progress.info("columns: [a]")
+        progress.stage("search")
+    text = stream.getvalue()
+    assert "evidence" in text
+    assert "columns: " in text
+    assert "search" in text.splitlines()[-1] or "search" in text.splitlines()[-2]
 
 
 @dataclass

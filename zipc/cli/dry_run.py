@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from zipc.cli.running import Outcome
@@ -33,10 +34,10 @@ def dry_run(request: Request) -> Outcome:
         table = Table(box=None, show_header=False, pad_edge=False)
         for name, value in asked.items():
             if value not in (None, [], False):
-                table.add_row(name, str(value))
+                table.add_row(name, escape(str(value)))
         table.add_row("runtime", target.runtime)
         if data is not None:
-            table.add_row("columns, splits", data)
+            table.add_row("columns, splits", escape(data))
         console.print(table)
         console.print("dry run: nothing was measured or written")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from zipc.core.request import Request
@@ -29,7 +30,7 @@ def show_manifest(
     _say(console, f"[bold {colour}]{manifest.verdict}[/]  {_asked(manifest)}")
     facts = Table(box=None, show_header=False, pad_edge=False)
     for name, value in _facts(manifest):
-        facts.add_row(f"[dim]{name}[/]", value)
+        facts.add_row(f"[dim]{name}[/]", escape(value))
     console.print(facts)
     rows: list[Row] = [
         (a.site, a.level, a.units, a.predicted_ms, a.error) for a in manifest.allocation
@@ -73,7 +74,7 @@ def show_fields(console: Console, document: Mapping[str, Any]) -> None:
     """Print a flat or nested document as name and value; long lists as their length."""
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, value in _flat(document):
-        table.add_row(f"[dim]{name}[/]", value)
+        table.add_row(f"[dim]{escape(name)}[/]", escape(value))
     console.print(table)
 
 
@@ -160,7 +161,7 @@ def _show_allocation(console: Console, rows: Sequence[Row], *, every_site: bool)
         kept = "removed" if level.removed else str(level.width)
         numeric = "" if level.removed else level.numeric
         table.add_row(
-            site,
+            escape(site),
             kept if units is None or level.removed else f"{kept}/{units}",
             numeric if level.pattern == "dense" else f"{numeric} {level.pattern}",
             "" if ms is None else f"{ms:.3f}",

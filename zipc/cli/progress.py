@@ -8,7 +8,14 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TaskID, TextColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.progress import Progress as Bars
 
 from zipc.core.types import Progress
@@ -30,7 +37,7 @@ def open_progress(console: Console | None = None) -> Iterator[Progress]:
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[elapsed]}"),
+        TimeElapsedColumn(),
         TextColumn("[dim]{task.fields[note]}"),
     )
     with Bars(*columns, console=console, transient=True) as bars:
@@ -88,12 +95,11 @@ class Live:
     def stage(self, name: str, total: int | None = None) -> None:
         self.done()
         self._name, self._began = name, time.monotonic()
-        self._task = self._bars.add_task(escape(name), total=total, elapsed="", note="")
+        self._task = self._bars.add_task(escape(name), total=total, note="")
 
     def advance(self, steps: int = 1, note: str = "") -> None:
         if self._task is not None:
-            elapsed = f"{time.monotonic() - self._began:.0f} s"
-            self._bars.update(self._task, advance=steps, elapsed=elapsed, note=escape(note))
+            self._bars.update(self._task, advance=steps, note=escape(note))
 
     def info(self, message: str) -> None:
         self._bars.console.print(message, markup=False, soft_wrap=True)
