@@ -109,7 +109,7 @@ def test_infinite_cost_forbids_a_level() -> None:
     [([np.nan], [1.0]), ([1.0], [np.inf]), ([1.0, 2.0], [1.0]), ([], []), ([np.inf], [1.0])],
 )
 def test_senseless_levels_are_refused(costs: list[float], times: list[float]) -> None:
-    with pytest.raises(ValueError, match="cost|level|zip|match"):
+    with pytest.raises(ValueError, match=r"cost|level|match"):
         solve([np.array(costs)], [np.array(times)], budget=10.0)
 
 
