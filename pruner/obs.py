@@ -1,7 +1,7 @@
 """Structured OBS: in which order the units of a site go, and what each removal costs.
 
 The input columns of one linear map are removed unit by unit, always the unit whose loss the
-remaining columns can repair best (Kurtic et al. 2023, ZipLM, eq. 3). With P the inverse of the
+remaining columns can repair best (ZipLM, Kurtic et al. 2023). With P the inverse of the
 damped Gram matrix of the inputs and G = W'W, the price of unit S is `tr((P_SS)^-1 G_SS)`, and
 removing it is one block of Gaussian elimination in P and in G. W itself is not needed: the weights
 of any width follow in closed form (`compensate.least_squares`), and so do the errors of all widths.

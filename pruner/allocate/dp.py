@@ -28,7 +28,7 @@ def solve(
     """Pick one level index per site: the sum of costs minimal, the sum of times within `budget`.
 
     A dynamic program over `buckets` slices of the time left above the fastest allocation (Frantar &
-    Alistarh 2022, SPDY, section 3.1, but rounding up): no result is ever over the budget, and none
+    Alistarh 2022, SPDY, but rounding up): no result is ever over the budget, and none
     is worse than the true optimum for a budget smaller by one bucket per site. An infinite cost
     forbids a level; ties go to the faster level, then to the lower index.
 

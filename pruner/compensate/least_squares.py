@@ -1,7 +1,7 @@
 """Repair the columns that are kept: closed-form least squares on the Gram matrix of the inputs.
 
 `W_K = W H[:, K] (H_KK)^-1` is the minimiser of `||W X - W_K X_K||^2` and equals what the running
-OBS updates arrive at (Hassibi & Stork 1993; Kurtic et al. 2023, eq. 2). H is damped on its
+OBS updates arrive at (Hassibi & Stork 1993; ZipLM, Kurtic et al. 2023). H is damped on its
 diagonal, so the weights are drawn towards the original ones and keeping everything changes nothing.
 """
 
