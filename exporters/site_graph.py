@@ -6,7 +6,7 @@ import onnx
 from onnx import helper
 
 from zipc.core.errors import UnsupportedModel
-from zipc.core.types import Site, Workload
+from zipc.core.types import Site
 from zipc.exporters.graph import OnnxGraph
 
 
@@ -38,11 +38,13 @@ def block_ends(graph: OnnxGraph, site: Site) -> tuple[list[str], list[str]]:
     return list(dict.fromkeys(starts)), list(dict.fromkeys(ends))
 
 
-def extract(graph: OnnxGraph, ends: tuple[list[str], list[str]], workload: Workload) -> bytes:
-    """The nodes between the two ends as a model with concrete input shapes.
+def extract(graph: OnnxGraph, ends: tuple[list[str], list[str]]) -> OnnxGraph:
+    """The nodes between the two ends as a graph of its own.
 
-    Values that come from elsewhere (an attention mask) become inputs too. `graph` may be a
-    specialised copy: the ends keep their names.
+    Batch and sequence stay symbolic, as in the artifact: with concrete shapes ONNX Runtime fuses
+    differently, and the price would be that of another graph.
+    Values that come from elsewhere (an attention mask) become inputs too. The result can be
+    specialised like the whole graph.
     """
     starts, stops = ends
     producers = graph.producers()
@@ -62,7 +64,6 @@ def extract(graph: OnnxGraph, ends: tuple[list[str], list[str]], workload: Workl
             continue
         inside[id(node)] = node
         stack += node.input
-    sizes = {"batch": workload.batch_size, "sequence": workload.sequence_length}
     proto = onnx.ModelProto()
     proto.CopyFrom(graph.proto)
     del proto.graph.input[:], proto.graph.output[:]
@@ -70,10 +71,13 @@ def extract(graph: OnnxGraph, ends: tuple[list[str], list[str]], workload: Workl
         for name in names:
             if name not in graph.shapes:
                 raise UnsupportedModel(f"the shape of {name} is unknown in the exported graph")
-            shape = [sizes.get(d, 1) if isinstance(d, str) else d for d in graph.shapes[name]]
-            group.append(helper.make_tensor_value_info(name, graph.types[name], shape))
-    part = OnnxGraph(proto, [n for n in graph.nodes if id(n) in inside], graph.arrays)
-    return part.to_bytes()
+            kind, shape = graph.types[name], graph.shapes[name]
+            group.append(helper.make_tensor_value_info(name, kind, shape))
+    nodes = [n for n in graph.nodes if id(n) in inside]
+    used = {i for n in nodes for i in n.input}
+    arrays = {k: v for k, v in graph.arrays.items() if k in used}
+    weights = {k: v for k, v in graph.weights.items() if v[0] in used}
+    return OnnxGraph(proto, nodes, arrays, weights, graph.shapes, graph.types)
 
 
 def _dependents(graph: OnnxGraph, starts: list[str]) -> set[str]:

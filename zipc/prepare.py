@@ -1,0 +1,126 @@
+"""From a model source to everything that is derived from its structure alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+from torch import Tensor
+
+import zipc
+from zipc.core.errors import UnsupportedModel
+from zipc.core.files import fingerprint
+from zipc.core.request import Request
+from zipc.core.types import LeftAlone, Progress, Site
+from zipc.exporters.graph import OnnxGraph
+from zipc.exporters.onnx_export import check_parity, export_dense
+from zipc.model_source import SourceModel
+from zipc.profiler.runners.onnxruntime import OnnxRuntimeRunner
+from zipc.pruner.graph.interpret import Executor, Variant
+from zipc.pruner.graph.sites import Structure, find_sites
+from zipc.pruner.graph.trace import Program, trace
+from zipc.stage_cache import StageCache
+
+PARITY_BOUND = 1e-4  # dense ONNX against torch, relative to the largest output
+
+
+@dataclass(slots=True)
+class Prepared:
+    """A traced model with its sites and its dense ONNX graph."""
+
+    source: SourceModel
+    program: Program
+    structure: Structure
+    executor: Executor
+    dense: OnnxGraph
+    parity: float
+    key: str  # names the model's structure and weights in the cache
+
+    @property
+    def sites(self) -> dict[str, Site]:
+        return {s.name: s for s in self.structure.sites}
+
+    @property
+    def left_alone(self) -> list[LeftAlone]:
+        return self.structure.left_alone
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        return dict(self.program.tensors.values())
+
+
+def prepare(
+    source: SourceModel, request: Request, *, cache: StageCache, progress: Progress
+) -> Prepared:
+    """Trace, find sites, export; the export is taken from the cache where it is there.
+
+    Raises:
+        UnsupportedModel: it cannot be traced or exported, or nothing in it can be removed.
+        ExportMismatch: ONNX Runtime does not reproduce the torch module.
+    """
+    progress.stage("trace")
+    example = source.example()
+    program = trace(source.module, example, max_length=source.max_length)
+    program.outputs = [program.outputs[i] for i, _ in source.outputs]
+    structure = find_sites(program, include=request.include, exclude=request.exclude)
+    if not structure.sites:
+        reasons = "; ".join(f"{a.path}: {a.reason}" for a in structure.left_alone[:3])
+        raise UnsupportedModel(
+            f"Nothing in {request.model} can be removed{' (' + reasons + ')' if reasons else ''}. "
+            f"Use --no-prune for numerics only, or look at: zipc inspect {request.model}"
+        )
+    progress.done(f"{len(structure.sites)} sites, {len(structure.left_alone)} left alone")
+    progress.stage("export")
+    key = fingerprint(
+        source.sha256, source.outputs, source.inputs, _versions(), dataclasses.asdict(request.workload)
+    )
+    dense = _load_graph(cache, key)
+    reused = dense is not None
+    if dense is None:
+        dense = export_dense(program.exported, example, outputs=source.outputs)
+        _save_graph(cache, key, dense)
+    executor = Executor(program, structure)
+    parity = _check(executor, dense, source, request)
+    progress.done("reused" if reused else f"parity {parity:.1e}")
+    return Prepared(source, program, structure, executor, dense, parity, key)
+
+
+def _check(
+    executor: Executor, dense: OnnxGraph, source: SourceModel, request: Request
+) -> float:
+    example = source.example(batch=3, length=min(24, source.max_length))
+    expected, _ = executor.run(example, Variant())
+    runner = OnnxRuntimeRunner(dense.to_bytes(), workload=request.workload)
+    outputs = runner.outputs({k: v.numpy() for k, v in example.items()})
+    return check_parity(
+        [outputs[name] for _, name in source.outputs],
+        [t.numpy() for t in expected],
+        bound=PARITY_BOUND,
+        what="the dense ONNX graph against torch",
+    )
+
+
+def _versions() -> list[str]:
+    import torch
+    import transformers
+
+    return [zipc.__version__, torch.__version__, transformers.__version__, onnx.__version__]
+
+
+def _save_graph(cache: StageCache, key: str, graph: OnnxGraph) -> None:
+    side = {"weights": graph.weights, "shapes": graph.shapes, "types": graph.types}
+    cache.put("export", key, {"dense.onnx": graph.to_bytes(), "names.json": json.dumps(side).encode()})
+
+
+def _load_graph(cache: StageCache, key: str) -> OnnxGraph | None:
+    folder = cache.get("export", key)
+    if folder is None:
+        return None
+    graph = OnnxGraph.of(onnx.load_from_string(Path(folder / "dense.onnx").read_bytes()))
+    side = json.loads((folder / "names.json").read_text())
+    graph.weights = {k: (str(v[0]), bool(v[1])) for k, v in side["weights"].items()}
+    graph.shapes, graph.types = side["shapes"], side["types"]
+    return graph

@@ -1,0 +1,281 @@
+"""Price every level of every site in milliseconds on the target, and check the sum on whole models."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from zipc.core.errors import TableMissing
+from zipc.core.files import fingerprint as short_hash
+from zipc.core.request import Request
+from zipc.core.types import Level, Progress, Site, Target, Workload
+from zipc.exporters.graph import OnnxGraph
+from zipc.exporters.site_graph import block_ends, extract
+from zipc.exporters.specialise import Edit, Int8Weights, specialise
+from zipc.latency_tables import correction
+from zipc.latency_tables.store import TableStore
+from zipc.latency_tables.table import LatencyTable
+from zipc.numerics.int8 import STATIC, quantize_weight
+from zipc.prepare import Prepared
+from zipc.profiler.fingerprint import device_fingerprint, device_state
+from zipc.profiler.runners.onnxruntime import OnnxRuntimeRunner
+from zipc.profiler.sweep import PricedGraph, sweep
+from zipc.profiler.timing import interleave, warm_up
+from zipc.pruner.graph.surgery import cut
+from zipc.pruner.ladder import widths_of
+
+WHOLE = "model"
+DENSE = Level(1, "fp32")  # the level under which the whole dense model stands in a table
+SWEEP_ROUNDS = 20
+CORRECTION_POINTS = 6
+CORRECTION_ROUNDS = 20
+
+
+@dataclass(slots=True)
+class Prices:
+    """A table with what is needed to price a whole allocation."""
+
+    table: LatencyTable
+    path: Path
+    signatures: dict[str, str]  # site -> signature in the table
+    calls: dict[str, int]
+    dense_ms: float
+    fixed_ms: float
+    seconds: float
+    from_cache: bool
+
+    def ms(self, site: str, level: Level) -> float:
+        return self.table.price(self.signatures[site], level) * self.calls[site]
+
+    def ratio(self, allocation_ms: float) -> float:
+        """Latency relative to dense that a sum of prices means for the whole model."""
+        raw = allocation_ms / self.dense_ms
+        return self.table.correction.apply(raw) if self.table.correction else raw
+
+    def budget_ms(self, ratio: float) -> float:
+        """Sum of prices that comes out at `ratio` of the dense latency."""
+        raw = self.table.correction.invert(ratio) if self.table.correction else ratio
+        return max(raw, 0.0) * self.dense_ms
+
+
+def offered_levels(site: Site, target: Target) -> list[Level]:
+    """Every level the table prices for a site, the dense one included."""
+    widths = widths_of(site, step=target.width_step)
+    return [Level(0), *(Level(w, n) for n in target.numerics for w in widths if w)]
+
+
+def price(
+    prepared: Prepared,
+    target: Target,
+    request: Request,
+    *,
+    store: TableStore,
+    progress: Progress,
+) -> Prices:
+    """Load the table of this model's sites, or measure what is missing in it.
+
+    Raises:
+        TableMissing: a stored table was measured on another device (see --allow-table-mismatch).
+    """
+    workload = request.workload
+    parts: dict[str, OnnxGraph] = {}
+    signatures: dict[str, str] = {}
+    examples: dict[str, Site] = {}
+    for site in prepared.structure.sites:
+        part = extract(prepared.dense, block_ends(prepared.dense, site))
+        ops = [n.op_type for n in part.nodes]
+        signature = f"{site.kind}-{site.units}-{short_hash(site.signature, ops)[:10]}"
+        signatures[site.name] = signature
+        parts.setdefault(signature, part)
+        examples.setdefault(signature, site)
+    key = short_hash(sorted(signatures.values()), target.width_step, sorted(prepared.dense.op_counts().items()))
+    path = store.path(target.name, workload, target.runtime, key)
+    prints = device_fingerprint(runtime=target.runtime)
+    stored = store.load(path, fingerprint=prints, allow_mismatch=request.allow_table_mismatch)
+    graphs = [PricedGraph(WHOLE, DENSE, lambda: specialise(prepared.dense, Edit()).to_bytes())]
+    for signature, part in parts.items():
+        site = examples[signature]
+        graphs += [
+            PricedGraph(signature, level, _builder(part, site, level, prepared))
+            for level in offered_levels(site, target)
+        ]
+    largest = max(parts, key=lambda s: sum(a.size for a in parts[s].arrays.values()))
+    anchor_bytes = specialise(parts[largest], Edit()).to_bytes()
+    table = stored or LatencyTable(
+        target=target.name,
+        runtime=target.runtime,
+        workload=workload,
+        fingerprint=prints,
+        state=device_state(),
+        anchor=hashlib.sha256(anchor_bytes).hexdigest(),
+    )
+    missing = [g for g in graphs if not table.has(g.signature, g.level)]
+    seconds = 0.0
+    if missing:
+        if stored is not None and stored.fingerprint != prints:
+            raise TableMissing(
+                f"The table {path} lacks {len(missing)} entries and was measured on another device;"
+                f" it cannot be extended here. Run: zipc profile {request.model}"
+            )
+        table, seconds = _measure(
+            table, missing, anchor_bytes, workload, store=store, path=path, progress=progress
+        )
+    calls = {s.name: s.calls for s in prepared.structure.sites}
+    dense_ms = table.price(WHOLE, DENSE)
+    sites = sum(
+        table.price(signatures[s.name], Level(s.units, "fp32")) * s.calls
+        for s in prepared.structure.sites
+    )
+    prices = Prices(
+        table, path, signatures, calls, dense_ms, dense_ms - sites, seconds, not missing
+    )
+    if table.correction is None:
+        fitted = _fit_correction(prepared, target, prices, workload, progress)
+        prices.table = table.with_correction(fitted)
+        store.save(prices.table, path)
+    return prices
+
+
+def _measure(
+    table: LatencyTable,
+    graphs: list[PricedGraph],
+    anchor_bytes: bytes,
+    workload: Workload,
+    *,
+    store: TableStore,
+    path: Path,
+    progress: Progress,
+) -> tuple[LatencyTable, float]:
+    import time
+
+    started = time.monotonic()
+    held = [table]
+
+    def keep(entries: list[object]) -> None:
+        held[0] = held[0].with_entries(entries)  # type: ignore[arg-type]
+        if time.monotonic() - saved[0] > 5:  # an interrupted sweep loses at most this much
+            store.save(held[0], path)
+            saved[0] = time.monotonic()
+
+    saved = [started]
+    sweep(
+        graphs,
+        anchor=OnnxRuntimeRunner(anchor_bytes, workload=workload),
+        make_runner=lambda model: OnnxRuntimeRunner(model, workload=workload),
+        rounds=SWEEP_ROUNDS,
+        progress=progress,
+        on_entries=keep,
+    )
+    store.save(held[0], path)
+    return held[0], time.monotonic() - started
+
+
+def _builder(part: OnnxGraph, site: Site, level: Level, prepared: Prepared):  # type: ignore[no-untyped-def]
+    def build() -> bytes:
+        kept = {site.name: tuple(range(level.width))}
+        edit = plain_edit(prepared, {site.name: level}, kept)
+        return specialise(part, edit).to_bytes()
+
+    return build
+
+
+def plain_edit(
+    prepared: Prepared, levels: dict[str, Level], kept: dict[str, tuple[int, ...]]
+) -> Edit:
+    """An edit with the right shapes and unrepaired weights: latency does not depend on values."""
+    weights = prepared.weights
+    tensors: dict[str, np.ndarray] = {}  # type: ignore[type-arg]
+    removed: dict[str, np.ndarray] = {}  # type: ignore[type-arg]
+    integers: dict[str, Int8Weights] = {}
+    for name, level in levels.items():
+        site = prepared.sites[name]
+        if level.removed:
+            for consumer in site.consumers:
+                rows = weights[consumer.module + ".weight"].shape[0]
+                removed[consumer.module] = np.zeros(rows, dtype=np.float32)
+            continue
+        for parameter in {s.parameter for s in site.slices}:
+            tensors[parameter] = cut(weights[parameter], site, parameter, kept[name]).numpy()
+        if level.numeric == "fp32":
+            continue
+        for module in (*site.producers, *(c.module for c in site.consumers)):
+            rounded = quantize_weight(torch.from_numpy(tensors[module + ".weight"]))
+            integers[module] = Int8Weights(
+                rounded.values.numpy(),
+                rounded.scale.numpy(),
+                (0.05, 128) if level.numeric == STATIC else None,
+            )
+    return Edit(tensors, removed, integers)
+
+
+def random_levels(
+    prepared: Prepared, target: Target, rng: np.random.Generator
+) -> dict[str, Level]:
+    """A random allocation: widths around a random overall density, one numeric policy."""
+    density = rng.uniform(0.15, 0.95)
+    mixed = [n for n in target.numerics]
+    policy = mixed[int(rng.integers(len(mixed)))] if rng.random() < 0.7 else None
+    levels = {}
+    for site in prepared.structure.sites:
+        widths = np.array(widths_of(site, step=target.width_step))
+        wanted = float(np.clip(density + rng.normal(0, 0.2), 0, 1)) * site.units
+        width = int(widths[np.abs(widths - wanted).argmin()])
+        numeric = policy or mixed[int(rng.integers(len(mixed)))]
+        levels[site.name] = Level(width, numeric) if width else Level(0)
+    return levels
+
+
+def measure_points(
+    prepared: Prepared,
+    target: Target,
+    prices: Prices,
+    workload: Workload,
+    *,
+    points: int,
+    rng: np.random.Generator,
+    rounds: int = CORRECTION_ROUNDS,
+    progress: Progress,
+) -> list[tuple[float, float]]:
+    """(sum of prices, measured latency), both relative to dense, of random allocations."""
+    dense = OnnxRuntimeRunner(specialise(prepared.dense, Edit()).to_bytes(), workload=workload)
+    warm_up(dense)
+    found = []
+    for _ in range(points):
+        levels = random_levels(prepared, target, rng)
+        kept = {n: tuple(range(lv.width)) for n, lv in levels.items()}
+        graph = specialise(prepared.dense, plain_edit(prepared, levels, kept))
+        runner = OnnxRuntimeRunner(graph.to_bytes(), workload=workload)
+        warm_up(runner)
+        base, times = interleave([dense, runner], rounds=rounds)
+        total = prices.fixed_ms + sum(prices.ms(n, lv) for n, lv in levels.items())
+        measured = float(np.median(np.array(times) / np.array(base)))
+        found.append((total / prices.dense_ms, measured))
+        progress.advance()
+    return found
+
+
+def _fit_correction(
+    prepared: Prepared, target: Target, prices: Prices, workload: Workload, progress: Progress
+) -> correction.Correction:
+    progress.stage("check prices on whole models", CORRECTION_POINTS)
+    points = measure_points(
+        prepared,
+        target,
+        prices,
+        workload,
+        points=CORRECTION_POINTS,
+        rng=np.random.default_rng(0),
+        progress=progress,
+    )
+    fitted = correction.fit(points)
+    progress.done(
+        f"sum of prices off by {fitted.median_error:.1%} (median), {fitted.worst_error:.1%} (worst)"
+    )
+    return fitted
+
+
+__all__ = ["Prices", "measure_points", "offered_levels", "plain_edit", "price"]
