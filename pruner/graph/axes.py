@@ -115,12 +115,17 @@ class Axes:
                 name, value = held
                 if name not in self._tensor_dims:
                     self._tensor_dims[name] = [[Atom(int(s))] for s in value.shape]
+                    if name in self.program.fixed:
+                        pin(self._tensor_dims[name], self.program.fixed[name])
                 self.of[node.name] = self._tensor_dims[name]
             else:
                 self.of[node.name] = _fresh(node)
                 pin(self.of[node.name], "it is part of the model's input")
             return
-        if node.op != "call_function" or not _is_tensor(node):
+        if node.op != "call_function":
+            return
+        if not _is_tensor(node):
+            _opaque(self, node)
             return
         rule = RULES.get(_base_name(node.target), _unknown)
         self.of[node.name] = rule(self, node)
@@ -161,6 +166,13 @@ def _unknown(axes: Axes, node: fx.Node) -> list[Dim]:
     return out
 
 
+def _opaque(axes: Axes, node: fx.Node) -> None:
+    """Chunk, split, topk and others that return several tensors; sizes and checks are harmless."""
+    if isinstance(node.meta.get("val"), (list, tuple)):
+        reason = f"op {_base_name(node.target)} ({node.name}) takes it apart"
+        pin([d for source in node.all_input_nodes for d in axes.dims(source)], reason)
+
+
 def _elementwise(axes: Axes, node: fx.Node) -> list[Dim]:
     """Broadcasting element-wise op: aligned dimensions are the same dimension."""
     shape = _shape(node)
@@ -186,9 +198,29 @@ def _linear(axes: Axes, node: fx.Node) -> list[Dim]:
     unify(x[-1], weight[1], where=node.name)
     if len(node.args) > 2 and node.args[2] is not None:
         unify(weight[0], axes.dims(node.args[2])[0], where=node.name)
-    if axes.program.tensor_of(node.args[1]) is None:
-        pin([weight[0], weight[1]], f"the weight of {node.name} is computed")
+    foreign = _foreign(axes.program, node)
+    if foreign:
+        pin([weight[0], weight[1]], foreign)
     return [*x[:-1], weight[0]]
+
+
+def _foreign(program: Program, node: fx.Node) -> str | None:
+    """Why the weight is not that of a plain nn.Linear, which is all that can be put in its place."""
+    weight = node.args[1]
+    held = program.tensor_of(weight)
+    if held is None or not isinstance(weight, fx.Node):
+        return f"the weight of {node.name} is computed"
+    if any(user.target is not node.target or user.args[0] is weight for user in weight.users):
+        return f"{held[0]} is used by other operations too"
+    stack = node.meta.get("nn_module_stack") or {"": ("", "")}
+    path, kind = list(stack.values())[-1]
+    bias = program.tensor_of(node.args[2]) if len(node.args) > 2 else None
+    names = [held[0]] + ([bias[0]] if bias else [])
+    if str(kind) != "torch.nn.modules.linear.Linear":
+        return f"{held[0]} belongs to a {str(kind).rpartition('.')[2]}, not to an nn.Linear"
+    if names != [f"{path}.weight", f"{path}.bias"][: len(names)]:
+        return f"{path} computes with the weights of another module ({', '.join(names)})"
+    return None
 
 
 def _view(axes: Axes, node: fx.Node) -> list[Dim]:
@@ -246,7 +278,12 @@ def _unsqueeze(axes: Axes, node: fx.Node) -> list[Dim]:
 def _squeeze(axes: Axes, node: fx.Node) -> list[Dim]:
     source = node.args[0]
     assert isinstance(source, fx.Node)
-    kept = [d for d, s in zip(axes.dims(source), _shape(source), strict=True) if s != 1]
+    dims, sizes = axes.dims(source), _shape(source)
+    over: Any = node.args[1] if len(node.args) > 1 else range(len(dims))
+    for at in [over] if isinstance(over, int) else over:
+        if sizes[at] != 1:
+            pin([dims[at]], f"it would vanish at size one ({node.name})")
+    kept = [d for d, s in zip(dims, sizes, strict=True) if s != 1]
     return kept if len(kept) == len(_shape(node)) else _unknown(axes, node)
 
 

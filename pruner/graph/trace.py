@@ -38,7 +38,7 @@ class Program:
     inputs: list[str]
     outputs: list[fx.Node]
     linears: list[LinearCall]
-    dynamic: dict[str, str] = field(default_factory=dict)
+    fixed: dict[str, str] = field(default_factory=dict)  # tensor that must keep its size -> why
 
     def tensor_of(self, node: Any) -> tuple[str, Tensor] | None:
         """Qualified name and value if `node` is a parameter, buffer or constant."""
@@ -66,7 +66,17 @@ def trace(model: nn.Module, example: Mapping[str, Tensor], *, max_length: int) -
             f"{type(error).__name__}: {first}. Data-dependent control flow and custom ops must be "
             "rewritten or the part excluded."
         ) from error
-    return program_of(exported)
+    program = program_of(exported)
+    program.fixed |= _tied(model)
+    return program
+
+
+def _tied(model: nn.Module) -> dict[str, str]:
+    """Parameters that several modules hold: resizing one would leave the others behind."""
+    names: dict[int, list[str]] = {}
+    for name, value in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(value), []).append(name)
+    return {n: "its weights are tied: " + " = ".join(g) for g in names.values() if g[1:] for n in g}
 
 
 def program_of(exported: torch.export.ExportedProgram) -> Program:
@@ -82,6 +92,9 @@ def program_of(exported: torch.export.ExportedProgram) -> Program:
             value = stored[name]
             if isinstance(value, Tensor):
                 tensors[placeholder] = (name, value.detach())
+    fixed = {n: "it is a buffer that no checkpoint holds" for n in signature.non_persistent_buffers}
+    for name in signature.inputs_to_lifted_tensor_constants.values():
+        fixed[name] = "it is a constant in the code of the model"
     nodes = list(exported.graph.nodes)
     inputs = [n for n in signature.user_inputs if isinstance(n, str)]
     by_name = {n.name: n for n in nodes}
@@ -98,4 +111,4 @@ def program_of(exported: torch.export.ExportedProgram) -> Program:
             source = node.args[0]
             assert isinstance(source, fx.Node)
             linears.append(LinearCall(node.name, module, weight[0], bias_name, source.name))
-    return Program(exported, nodes, tensors, inputs, outputs, linears)
+    return Program(exported, nodes, tensors, inputs, outputs, linears, fixed)
