@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from zipc.core.types import Consumer, LeftAlone, Site, Slice
@@ -52,12 +52,20 @@ def find_sites(
         site = _site(atom, uses, produced, contracted, program)
         sites.append((min(position[c.node] for c in produced), site, atom))
     sites.sort(key=lambda s: s[0])
-    kept = [(s, a) for _, s, a in sites if _wanted(s.name, include, exclude)]
-    left = [
-        LeftAlone(s.name, "excluded by --include/--exclude")
-        for _, s, _ in sites
-        if not _wanted(s.name, include, exclude)
-    ]
+    left: list[LeftAlone] = []
+    kept: list[tuple[Site, Atom]] = []
+    owner: dict[str, str] = {}  # tensor -> the site that cuts it
+    for _, site, atom in sites:
+        name = site.name if all(s.name != site.name for s, _ in kept) else "+".join(site.producers)
+        site = replace(site, name=name)
+        reason = _conflict(site, owner)
+        if not _wanted(name, include, exclude):
+            left.append(LeftAlone(name, "excluded by --include/--exclude"))
+        elif reason:
+            left.append(LeftAlone(name, reason))
+        else:
+            kept.append((site, atom))
+            owner |= {s.parameter: name for s in site.slices}
     in_sites = {m for _, s, _ in sites for m in (*s.producers, *(c.module for c in s.consumers))}
     for call in program.linears:
         if call.module not in in_sites:
@@ -71,6 +79,16 @@ def find_sites(
         for node, dims in axes.of.items()
     }
     return Structure([s for s, _ in kept], left, shapes)
+
+
+def _conflict(site: Site, owner: dict[str, str]) -> str | None:
+    """Why a site cannot be decided on its own: every tensor is cut by one site, along one axis."""
+    for piece in site.slices:
+        if piece.parameter in owner:
+            return f"{piece.parameter} is cut by site {owner[piece.parameter]} already"
+        if sum(p.parameter == piece.parameter for p in site.slices) > 1:
+            return f"{piece.parameter} carries its units twice"
+    return None
 
 
 def _factor(atom: Atom, names: dict[int, str]) -> tuple[str | None, int | None]:
