@@ -36,7 +36,10 @@ class ConstantMap(nn.Module):
 
 
 class EmptyMap(nn.Module):
-    """What a producer becomes when its consumer is gone: zeros, one unit wide, to keep shapes."""
+    """What a producer becomes when its consumer is gone: zeros of the dense width.
+
+    The shapes between the two, and whatever else carries the units, stay as they were.
+    """
 
     def __init__(self, features: int) -> None:
         super().__init__()
@@ -69,15 +72,16 @@ def describe(
                     "features": shapes[consumer.module + ".weight"][0],
                 }
             for path in site.producers:
-                stubs[path] = {"kind": "empty", "features": _unit_width(site, path)}
+                features = site.units * _unit_width(site, path)
+                stubs[path] = {"kind": "empty", "features": features}
+            continue
         for piece in site.slices:
-            size = piece.outer * max(kept, 1) * piece.inner
-            shapes[piece.parameter][piece.dim] = size
+            shapes[piece.parameter][piece.dim] = piece.outer * kept * piece.inner
             owner = piece.parameter.rpartition(".")[0]
-            if not isinstance(modules.get(owner), nn.Linear) and kept:
+            if not isinstance(modules.get(owner), nn.Linear):
                 tensors[piece.parameter] = shapes[piece.parameter]
         for path in _owners(site):
-            found = _rewrites(modules[path], site, max(kept, 1))
+            found = _rewrites(modules[path], site, kept)
             if found:
                 attributes.setdefault(path, {}).update(found)
     touched = {m for s in sites for m in (*s.producers, *(c.module for c in s.consumers))}
