@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from zipc.core.types import Site
 from zipc.pruner.graph.sites import Structure
 from zipc.pruner.graph.trace import LinearCall, Program
+from zipc.pruner.products import linear
 
 LinearFn = Callable[[Tensor], Tensor]
 Env = dict[str, Any]
@@ -38,6 +40,7 @@ class Variant:
 
 _RESHAPES = {"view", "reshape", "_unsafe_view", "expand"}
 _SKIP = ("_assert", "sym_constrain")
+_PLANS = 512  # execution plans kept
 
 
 class Executor:
@@ -48,12 +51,13 @@ class Executor:
         self.calls: dict[str, LinearCall] = {c.node: c for c in program.linears}
         self._index = {n.name: i for i, n in enumerate(program.nodes)}
         self._symbols = _input_symbols(program)
+        self._values = dict(program.tensors.values())
         self._site_dims = {
             name: {i: f for i, f in enumerate(dims) if any(s for s, _ in f)}
             for name, dims in structure.shapes.items()
             if any(s for f in dims for s, _ in f)
         }
-        self._plans: dict[frozenset[str], tuple[list[fx.Node], dict[str, int]]] = {}
+        self._plans: dict[tuple[frozenset[str], ...], tuple[list[fx.Node], dict[str, int]]] = {}
 
     def run(
         self,
@@ -67,18 +71,17 @@ class Executor:
     ) -> tuple[list[Tensor], dict[int, Env]]:
         """Run nodes `start..`; returns the outputs and the live values at each of `cuts`.
 
-        `live` must hold the values a run left at cut `start`. `on_linear` sees every linear's
-        input, before it runs.
+        `live` must hold the values a run left at cut `start`; what that run had no need of, because
+        all its readers were removed, is computed again. `on_linear` sees every linear's input,
+        before it runs.
         """
-        order, last_use = self._plan(frozenset(variant.constants))
-        symbols = {s: int(feeds[name].shape[d]) for name, d, s in self._symbols if name in feeds}
         env: Env = dict(live or {})
+        order, last_use = self._plan(frozenset(variant.constants), frozenset(env))
+        symbols = {s: int(feeds[name].shape[d]) for name, d, s in self._symbols if name in feeds}
         saved: dict[int, Env] = {}
         pending = sorted(c for c in cuts if c >= start)
         for node in order:
             at = self._index[node.name]
-            if at < start:
-                continue
             while pending and pending[0] <= at:
                 cut = pending.pop(0)
                 saved[cut] = {k: v for k, v in env.items() if last_use.get(k, -1) >= cut}
@@ -91,6 +94,13 @@ class Executor:
     def position(self, module: str) -> int:
         """Index of the first node that a change at `module` can affect."""
         return min(self._index[c.node] for c in self.program.linears if c.module == module)
+
+    def first_effect(self, site: Site) -> int:
+        """Index of the first node that a change of the level of `site` can affect."""
+        maps = {*site.producers, *(c.module for c in site.consumers)}
+        others = {s.parameter for s in site.slices if s.parameter.rpartition(".")[0] not in maps}
+        held = [self._index[p] for p, (name, _) in self.program.tensors.items() if name in others]
+        return min([*map(self.position, site.producers), *held])
 
     def _step(
         self,
@@ -110,7 +120,7 @@ class Executor:
         if call is not None:
             constant = variant.constants.get(call.module)
             if constant is not None:
-                sizes = [symbols[str(s)] if not isinstance(s, int) else s for s in _val(node)[:-1]]
+                sizes = [_concrete(s, symbols) for s in _val(node)[:-1]]
                 return constant.expand(*sizes, -1)
             x = env[call.source]
             if on_linear is not None:
@@ -118,6 +128,11 @@ class Executor:
             replaced = variant.linears.get(call.module)
             if replaced is not None:
                 return replaced(x)
+            weight = variant.tensors.get(call.weight, self._values[call.weight])
+            bias = None
+            if call.bias is not None:
+                bias = variant.tensors.get(call.bias, self._values[call.bias])
+            return linear(x, weight, bias)
         args = fx.map_arg(node.args, lambda n: env[n.name])
         kwargs = fx.map_arg(node.kwargs, lambda n: env[n.name])
         name = str(node.target).removeprefix("aten.").split(".")[0]
@@ -135,9 +150,11 @@ class Executor:
                 shape[i] = size
         return shape
 
-    def _plan(self, removed: frozenset[str]) -> tuple[list[fx.Node], dict[str, int]]:
-        """Nodes still needed in order, and the index of each value's last use."""
-        if removed not in self._plans:
+    def _plan(
+        self, removed: frozenset[str], given: frozenset[str]
+    ) -> tuple[list[fx.Node], dict[str, int]]:
+        """Nodes still needed beyond the values `given`, and the index of each value's last use."""
+        if (removed, given) not in self._plans:
             needed: set[str] = set()
             stack = [o.name for o in self.program.outputs]
             by_name = {n.name: n for n in self.program.nodes}
@@ -148,7 +165,7 @@ class Executor:
                     continue
                 needed.add(name)
                 call = self.calls.get(name)
-                if call is not None and call.module in removed:
+                if name in given or (call is not None and call.module in removed):
                     continue
                 for source in by_name[name].all_input_nodes:
                     last[source.name] = max(last.get(source.name, -1), self._index[name])
@@ -158,16 +175,26 @@ class Executor:
             order = [
                 n
                 for n in self.program.nodes
-                if n.name in needed and not str(n.target).startswith(_SKIP)
+                if n.name in needed and n.name not in given and not str(n.target).startswith(_SKIP)
             ]
-            self._plans[removed] = order, last
-        return self._plans[removed]
+            if len(self._plans) >= _PLANS:
+                self._plans.clear()
+            self._plans[removed, given] = order, last
+        return self._plans[removed, given]
 
 
 def _val(node: fx.Node) -> Sequence[Any]:
     value = node.meta["val"]
     assert isinstance(value, torch.Tensor)
     return list(value.shape)
+
+
+def _concrete(size: Any, symbols: Mapping[str, int]) -> int:
+    """The value of a traced size, which may be an expression such as `s1 - 1`."""
+    if isinstance(size, int):
+        return size
+    expression = size.node.expr
+    return int(expression.subs({s: symbols[str(s)] for s in expression.free_symbols}))
 
 
 def _input_symbols(program: Program) -> list[tuple[str, int, str]]:
