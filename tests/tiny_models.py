@@ -1,0 +1,227 @@
+"""Small random models of every encoder family, and what the proof tests do to them."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from zipc.core.types import Site
+from zipc.exporters.graph import OnnxGraph
+from zipc.exporters.onnx_export import export_dense
+from zipc.model_source import register_attention
+from zipc.pruner.graph import surgery
+from zipc.pruner.graph.interpret import Executor
+from zipc.pruner.graph.sites import Structure, find_sites
+from zipc.pruner.graph.trace import Program, trace
+
+Kept = Mapping[str, Sequence[int]]  # site -> units kept
+LENGTH = 48
+
+_COMMON = {
+    "vocab_size": 60,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 12,
+    "max_position_embeddings": 64,
+    "type_vocab_size": 2,
+    "hidden_act": "gelu",
+    "pad_token_id": 1,
+    "num_labels": 3,
+}
+_DISTIL = {
+    "vocab_size": 60,
+    "dim": 32,
+    "n_layers": 2,
+    "n_heads": 4,
+    "hidden_dim": 12,
+    "max_position_embeddings": 64,
+    "pad_token_id": 1,
+    "num_labels": 3,
+}
+# family -> (model class, config class, settings, attention, does it read token types)
+FAMILIES: dict[str, tuple[str, str, dict[str, Any], str, bool]] = {
+    "bert": ("BertModel", "BertConfig", _COMMON, "zipc", True),
+    "bert-stock-sdpa": ("BertModel", "BertConfig", _COMMON, "sdpa", True),
+    "bert-eager": ("BertModel", "BertConfig", _COMMON, "eager", True),
+    "bert-square": ("BertModel", "BertConfig", _COMMON | {"intermediate_size": 32}, "zipc", True),
+    "bert-classifier": ("BertForSequenceClassification", "BertConfig", _COMMON, "zipc", True),
+    "roberta-classifier": (
+        "RobertaForSequenceClassification",
+        "RobertaConfig",
+        _COMMON,
+        "zipc",
+        False,
+    ),
+    "xlm-roberta": ("XLMRobertaModel", "XLMRobertaConfig", _COMMON, "zipc", False),
+    "distilbert": ("DistilBertModel", "DistilBertConfig", _DISTIL, "zipc", False),
+    "distilbert-classifier": (
+        "DistilBertForSequenceClassification",
+        "DistilBertConfig",
+        _DISTIL,
+        "eager",
+        False,
+    ),
+    "electra": ("ElectraModel", "ElectraConfig", _COMMON | {"embedding_size": 16}, "zipc", True),
+    "albert": ("AlbertModel", "AlbertConfig", _COMMON | {"embedding_size": 16}, "zipc", True),
+    "mpnet": ("MPNetModel", "MPNetConfig", _COMMON, "eager", False),
+}
+
+
+@dataclass(slots=True)
+class Case:
+    """A tiny model, traced; `module` is in `dtype` and is never changed."""
+
+    module: nn.Module
+    example: dict[str, Tensor]
+    program: Program
+    structure: Structure
+    executor: Executor
+    output: str
+
+    @property
+    def sites(self) -> list[Site]:
+        return self.structure.sites
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        return dict(self.program.tensors.values())
+
+
+def randomise_(module: nn.Module, seed: int = 0) -> None:
+    """Give every parameter, biases and norms too, values that matter."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, value in module.named_parameters():
+            noise = torch.randn(value.shape, generator=generator) * 0.3
+            value.copy_(noise + 1.0 if "norm" in name.lower() and value.dim() == 1 else noise)
+
+
+def build(family: str) -> nn.Module:
+    model, config, settings, attention, _ = FAMILIES[family]
+    register_attention()
+    made = getattr(transformers, config)(**settings)
+    module: nn.Module = getattr(transformers, model)._from_config(
+        made, attn_implementation=attention
+    )
+    randomise_(module)
+    return module.eval().requires_grad_(False)
+
+
+def text(family: str, *, batch: int = 2, length: int = 7, seed: int = 0) -> dict[str, Tensor]:
+    """Token inputs whose last row is padded."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(4, 60, (batch, length), generator=generator)
+    mask = torch.ones(batch, length, dtype=torch.long)
+    mask[-1, length // 2 + 1 :] = 0
+    ids[-1, length // 2 + 1 :] = 1
+    feeds = {"input_ids": ids, "attention_mask": mask}
+    if FAMILIES[family][4]:
+        feeds["token_type_ids"] = torch.randint(0, 2, ids.shape, generator=generator)
+    return feeds
+
+
+@functools.cache
+def case(family: str, dtype: torch.dtype = torch.float32) -> Case:
+    return traced(build(family).to(dtype), text(family))
+
+
+def traced(module: nn.Module, example: dict[str, Tensor]) -> Case:
+    """Trace a module whose first output is the one that counts."""
+    program = trace(module, example, max_length=LENGTH)
+    program.outputs = program.outputs[:1]
+    structure = find_sites(program)
+    name = "logits" if "Classification" in type(module).__name__ else "last_hidden_state"
+    return Case(module, example, program, structure, Executor(program, structure), name)
+
+
+@functools.cache
+def dense_graph(family: str) -> OnnxGraph:
+    made = case(family)
+    return export_dense(made.program.exported, made.example, outputs=[(0, made.output)])
+
+
+def first(result: Any) -> Tensor:
+    """The output that counts, of a transformers model or of a plain module."""
+    value: Tensor = result if isinstance(result, Tensor) else result[0]
+    return value
+
+
+def sliced(made: Case, kept: Kept) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Cut tensors by name, and the constant output of each removed consumer by module."""
+    weights = made.weights
+    tensors: dict[str, Tensor] = {}
+    constants: dict[str, Tensor] = {}
+    for site in made.sites:
+        if not kept[site.name]:
+            for consumer in site.consumers:
+                weight = weights[consumer.module + ".weight"]
+                bias = weights.get(consumer.module + ".bias")
+                constants[consumer.module] = weight.new_zeros(len(weight)) if bias is None else bias
+            continue
+        for name in {s.parameter for s in site.slices}:
+            held = tensors.get(name, weights[name])
+            tensors[name] = surgery.cut(held, site, name, kept[site.name])
+    return tensors, constants
+
+
+def surgered(made: Case, kept: Kept, numerics: Mapping[str, str] | None = None) -> nn.Module:
+    """The module with only `kept` units, rebuilt from its structure document."""
+    widths = {name: len(units) for name, units in kept.items()}
+    document = surgery.describe(made.module, made.sites, widths=widths, numerics=numerics or {})
+    module = copy.deepcopy(made.module)
+    surgery.apply_structure_(module, document)
+    tensors, constants = sliced(made, kept)
+    module.to(next(iter(made.module.parameters())).dtype)
+    state = {**made.module.state_dict(), **tensors}
+    state |= {path + ".bias": value for path, value in constants.items()}
+    wanted = module.state_dict()
+    for name, value in wanted.items():  # a consumer without bias gets one: it is zero here
+        if name not in state:
+            assert name.endswith(".bias"), name
+            state[name] = torch.zeros_like(value)
+    module.load_state_dict({name: state[name] for name in wanted})
+    return module.eval()
+
+
+def zeroed(made: Case, kept: Kept, feeds: Mapping[str, Tensor]) -> Tensor:
+    """The dense module's output when consumers see zeros for every unit that is not kept."""
+    handles = []
+    for site in made.sites:
+        gone = [u for u in range(site.units) if u not in set(kept[site.name])]
+        for consumer in site.consumers:
+            index = surgery.columns(consumer.outer, site.units, consumer.inner, gone)
+
+            def clear(_: nn.Module, args: tuple[Tensor, ...], index: Tensor = index) -> Tensor:
+                return args[0].index_fill(-1, index, 0.0)
+
+            target = made.module.get_submodule(consumer.module)
+            handles.append(target.register_forward_pre_hook(clear))
+    try:
+        return first(made.module(**feeds))
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def everything(made: Case) -> dict[str, list[int]]:
+    return {site.name: list(range(site.units)) for site in made.sites}
+
+
+def random_kept(made: Case, seed: int, *, removed: bool = True) -> dict[str, list[int]]:
+    """A random set of units at every site; some sites go altogether."""
+    generator = torch.Generator().manual_seed(seed)
+    kept = {}
+    for i, site in enumerate(made.sites):
+        low = 0 if removed and (i + seed) % 3 == 0 else 1
+        high = 1 if low == 0 else site.units + 1
+        width = int(torch.randint(low, high, (), generator=generator))
+        kept[site.name] = sorted(torch.randperm(site.units, generator=generator)[:width].tolist())
+    return kept
