@@ -89,7 +89,7 @@ class OnnxGraph:
         model.CopyFrom(self.proto)
         model.graph.node.extend(nodes)
         model.graph.initializer.extend(
-            numpy_helper.from_array(np.ascontiguousarray(a), n)
+            numpy_helper.from_array(np.asarray(a, order="C"), n)  # a scalar stays a scalar
             for n, a in self.arrays.items()
             if n in used
         )
