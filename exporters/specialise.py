@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from onnx import NodeProto, TensorProto
 
+from zipc.core.errors import ExportMismatch
 from zipc.exporters.graph import OnnxGraph, node
 
 FloatArray = np.ndarray[Any, np.dtype[np.float32]]
@@ -46,8 +47,10 @@ def specialise(dense: OnnxGraph, edit: Edit) -> OnnxGraph:
         held = graph.weights.get(name)
         if held is not None:
             graph.arrays[held[0]] = value.T if held[1] else value
-        elif name.endswith(".bias"):
+        elif name.endswith(".bias") and graph.linear_nodes(name.removesuffix("bias") + "weight"):
             _add_bias_(graph, name, value)
+        else:
+            raise ExportMismatch(f"{name} cannot be changed: it is not in the exported graph")
     for module, constant in edit.removed.items():
         _remove_(graph, module, constant)
     shared: dict[tuple[str, tuple[float, int] | None], tuple[str, ...]] = {}
@@ -81,27 +84,42 @@ def _remove_(graph: OnnxGraph, module: str, constant: FloatArray) -> None:
         after = consumers.get(call.output[0], [])
         if call.op_type == "MatMul" and len(after) == 1 and _is_bias(graph, after[0], module):
             last = after[0]
-        users = consumers.get(last.output[0], [])
-        broadcastable = all(u.op_type in ("Add", "Sum") and len(u.input) == 2 for u in users)
-        if broadcastable and users and last.output[0] not in graph.outputs():
-            replacement = name
-        else:  # keep the full shape: expand along the dimensions of the removed map's own input
-            replacement = last.output[0] + "_constant"
-            leading = call.input[0]
-            shape, head = replacement + "_shape", replacement + "_head"
-            graph.arrays["minus_one"] = np.array([-1], dtype=np.int64)
-            graph.arrays["zero"] = np.array([0], dtype=np.int64)
-            graph.arrays[replacement + "_width"] = np.array([len(constant)], dtype=np.int64)
-            graph.nodes += [
-                node("Shape", [leading], [shape]),
-                node("Slice", [shape, "zero", "minus_one"], [head]),
-                node("Concat", [head, replacement + "_width"], [replacement + "_full"], axis=0),
-                node("Expand", [name, replacement + "_full"], [replacement]),
-            ]
-        for user in users:
-            for i, source in enumerate(user.input):
-                if source == last.output[0]:
-                    user.input[i] = replacement
+        output = last.output[0]
+        users = consumers.get(output, [])
+        if output not in graph.outputs() and all(_broadcasts(graph, u, output) for u in users):
+            for user in users:
+                user.input[list(user.input).index(output)] = name
+        else:
+            graph.nodes = [n for n in graph.nodes if n is not last]
+            _expand_(graph, name, output, like=call.input[0])
+
+
+def _broadcasts(graph: OnnxGraph, user: NodeProto, value: str) -> bool:
+    """Whether a sum keeps its shape when `value` is a vector: its other term has all of it."""
+    others = [i for i in user.input if i != value]
+    if user.op_type not in ("Add", "Sum") or len(user.input) != 2 or len(others) != 1:
+        return False
+    full = graph.shapes.get(user.output[0])
+    return others[0] not in graph.arrays and graph.shapes.get(others[0], []) == full
+
+
+def _expand_(graph: OnnxGraph, constant: str, output: str, *, like: str) -> None:
+    """Repeat a vector along the leading dimensions of `like`, or of a model input that has them."""
+    leading = graph.shapes.get(output, [None])[:-1]
+    for given in graph.proto.graph.input:
+        if leading and graph.shapes[given.name][: len(leading)] == leading:
+            like = given.name
+            break
+    ends = output + "_from", output + "_to"
+    graph.arrays[ends[0]] = np.array([0], dtype=np.int64)
+    graph.arrays[ends[1]] = np.array([len(leading) or -1], dtype=np.int64)
+    graph.arrays[output + "_width"] = np.array([graph.arrays[constant].shape[0]], dtype=np.int64)
+    graph.nodes += [
+        node("Shape", [like], [output + "_like"]),
+        node("Slice", [output + "_like", *ends], [output + "_head"]),
+        node("Concat", [output + "_head", output + "_width"], [output + "_shape"], axis=0),
+        node("Expand", [constant, output + "_shape"], [output]),
+    ]
 
 
 def _is_bias(graph: OnnxGraph, candidate: NodeProto, module: str) -> bool:
