@@ -1,7 +1,7 @@
 """Name every dimension of a traced graph by unification.
 
 A dimension is an ordered list of *atoms* (outer to inner). Operations equate dimensions: a residual
-add says that two widths are the same, a view that splits 384 into 12 x 32 says that the atom 384 was
+add says that two widths are the same, a view that splits 384 into 12 x 32 says that 384 was
 two atoms all along. What is left at the end are classes of dimensions that must change together,
 which is exactly the dependency closure of structured pruning. An atom that an operation does not
 treat index by index (softmax, normalisation, an unknown op) is *pinned*, with the reason.
@@ -205,7 +205,7 @@ def _linear(axes: Axes, node: fx.Node) -> list[Dim]:
 
 
 def _foreign(program: Program, node: fx.Node) -> str | None:
-    """Why the weight is not that of a plain nn.Linear, which is all that can be put in its place."""
+    """Why the weight is not that of a plain nn.Linear: nothing else can be put in its place."""
     weight = node.args[1]
     held = program.tensor_of(weight)
     if held is None or not isinstance(weight, fx.Node):

@@ -40,6 +40,7 @@ def find_sites(
     weights = {call.weight: call for call in reversed(program.linears)}
     sites: list[tuple[int, Site, Atom]] = []
     pinned: dict[str, str] = {}
+    live = _live(program)
     for atom, uses in members.values():
         produced = [weights[n] for n, d, _, _ in uses if d == 0 and n in weights]
         contracted = [weights[n] for n, d, _, _ in uses if d == 1 and n in weights]
@@ -48,6 +49,10 @@ def find_sites(
         if atom.pins:
             for call in produced:
                 pinned.setdefault(call.module, atom.pins[0])
+            continue
+        if not all(c.node in live for c in contracted):
+            for call in produced:
+                pinned.setdefault(call.module, "it does not reach the outputs asked for")
             continue
         site = _site(atom, uses, produced, contracted, program)
         sites.append((min(position[c.node] for c in produced), site, atom))
@@ -89,6 +94,18 @@ def _conflict(site: Site, owner: dict[str, str]) -> str | None:
         if sum(p.parameter == piece.parameter for p in site.slices) > 1:
             return f"{piece.parameter} carries its units twice"
     return None
+
+
+def _live(program: Program) -> set[str]:
+    """Names of the nodes that the outputs are computed from."""
+    found: set[str] = set()
+    stack = list(program.outputs)
+    while stack:
+        node = stack.pop()
+        if node.name not in found:
+            found.add(node.name)
+            stack += node.all_input_nodes
+    return found
 
 
 def _factor(atom: Atom, names: dict[int, str]) -> tuple[str | None, int | None]:

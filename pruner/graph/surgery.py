@@ -145,7 +145,7 @@ def apply_structure_(model: nn.Module, document: Mapping[str, Any]) -> None:
 
 
 def cut(tensor: Tensor, site: Site, name: str, kept: Sequence[int]) -> Tensor:
-    """Keep units `kept` of `site` in the tensor called `name` (all its dimensions that carry it)."""
+    """Keep units `kept` of `site` in the tensor called `name`."""
     for piece in site.slices:
         if piece.parameter == name:
             index = columns(piece.outer, site.units, piece.inner, kept)
