@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
+from onnx import numpy_helper
 from torch import Tensor
 
 from zipc.core.errors import ExportMismatch, UnsupportedModel
@@ -47,7 +48,8 @@ def export_dense(
                 custom_translation_table=table,
             )
             assert program is not None
-            transposed = _transposed_weights(program.model_proto)
+            raw = program.model_proto
+            transposed = _transposed_weights(raw)
             program.optimize()
             proto = program.model_proto
     except Exception as error:  # the exporter raises many unrelated types
@@ -57,6 +59,7 @@ def export_dense(
         ) from error
     _name_axes(proto)
     graph = OnnxGraph.of(proto)
+    _part_equal_weights_(graph, raw, transposed)
     _keep_outputs(graph, outputs)
     for initializer in graph.arrays:
         parameter = transposed.get(initializer, initializer)
@@ -101,6 +104,45 @@ def _transposed_weights(proto: onnx.ModelProto) -> dict[str, str]:
         for n in proto.graph.node
         if n.op_type == "Transpose" and n.input[0] in known
     }
+
+
+def _part_equal_weights_(
+    graph: OnnxGraph, raw: onnx.ModelProto, transposed: Mapping[str, str]
+) -> None:
+    """Give each parameter one initialiser of its own, so that it can be edited alone.
+
+    The optimiser merges initialisers of equal value (fresh biases, say), and stores a weight twice
+    where it is used by a MatMul and by a Gemm.
+    """
+    values = {t.name: t for t in raw.graph.initializer}
+    before = {n.output[0]: n for n in raw.graph.node}
+    names = {_parameter(n, transposed): n for n in graph.arrays}
+    for node in graph.nodes:
+        was = before.get(node.output[0])
+        if was is None or was.op_type != node.op_type:
+            continue
+        for i, (new, old) in enumerate(zip(node.input, was.input, strict=False)):
+            wanted = _parameter(old, transposed)
+            if new not in graph.arrays or wanted[0] not in values:
+                continue
+            if wanted == _parameter(new, transposed):
+                continue
+            value = numpy_helper.to_array(values[wanted[0]])
+            if np.array_equal(graph.arrays[new], value.T if wanted[1] else value):
+                node.input[i] = names.setdefault(wanted, old)
+                graph.arrays[node.input[i]] = graph.arrays[new]
+    stored = {p: i for i, p in transposed.items() if i in graph.arrays and p in graph.arrays}
+    for node in graph.nodes:
+        if node.op_type == "Gemm" and node.input[1] in stored:
+            node.input[1] = stored[node.input[1]]
+            for attribute in node.attribute:
+                if attribute.name == "transB":
+                    attribute.i = 1 - attribute.i
+
+
+def _parameter(name: str, transposed: Mapping[str, str]) -> tuple[str, bool]:
+    """The parameter an initialiser stands for, and whether it is stored transposed."""
+    return transposed.get(name, name), name in transposed
 
 
 def _name_axes(proto: onnx.ModelProto) -> None:
