@@ -5,12 +5,14 @@ from __future__ import annotations
 import numpy as np
 
 from zipc.exporters.graph import OnnxGraph
+from zipc.exporters.graph import node as new_node
 
 
 def clean(graph: OnnxGraph) -> None:
     """Run all passes, in order. Each leaves the outputs of the graph as they were."""
     relative_reshapes_(graph)
     residual_sums_(graph)
+    full_masks_(graph)
 
 
 def relative_reshapes_(graph: OnnxGraph) -> None:
@@ -53,3 +55,37 @@ def residual_sums_(graph: OnnxGraph) -> None:
             continue
         if any(c.op_type == "LayerNormalization" for c in consumers.get(node.output[0], [])):
             node.op_type = "Sum"
+
+
+def full_masks_(graph: OnnxGraph) -> None:
+    """Spread a (batch, 1, 1, keys) mask over the queries once, where layers add it to scores.
+
+    Adding it is then one long run per head instead of one short run per query, and the operator
+    Attention accepts it. Only for self-attention: queries and keys share an axis.
+    """
+    consumers = graph.consumers()
+    softmaxed = {n.input[0] for n in graph.nodes if n.op_type == "Softmax"}
+    for mask in list(consumers):
+        shape = graph.shapes.get(mask, [])
+        if len(shape) != 4 or shape[2] != 1 or shape[3] == 1 or mask in graph.arrays:
+            continue
+        full, keys, target = f"{mask}_full", f"{mask}_keys", f"{mask}_target"
+        users = [
+            n
+            for n in consumers[mask]
+            if n.op_type == "Add"
+            and n.output[0] in softmaxed
+            and graph.shapes.get(n.output[0], [])[-2:] == [shape[3], shape[3]]
+        ]
+        if not users:
+            continue
+        graph.arrays["one"] = np.array([1], dtype=np.int64)
+        graph.nodes += [
+            new_node("Shape", [mask], [keys], start=-1),
+            new_node("Concat", ["one", "one", keys, keys], [target], axis=0),
+            new_node("Expand", [mask, target], [full]),
+        ]
+        graph.shapes[full] = [shape[0], shape[1], shape[3], shape[3]]
+        graph.types[full] = graph.types[mask]
+        for user in users:
+            user.input[list(user.input).index(mask)] = full
