@@ -141,7 +141,8 @@ def _quantise_(
     graph.arrays[stem + "_zero"] = np.zeros(len(weights.scale), dtype=np.int8)
     graph.nodes.remove(call)
     if call.op_type == "Gemm" and len(call.input) > 2:
-        graph.nodes.append(node("Add", [out + "_product", call.input[2]], [out]))
+        # not Add: ONNX Runtime would make a float Gemm of the product and it
+        graph.nodes.append(node("Sum", [out + "_product", call.input[2]], [out]))
         out = out + "_product"
     key = (source, weights.activation)
     if weights.activation is None:
