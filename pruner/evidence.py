@@ -11,6 +11,7 @@ from torch import Tensor
 from zipc.core.errors import UsageError
 from zipc.pruner.graph.interpret import Executor, Variant
 from zipc.pruner.graph.trace import LinearCall
+from zipc.pruner.products import second_moment
 
 SAMPLE_ROWS = 2048  # rows of each input kept for the calibration of activation ranges
 
@@ -75,7 +76,7 @@ def collect(
                 0.0,
                 0.0,
             )
-        held.gram += rows.T @ rows
+        held.gram += second_moment(rows)
         held.total += rows.sum(0, dtype=torch.float64)
         held.count += len(rows)
         low, high = torch.aminmax(rows)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from zipc.core.types import Allocation, Level, Site
 from zipc.numerics.int8 import (
@@ -25,6 +25,7 @@ from zipc.pruner.evidence import InputStats
 from zipc.pruner.graph.interpret import Variant
 from zipc.pruner.graph.surgery import columns, cut
 from zipc.pruner.obs import Sweep
+from zipc.pruner.products import linear
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,7 @@ class LinearState:
             x = fake_quantize_static(x, self.activation)
         elif self.integer is not None:
             x = fake_quantize_dynamic(x)
-        return nn.functional.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
 
 @dataclass(frozen=True, slots=True)

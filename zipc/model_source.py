@@ -297,7 +297,9 @@ def _input_names(module: nn.Module, tokenizer: Any) -> list[str]:
     wanted = ["input_ids", "attention_mask", "token_type_ids"]
     offered = getattr(tokenizer, "model_input_names", None) or wanted[:2]
     if "input_ids" not in accepted:
-        raise UnsupportedModel(f"{type(module).__name__} does not take input_ids: not a text model.")
+        raise UnsupportedModel(
+            f"{type(module).__name__} does not take input_ids: not a text model."
+        )
     return [n for n in wanted if n in accepted and n in offered]
 
 

@@ -75,7 +75,11 @@ def prepare(
     progress.done(f"{len(structure.sites)} sites, {len(structure.left_alone)} left alone")
     progress.stage("export")
     key = fingerprint(
-        source.sha256, source.outputs, source.inputs, _versions(), dataclasses.asdict(request.workload)
+        source.sha256,
+        source.outputs,
+        source.inputs,
+        _versions(),
+        dataclasses.asdict(request.workload),
     )
     dense = _load_graph(cache, key)
     reused = dense is not None
@@ -88,9 +92,7 @@ def prepare(
     return Prepared(source, program, structure, executor, dense, parity, key)
 
 
-def _check(
-    executor: Executor, dense: OnnxGraph, source: SourceModel, request: Request
-) -> float:
+def _check(executor: Executor, dense: OnnxGraph, source: SourceModel, request: Request) -> float:
     example = source.example(batch=3, length=min(24, source.max_length))
     expected, _ = executor.run(example, Variant())
     runner = OnnxRuntimeRunner(dense.to_bytes(), workload=request.workload)
@@ -112,7 +114,9 @@ def _versions() -> list[str]:
 
 def _save_graph(cache: StageCache, key: str, graph: OnnxGraph) -> None:
     side = {"weights": graph.weights, "shapes": graph.shapes, "types": graph.types}
-    cache.put("export", key, {"dense.onnx": graph.to_bytes(), "names.json": json.dumps(side).encode()})
+    cache.put(
+        "export", key, {"dense.onnx": graph.to_bytes(), "names.json": json.dumps(side).encode()}
+    )
 
 
 def _load_graph(cache: StageCache, key: str) -> OnnxGraph | None:

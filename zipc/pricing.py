@@ -92,7 +92,9 @@ def price(
         signatures[site.name] = signature
         parts.setdefault(signature, part)
         examples.setdefault(signature, site)
-    key = short_hash(sorted(signatures.values()), target.width_step, sorted(prepared.dense.op_counts().items()))
+    key = short_hash(
+        sorted(signatures.values()), target.width_step, sorted(prepared.dense.op_counts().items())
+    )
     path = store.path(target.name, workload, target.runtime, key)
     prints = device_fingerprint(runtime=target.runtime)
     stored = store.load(path, fingerprint=prints, allow_mismatch=request.allow_table_mismatch)
@@ -212,9 +214,7 @@ def plain_edit(
     return Edit(tensors, removed, integers)
 
 
-def random_levels(
-    prepared: Prepared, target: Target, rng: np.random.Generator
-) -> dict[str, Level]:
+def random_levels(prepared: Prepared, target: Target, rng: np.random.Generator) -> dict[str, Level]:
     """A random allocation: widths around a random overall density, one numeric policy."""
     density = rng.uniform(0.15, 0.95)
     mixed = [n for n in target.numerics]

@@ -74,7 +74,9 @@ class StageCache:
 
     def _evict(self, *, keep: Path) -> None:
         """Delete the entries used longest ago until the rest fits the cap."""
-        entries = [d for d in self.root.glob("*/*") if d.is_dir() and not d.name.startswith(".new-")]
+        entries = [
+            d for d in self.root.glob("*/*") if d.is_dir() and not d.name.startswith(".new-")
+        ]
         sizes = {d: sum(f.stat().st_size for f in d.iterdir()) for d in entries}
         total = sum(sizes.values())
         for folder in sorted(entries, key=lambda d: d.stat().st_mtime):

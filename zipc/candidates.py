@@ -1,0 +1,283 @@
+"""Everything the search needs to know about a model's sites: evidence, orders, weights, losses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from zipc.core.errors import UsageError
+from zipc.core.files import fingerprint
+from zipc.core.request import Request
+from zipc.core.types import Allocation, Ladder, Level, Progress, Rung, Target
+from zipc.data import Row, Splits
+from zipc.effort import Effort
+from zipc.evaluate import Evaluator, pool, tokenize_batches
+from zipc.numerics.int8 import DYNAMIC, STATIC
+from zipc.prepare import Prepared
+from zipc.pricing import Prices
+from zipc.profiler.fingerprint import device_fingerprint
+from zipc.pruner.allocate.scorer import Scorer
+from zipc.pruner.evidence import InputStats, collect
+from zipc.pruner.ladder import sweep_site, widths_of
+from zipc.pruner.levels import Levels
+from zipc.pruner.obs import Sweep
+from zipc.stage_cache import StageCache
+
+Feeds = dict[str, Tensor]
+STATIC_MARGIN = 1.03  # a numeric this much slower than the other must not win on quality alone
+
+
+@dataclass(slots=True)
+class Candidates:
+    """What an allocation is made from and judged by."""
+
+    levels: Levels
+    ladders: dict[str, Ladder]
+    scorer: Scorer  # on the texts every candidate is scored on
+    confirm: Scorer  # on more texts, for the finalists
+    numerics: tuple[str, ...]
+    notes: list[str]
+    key: str
+
+
+def batches_of(
+    evaluator: Evaluator, rows: Sequence[Row], inputs: Sequence[str], *, limit: int, seed: int
+) -> list[Feeds]:
+    """Up to `limit` texts of `rows`, drawn by seed, as padded torch batches."""
+    texts = evaluator.texts(rows)
+    rng = np.random.default_rng(seed)
+    chosen = [texts[i] for i in sorted(rng.permutation(len(texts))[:limit])]
+    batches = tokenize_batches(
+        evaluator.tokenizer,
+        chosen,
+        max_length=evaluator.max_length,
+        batch_size=64,
+        max_tokens=4096,
+    )
+    return [
+        {n: torch.from_numpy(np.asarray(b.feeds[n])) for n in inputs if n in b.feeds}
+        for b in batches
+    ]
+
+
+def gather(
+    prepared: Prepared,
+    prices: Prices,
+    target: Target,
+    splits: Splits,
+    evaluator: Evaluator,
+    request: Request,
+    *,
+    effort: Effort,
+    cache: StageCache,
+    progress: Progress,
+) -> Candidates:
+    """Collect evidence on calibration texts, order every site's units, set up the oracle.
+
+    Raises:
+        UsageError: activations are not finite, or the data holds too few texts.
+    """
+    inputs = prepared.source.inputs
+    calibration = batches_of(
+        evaluator, splits.calibration, inputs, limit=effort.calibration_texts, seed=request.seed
+    )
+    key = fingerprint(
+        prepared.key,
+        splits.sha256,
+        effort.calibration_texts,
+        request.seed,
+        request.include,
+        request.exclude,
+    )
+    stats, sweeps = _evidence(prepared, calibration, key, request, cache, progress)
+    levels = Levels(
+        prepared.sites,
+        prepared.weights,
+        stats,
+        sweeps,
+        weight_limit=_weight_limit(target),
+    )
+    progress.stage("oracle on dense")
+    search = batches_of(
+        evaluator, splits.search, inputs, limit=effort.search_texts, seed=request.seed
+    )
+    confirm = batches_of(
+        evaluator, splits.search, inputs, limit=effort.confirm_texts, seed=request.seed + 1
+    )
+
+    def readout(output: Tensor, feeds: Mapping[str, Tensor]) -> Tensor:
+        return pool(output, feeds["attention_mask"], evaluator.pooling)
+
+    def scorer(batches: list[Feeds]) -> Scorer:
+        return Scorer(prepared.executor, levels, batches, readout=readout, oracle=evaluator.oracle)
+
+    first, second = scorer(search), scorer(confirm)
+    progress.done()
+    notes: list[str] = []
+    numerics = _numerics(prepared, prices, target, request, first, notes)
+    ladders = {
+        name: _ladder(name, prepared, prices, sweeps[name], target, request, numerics)
+        for name in prepared.sites
+    }
+    return Candidates(levels, ladders, first, second, numerics, notes, key)
+
+
+def _evidence(
+    prepared: Prepared,
+    batches: Sequence[Feeds],
+    key: str,
+    request: Request,
+    cache: StageCache,
+    progress: Progress,
+) -> tuple[dict[str, InputStats], dict[str, Sweep]]:
+    modules = [
+        m
+        for s in prepared.structure.sites
+        for m in (*s.producers, *(c.module for c in s.consumers))
+    ]
+    folder = cache.get("evidence", key)
+    if folder is not None:
+        progress.stage("evidence")
+        document = json.loads((folder / "sweeps.json").read_text())
+        tensors = load_tensors((folder / "stats.safetensors").read_bytes())
+        progress.done("reused")
+        stats = {
+            m: _stats_from(tensors, document["ranges"][leader], leader)
+            for m, leader in document["modules"].items()
+        }
+        sweeps = {
+            n: Sweep(tuple(s["order"]), tuple(s["errors"])) for n, s in document["sweeps"].items()
+        }
+        return stats, sweeps
+    progress.stage("evidence", len(batches))
+    stats = collect(
+        prepared.executor,
+        batches,
+        modules=modules,
+        seed=request.seed,
+        on_batch=lambda: progress.advance(),
+    )
+    progress.done(f"{sum(len(b['input_ids']) for b in batches):,} texts")
+    progress.stage("order units", len(prepared.structure.sites))
+    sweeps = {}
+    for site in prepared.structure.sites:
+        sweeps[site.name] = sweep_site(site, prepared.weights, stats, seed=request.seed)
+        progress.advance(1, site.name)
+    progress.done()
+    cache.put("evidence", key, _evidence_files(stats, sweeps))
+    return stats, sweeps
+
+
+def _evidence_files(
+    stats: Mapping[str, InputStats], sweeps: Mapping[str, Sweep]
+) -> dict[str, bytes]:
+    leaders: dict[int, str] = {}
+    for module, held in stats.items():
+        leaders.setdefault(id(held), module)
+    tensors: dict[str, Tensor] = {}
+    ranges: dict[str, Any] = {}
+    for module, held in stats.items():
+        if leaders[id(held)] == module:
+            tensors |= {
+                f"{module}/gram": held.gram,
+                f"{module}/total": held.total,
+                f"{module}/sample": held.sample.contiguous(),
+            }
+            ranges[module] = [held.count, held.low, held.high]
+    document = {
+        "modules": {m: leaders[id(s)] for m, s in stats.items()},
+        "ranges": ranges,
+        "sweeps": {n: {"order": s.order, "errors": s.errors} for n, s in sweeps.items()},
+    }
+    return {
+        "stats.safetensors": save_tensors(tensors),
+        "sweeps.json": json.dumps(document).encode(),
+    }
+
+
+def _stats_from(tensors: Mapping[str, Tensor], extent: Sequence[Any], leader: str) -> InputStats:
+    return InputStats(
+        tensors[f"{leader}/gram"],
+        tensors[f"{leader}/total"],
+        int(extent[0]),
+        tensors[f"{leader}/sample"],
+        float(extent[1]),
+        float(extent[2]),
+    )
+
+
+def _weight_limit(target: Target) -> int:
+    """63 where U8 x S8 products saturate: x86 without VNNI (ONNX Runtime's reduce_range)."""
+    prints = device_fingerprint(runtime=target.runtime)
+    x86 = str(prints.get("arch", "")).lower() in ("x86_64", "amd64")
+    return 63 if x86 and not any("vnni" in str(f) for f in prints.get("isa", ())) else 127
+
+
+def _numerics(
+    prepared: Prepared,
+    prices: Prices,
+    target: Target,
+    request: Request,
+    scorer: Scorer,
+    notes: list[str],
+) -> tuple[str, ...]:
+    """Numerics the search may use. Of the two INT8 schemes the better one is chosen by measurement.
+
+    Raises:
+        UsageError: the request names a numeric the target does not run.
+    """
+    wanted = request.numerics
+    schemes = [n for n in (DYNAMIC, STATIC) if n in target.numerics]
+    if wanted == "fp32":
+        return ("fp32",)
+    if wanted in schemes:
+        return (wanted,)
+    if wanted not in ("auto", "int8"):
+        raise UsageError(
+            f"--numerics {wanted} is not known on target '{target.name}'. Choose auto, int8, "
+            f"{', '.join(target.numerics)}."
+        )
+    figures = {}
+    for scheme in schemes:
+        full = {n: Level(s.units, scheme) for n, s in prepared.sites.items()}
+        ms = prices.fixed_ms + sum(prices.ms(n, lv) for n, lv in full.items())
+        figures[scheme] = (ms, scorer.score(Allocation(full, ms, 0.0)))
+    if not figures:
+        return ("fp32",)
+    fastest = min(ms for ms, _ in figures.values())
+    close = [n for n, (ms, _) in figures.items() if ms <= fastest * STATIC_MARGIN]
+    chosen = min(close, key=lambda n: figures[n][1])
+    for scheme, (ms, loss) in figures.items():
+        mark = " (chosen)" if scheme == chosen else ""
+        notes.append(f"{scheme} everywhere, unpruned: {ms:.2f} ms, oracle {loss:.5f}{mark}")
+    return (chosen,) if wanted == "int8" else ("fp32", chosen)
+
+
+def _ladder(
+    name: str,
+    prepared: Prepared,
+    prices: Prices,
+    sweep: Sweep,
+    target: Target,
+    request: Request,
+    numerics: tuple[str, ...],
+) -> Ladder:
+    site = prepared.sites[name]
+    widths = widths_of(site, step=target.width_step) if request.prune else [site.units]
+    rungs = [
+        Rung(level, prices.ms(name, level), sweep.errors[site.units - width])
+        for width in widths
+        for level in ([Level(0)] if width == 0 else [Level(width, n) for n in numerics])
+    ]
+    return Ladder(name, sweep.order, tuple(rungs))
+
+
+__all__ = ["Candidates", "batches_of", "gather"]

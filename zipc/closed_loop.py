@@ -1,0 +1,219 @@
+"""Solve, build, measure, correct the budget, solve again: the only way back in the pipeline."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from zipc.build import Built, build
+from zipc.candidates import Candidates
+from zipc.core.errors import TargetUnreachable
+from zipc.core.request import Request
+from zipc.core.types import Allocation, Progress, Runner
+from zipc.effort import Effort
+from zipc.prepare import Prepared
+from zipc.pricing import Prices
+from zipc.profiler.runners.onnxruntime import OnnxRuntimeRunner
+from zipc.proof import paired_speedup
+from zipc.pruner.allocate.search import Problem, SearchState, build_problem, search
+from zipc.pruner.allocate.sensitivity import probe_count, site_losses
+
+AIM = 1.022  # the lower end of the verdict's interval must clear the target, not its middle
+ACCEPT = (1.012, 1.036)  # measured speedup over target at which the loop stops
+LOOK_PAIRS = 60
+
+
+@dataclass(slots=True)
+class Found:
+    """The artifact chosen by the loop and how it was predicted."""
+
+    built: Built
+    predicted_ratio: float  # latency relative to dense, from the table before any look
+    losses: dict[str, float]
+    unreachable: str | None
+    looks: list[tuple[float, float]]  # (predicted, measured) speedup of each build
+    searched: int
+
+
+@dataclass(slots=True)
+class _Attempt:
+    built: Built
+    speedup: float
+    predicted_ratio: float
+    loss: float
+
+
+def solve_and_build(
+    prepared: Prepared,
+    prices: Prices,
+    candidates: Candidates,
+    request: Request,
+    *,
+    target_speedup: float | None,
+    reference: Runner,
+    effort: Effort,
+    progress: Progress,
+) -> Found:
+    """Find the best allocation that measures at least `target_speedup`; None asks for the fastest
+    numerics without pruning."""
+    problem = make_problem(prepared, prices, candidates, progress)
+    loop = _Loop(prepared, prices, candidates, request, reference, effort, progress, problem)
+    if target_speedup is None:
+        attempt = loop.attempt(loop.fastest())
+        return loop.result(attempt, unreachable=None)
+    try:
+        return loop.run(target_speedup)
+    except TargetUnreachable as error:
+        progress.info(f"{error} Building the fastest artifact there is.")
+        attempt = loop.attempt(loop.fastest())
+        return loop.result(attempt, unreachable=str(error))
+
+
+def make_problem(
+    prepared: Prepared, prices: Prices, candidates: Candidates, progress: Progress
+) -> Problem:
+    """Price and judge every level of every site alone."""
+    progress.stage("sensitivity", probe_count(candidates.ladders))
+    candidates.scorer.rebase_on_dense()
+    losses = site_losses(
+        prepared.sites,
+        candidates.ladders,
+        score=candidates.scorer.score,
+        on_probe=lambda: progress.advance(),
+    )
+    progress.done()
+    return build_problem(
+        candidates.ladders, losses, fixed_ms=prices.fixed_ms, dense_ms=prices.dense_ms
+    )
+
+
+def choose(
+    problem: Problem,
+    prices: Prices,
+    candidates: Candidates,
+    *,
+    ratio: float,
+    trials: int,
+    seconds: float,
+    rng: np.random.Generator,
+    progress: Progress,
+    state: SearchState | None = None,
+) -> tuple[Allocation, float, SearchState]:
+    """Search at a latency ratio to dense, then pick among the finalists on more texts."""
+    progress.stage("search", trials)
+    scorer = candidates.scorer
+    found = search(
+        problem,
+        budget_ms=prices.budget_ms(ratio),
+        score=scorer.score,
+        adopt=lambda a: void(scorer.score(a, keep=True)),
+        trials=trials,
+        seconds=seconds,
+        rng=rng,
+        progress=progress,
+        state=state,
+    )
+    finalists = [problem.allocation(c) for _, c in found.top[:6]]
+    confirmed = [(candidates.confirm.score(a), i) for i, a in enumerate(finalists)]
+    loss, best = min(confirmed)
+    found.chosen = list(found.top[best][1])
+    progress.done(f"{found.trials} candidates, oracle {loss:.5f}")
+    return finalists[best], loss, found
+
+
+def void(_: object) -> None:
+    """Drop a value where a callback must not return one."""
+
+
+class _Loop:
+    def __init__(
+        self,
+        prepared: Prepared,
+        prices: Prices,
+        candidates: Candidates,
+        request: Request,
+        reference: Runner,
+        effort: Effort,
+        progress: Progress,
+        problem: Problem,
+    ) -> None:
+        self.prepared = prepared
+        self.prices = prices
+        self.candidates = candidates
+        self.request = request
+        self.reference = reference
+        self.effort = effort
+        self.progress = progress
+        self.problem = problem
+        self.looks: list[tuple[float, float]] = []
+        self.searched = 0
+        self.first_ratio: float | None = None
+
+    def run(self, target: float) -> Found:
+        rng = np.random.default_rng(self.request.seed)
+        scale, state = 1.0, None
+        attempts: list[_Attempt] = []
+        for turn in range(self.effort.rounds):
+            share = 1.0 if turn == 0 else 0.25
+            allocation, loss, state = choose(
+                self.problem,
+                self.prices,
+                self.candidates,
+                ratio=scale / (target * AIM),
+                trials=int(self.effort.trials * share),
+                seconds=self.effort.search_seconds * share,
+                rng=rng,
+                progress=self.progress,
+                state=state,
+            )
+            self.searched += state.trials
+            attempt = self.attempt(allocation, loss)
+            attempts.append(attempt)
+            over = attempt.speedup / target
+            if ACCEPT[0] <= over <= ACCEPT[1]:
+                break
+            if over > ACCEPT[1] and all(
+                lv.width == self.prepared.sites[n].units and lv.numeric == "fp32"
+                for n, lv in allocation.levels.items()
+            ):
+                break  # nothing is left to give back
+            scale *= math.exp(np.clip(math.log(over / AIM), -0.15, 0.15))
+        good = [a for a in attempts if a.speedup >= target * ACCEPT[0]]
+        close = [a for a in good if a.speedup <= target * ACCEPT[1] * 1.01] or good
+        if close:
+            best = min(close, key=lambda a: a.loss)
+        else:
+            best = max(attempts, key=lambda a: a.speedup)
+        return self.result(best, unreachable=None)
+
+    def fastest(self) -> Allocation:
+        """The fastest level of every site."""
+        return self.problem.allocation([int(t.argmin()) for t in self.problem.times])
+
+    def attempt(self, allocation: Allocation, loss: float | None = None) -> _Attempt:
+        self.progress.stage("build and look")
+        built = build(
+            self.prepared, self.candidates.levels, allocation, workload=self.request.workload
+        )
+        runner = OnnxRuntimeRunner(built.model, workload=self.request.workload)
+        timing = paired_speedup(self.reference, runner, pairs=LOOK_PAIRS)
+        ratio = self.prices.ratio(allocation.predicted_ms)
+        if self.first_ratio is None:
+            self.first_ratio = ratio
+        self.looks.append((1 / ratio, timing.speedup))
+        self.progress.done(f"predicted {1 / ratio:.2f}x, measured {timing.speedup:.2f}x")
+        if loss is None:
+            loss = self.candidates.confirm.score(allocation)
+        return _Attempt(built, timing.speedup, ratio, loss)
+
+    def result(self, attempt: _Attempt, *, unreachable: str | None) -> Found:
+        return Found(
+            attempt.built,
+            attempt.predicted_ratio,
+            {"confirm": attempt.loss},
+            unreachable,
+            self.looks,
+            self.searched,
+        )

@@ -1,0 +1,30 @@
+"""How much work each `--effort` buys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from zipc.core.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    calibration_texts: int
+    search_texts: int  # scored for every candidate
+    confirm_texts: int  # scored for the finalists
+    trials: int
+    search_seconds: float
+    rounds: int  # of the closed loop
+
+
+EFFORTS: dict[str, Effort] = {
+    "quick": Effort(1024, 96, 256, 80, 20.0, 3),
+    "default": Effort(4096, 256, 1024, 600, 90.0, 5),
+    "extensive": Effort(8192, 512, 2048, 4000, 900.0, 6),
+}
+
+
+def effort_of(name: str) -> Effort:
+    if name not in EFFORTS:
+        raise UsageError(f"Unknown effort '{name}'. Choose one of: {', '.join(EFFORTS)}.")
+    return EFFORTS[name]

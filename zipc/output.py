@@ -1,0 +1,119 @@
+"""The output folder: everything is written beside it first, then it takes its place at once."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from zipc.core.errors import UsageError
+from zipc.core.files import sha256_file, write_atomic, write_json
+from zipc.core.types import Artifact
+
+KINDS = {
+    "model.onnx": "model (timed)",
+    "reference.onnx": "dense reference (timed)",
+    "samples.json": "raw timing samples of the verdict",
+}
+
+
+def check_output(out: Path) -> None:
+    """Refuse a place where the result could not or should not be written.
+
+    Raises:
+        UsageError: it is a file, holds something that is not ours, or cannot be written.
+    """
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file. Choose a folder with -o.")
+    if out.is_dir() and any(out.iterdir()) and not (out / "manifest.json").is_file():
+        raise UsageError(f"{out} is not empty and was not written by zipc. Choose another with -o.")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        handle, probe = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.zipc-probe-")
+        os.close(handle)
+        os.unlink(probe)
+    except OSError as error:
+        raise UsageError(
+            f"Cannot write to {out.parent} ({error.strerror or error}). Choose another with -o."
+        ) from error
+
+
+@contextlib.contextmanager
+def staged(out: Path) -> Iterator[Path]:
+    """A fresh folder beside `out` that replaces it when the block ends without an error.
+
+    Raises:
+        UsageError: the disk is full or the folder cannot be written.
+    """
+    for stale in out.parent.glob(f".{out.name}.zipc-*"):  # left by a killed run
+        shutil.rmtree(stale, ignore_errors=True)
+    try:
+        fresh = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.zipc-"))
+        fresh.chmod(0o755)
+        try:
+            yield fresh
+            old = fresh.with_name(fresh.name + ".old")
+            if out.exists():
+                out.rename(old)
+            fresh.rename(out)
+            shutil.rmtree(old, ignore_errors=True)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+    except OSError as error:
+        raise UsageError(
+            f"Cannot write {out} ({error.strerror or error}). Free some space or choose another "
+            "folder with -o; finished stages are kept."
+        ) from error
+
+
+def write_artifacts(
+    folder: Path,
+    *,
+    model: bytes,
+    reference: bytes | None,
+    structure: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    source_folder: Path,
+    samples: Mapping[str, Any],
+) -> tuple[Artifact, ...]:
+    """Write everything but the manifest; returns the list of files for it."""
+    write_atomic(folder / "model.onnx", model)
+    if reference is not None:
+        write_atomic(folder / "reference.onnx", reference)
+    write_json(folder / "samples.json", samples)
+    checkpoint = folder / "checkpoint"
+    checkpoint.mkdir()
+    write_json(checkpoint / "structure.json", structure)
+    save_file(
+        {n: t.contiguous().clone() for n, t in tensors.items()},
+        checkpoint / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    _copy_texts(source_folder, checkpoint)
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return tuple(
+        Artifact(
+            str(p.relative_to(folder)),
+            KINDS.get(str(p.relative_to(folder)), "checkpoint"),
+            sha256_file(p),
+        )
+        for p in files
+    )
+
+
+def _copy_texts(source: Path, checkpoint: Path) -> None:
+    """The model's own config, tokenizer and pooling; never its weights or code."""
+    skip = {"model.safetensors.index.json", "data_config.json", "structure.json"}
+    for path in sorted(source.rglob("*")):
+        relative = path.relative_to(source)
+        wanted = path.suffix in (".json", ".txt", ".model") and path.name not in skip
+        if wanted and path.is_file() and len(relative.parts) <= 2 and "onnx" not in relative.parts:
+            (checkpoint / relative).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, checkpoint / relative)

@@ -1,0 +1,379 @@
+"""The pipeline. `compile_model` is zipc on one screen: each line takes and returns named types."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from zipc.build import checkpoint, dense_model
+from zipc.candidates import Candidates, gather
+from zipc.closed_loop import choose, make_problem, solve_and_build
+from zipc.core.errors import UsageError
+from zipc.core.request import Request
+from zipc.core.types import Allocation, LeftAlone, Progress, Site, Target
+from zipc.data import Splits, load_splits
+from zipc.effort import effort_of
+from zipc.evaluate import Evaluator, make_evaluator
+from zipc.latency_tables.store import TableStore, default_cache_dir
+from zipc.manifest import Manifest
+from zipc.model_source import load_source
+from zipc.output import check_output, staged, write_artifacts
+from zipc.prepare import Prepared, prepare
+from zipc.pricing import Prices, price
+from zipc.profiler.runners.onnxruntime import OnnxRuntimeRunner
+from zipc.profiler.timing import warm_up
+from zipc.proof import default_pairs, paired_speedup
+from zipc.record import make_manifest, read_quality, samples_of
+from zipc.stage_cache import StageCache
+from zipc.targets import load_target
+
+
+def compile_model(request: Request, *, progress: Progress) -> Manifest:
+    """Take a model to an artifact whose speedup has been measured, and write the output folder.
+
+    Raises:
+        ZipcError: see `core.errors`; a missed or inconclusive verdict is not an error but a result.
+    """
+    out = _output(request)
+    with _one_thread():
+        clock = Clock(progress)
+        setup = _set_up(request, clock)
+        dense = dense_model(setup.prepared)
+        reference = OnnxRuntimeRunner(dense, workload=request.workload)
+        goal = target_speedup(request, reference)
+        found = solve_and_build(
+            setup.prepared,
+            setup.prices,
+            setup.candidates,
+            request,
+            target_speedup=goal,
+            reference=reference,
+            effort=effort_of(request.effort),
+            progress=clock,
+        )
+        structure, tensors, _ = checkpoint(
+            setup.prepared, setup.candidates.levels, found.built.allocation
+        )
+        compiled = OnnxRuntimeRunner(found.built.model, workload=request.workload)
+        pairs = default_pairs(setup.prices.dense_ms)
+        clock.stage("verdict", pairs)
+        timing = paired_speedup(reference, compiled, pairs=pairs, progress=clock)
+        clock.done(f"{timing.speedup:.3f}x [{timing.ci95[0]:.3f}, {timing.ci95[1]:.3f}]")
+        clock.stage("quality on test")
+        quality = read_quality(
+            setup.evaluator,
+            setup.splits,
+            dense=dense,
+            compiled=found.built.model,
+            seed=request.seed,
+        )
+        clock.done()
+        with staged(out) as folder:
+            files = write_artifacts(
+                folder,
+                model=found.built.model,
+                reference=dense if request.keep_reference else None,
+                structure=structure,
+                tensors=tensors,
+                source_folder=setup.prepared.source.folder,
+                samples=samples_of(timing, request),
+            )
+            manifest = make_manifest(
+                request,
+                goal=goal,
+                target=setup.target,
+                prepared=setup.prepared,
+                prices=setup.prices,
+                candidates=setup.candidates,
+                splits=setup.splits,
+                found=found,
+                timing=timing,
+                quality=quality,
+                sizes=(len(dense), len(found.built.model)),
+                tensors=tensors,
+                session_options=compiled.session_options,
+                files=files,
+                seconds=clock.seconds,
+            )
+            manifest.write(folder)
+    return manifest
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """An allocation that meets the request by prediction; nothing was built."""
+
+    allocation: Allocation
+    sites: list[Site]
+    left_alone: list[LeftAlone]
+    dense_ms: float
+    predicted_ms: float
+    predicted_speedup: float
+    oracle_loss: float
+    split: dict[str, int]
+    notes: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        units = {s.name: s.units for s in self.sites}
+        return {
+            "allocation": [
+                {
+                    "site": n,
+                    "units": units[n],
+                    "level": {"width": lv.width, "numeric": lv.numeric, "pattern": lv.pattern},
+                }
+                for n, lv in self.allocation.levels.items()
+            ],
+            "left_alone": [{"path": a.path, "reason": a.reason} for a in self.left_alone],
+            "dense_ms": self.dense_ms,
+            "predicted_ms": self.predicted_ms,
+            "predicted_speedup": self.predicted_speedup,
+            "oracle_loss": self.oracle_loss,
+            "split": self.split,
+            "notes": self.notes,
+        }
+
+
+def plan_model(request: Request, *, progress: Progress) -> Plan:
+    """Everything up to the allocation.
+
+    Raises:
+        TargetUnreachable: no allocation meets the request; carries the best speedup.
+    """
+    with _one_thread():
+        clock = Clock(progress)
+        setup = _set_up(request, clock)
+        reference = OnnxRuntimeRunner(dense_model(setup.prepared), workload=request.workload)
+        goal = target_speedup(request, reference)
+        problem = make_problem(setup.prepared, setup.prices, setup.candidates, clock)
+        effort = effort_of(request.effort)
+        if goal is None:
+            allocation = problem.allocation([int(t.argmin()) for t in problem.times])
+            loss = setup.candidates.confirm.score(allocation)
+        else:
+            allocation, loss, _ = choose(
+                problem,
+                setup.prices,
+                setup.candidates,
+                ratio=1 / goal,
+                trials=effort.trials,
+                seconds=effort.search_seconds,
+                rng=np.random.default_rng(request.seed),
+                progress=clock,
+            )
+        ratio = setup.prices.ratio(allocation.predicted_ms)
+        return Plan(
+            allocation=allocation,
+            sites=setup.prepared.structure.sites,
+            left_alone=setup.prepared.left_alone,
+            dense_ms=setup.prices.dense_ms,
+            predicted_ms=ratio * setup.prices.dense_ms,
+            predicted_speedup=1 / ratio,
+            oracle_loss=loss,
+            split=split_sizes(setup.splits),
+            notes=[setup.splits.description, *setup.evaluator.notes, *setup.candidates.notes],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ProfileResult:
+    """Where the table is and what it cost to make."""
+
+    table_path: Path
+    entries: int
+    seconds: float
+    from_cache: bool
+    dense_ms: float
+    correction_error: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "table_path": str(self.table_path),
+            "entries": self.entries,
+            "seconds": self.seconds,
+            "from_cache": self.from_cache,
+            "dense_ms": self.dense_ms,
+            "correction_error": self.correction_error,
+        }
+
+
+def profile_model(request: Request, *, progress: Progress) -> ProfileResult:
+    """Build or extend the latency table of a model's sites on the target."""
+    with _one_thread():
+        clock = Clock(progress)
+        target = load_target(request.target)
+        prepared, prices = _price(request, target, clock)
+        fitted = prices.table.correction
+        return ProfileResult(
+            table_path=prices.path,
+            entries=len(prices.table.entries),
+            seconds=prices.seconds,
+            from_cache=prices.from_cache,
+            dense_ms=prices.dense_ms,
+            correction_error=fitted.median_error if fitted else None,
+        )
+
+
+@dataclass(slots=True)
+class Setup:
+    """All that is known before the first candidate is scored."""
+
+    target: Target
+    splits: Splits
+    evaluator: Evaluator
+    prepared: Prepared
+    prices: Prices
+    candidates: Candidates
+
+
+def _set_up(request: Request, progress: Progress) -> Setup:
+    target = load_target(request.target)
+    if request.data is None:
+        raise UsageError(
+            "--data is needed: unlabelled texts like those the model will see decide which parts "
+            "can go, and held-out ones read the quality. A csv, tsv, jsonl or txt file will do, "
+            "for example: --data examples/stsb"
+        )
+    if request.recover != "none":
+        raise UsageError(f"--recover {request.recover} is not available; the only choice is none.")
+    effort = effort_of(request.effort)
+    splits = load_splits(
+        request.data,
+        text_columns=request.text_columns,
+        label_column=request.label_column,
+        seed=request.seed,
+    )
+    progress.info(f"data: {splits.description}")
+    cache = _cache(request)
+    prepared, prices = _price(request, target, progress)
+    source = prepared.source
+    if source.tokenizer is None:
+        raise UsageError(f"{source.folder} has no tokenizer: the texts of --data cannot be read.")
+    evaluator = make_evaluator(
+        source.folder,
+        source.tokenizer,
+        splits,
+        metric=request.metric,
+        user_function=request.evaluator,
+        has_logits=source.has_logits,
+        max_length=source.max_length,
+    )
+    for note in evaluator.notes:
+        progress.info(note)
+    candidates = gather(
+        prepared,
+        prices,
+        target,
+        splits,
+        evaluator,
+        request,
+        effort=effort,
+        cache=cache,
+        progress=progress,
+    )
+    for note in candidates.notes:
+        progress.info(note)
+    return Setup(target, splits, evaluator, prepared, prices, candidates)
+
+
+def _price(request: Request, target: Target, progress: Progress) -> tuple[Prepared, Prices]:
+    progress.stage("load model")
+    source = load_source(request.model)
+    progress.done(type(source.module).__name__)
+    if request.sequence_length > source.max_length:
+        raise UsageError(
+            f"--sequence-length {request.sequence_length} is more than the model takes "
+            f"({source.max_length})."
+        )
+    cache = _cache(request)
+    prepared = prepare(source, request, cache=cache, progress=progress)
+    for entry in cache.discarded:
+        progress.info(f"damaged cache entry {entry} was thrown away")
+    store = TableStore(_cache_root(request) / "tables")
+    return prepared, price(prepared, target, request, store=store, progress=progress)
+
+
+def target_speedup(request: Request, reference: OnnxRuntimeRunner) -> float | None:
+    """The speedup asked for; a latency is turned into one by timing the reference now.
+
+    Raises:
+        UsageError: neither is given, or the dense model already meets the latency.
+    """
+    if request.latency_ms is not None:
+        warm_up(reference)
+        dense_ms = float(np.median([reference.run() for _ in range(40)]))
+        if dense_ms <= request.latency_ms:
+            raise UsageError(
+                f"The dense model already takes {dense_ms:.2f} ms, less than the "
+                f"{request.latency_ms:g} ms asked for. Ask for less, or give --speedup."
+            )
+        return dense_ms / request.latency_ms
+    if request.speedup is not None:
+        if not request.speedup > 1:
+            raise UsageError(f"--speedup must be more than 1, not {request.speedup:g}.")
+        return request.speedup
+    if not request.prune:
+        return None
+    raise UsageError(
+        "Give a goal: --speedup 2x or --latency 5ms (or --no-prune for numerics only)."
+    )
+
+
+def split_sizes(splits: Splits) -> dict[str, int]:
+    parts = ("calibration", "search", "dev", "test")
+    return {part: len(getattr(splits, part)) for part in parts}
+
+
+def _output(request: Request) -> Path:
+    if request.output is None:
+        raise UsageError("-o OUT is needed: the folder for the result.")
+    check_output(request.output)
+    return request.output
+
+
+def _cache_root(request: Request) -> Path:
+    return request.cache_dir or default_cache_dir()
+
+
+def _cache(request: Request) -> StageCache:
+    return StageCache(_cache_root(request))
+
+
+class _one_thread:  # noqa: N801 - reads as a context manager, not as a type
+    """Torch on one thread: two spinning threads on a busy machine are slower than one."""
+
+    def __enter__(self) -> None:
+        self._before = torch.get_num_threads()
+        torch.set_num_threads(1)
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_num_threads(self._before)
+
+
+class Clock:
+    """Passes progress on and remembers how long each stage took."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self.seconds: dict[str, float] = {}
+        self._name, self._started = "", 0.0
+
+    def stage(self, name: str, total: int | None = None) -> None:
+        self._name, self._started = name, time.monotonic()
+        self._progress.stage(name, total)
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        self._progress.advance(steps, note)
+
+    def info(self, message: str) -> None:
+        self._progress.info(message)
+
+    def done(self, note: str = "") -> None:
+        spent = time.monotonic() - self._started
+        self.seconds[self._name] = self.seconds.get(self._name, 0.0) + spent
+        self._progress.done(note)

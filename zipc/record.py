@@ -1,0 +1,172 @@
+"""What a compile found, as the manifest records it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from zipc.candidates import Candidates
+from zipc.closed_loop import Found
+from zipc.core.request import Request
+from zipc.core.types import Artifact, PairedTiming, Target, VerdictName
+from zipc.data import Splits
+from zipc.evaluate import Evaluator, paired_bootstrap
+from zipc.manifest import (
+    AllocationRecord,
+    DataRecord,
+    LatencyRecord,
+    Manifest,
+    ModelRecord,
+    QualityRecord,
+    RequestRecord,
+    SizeRecord,
+)
+from zipc.prepare import Prepared
+from zipc.pricing import Prices
+from zipc.proof import percentiles, verdict
+
+MB = 1e6
+
+
+def read_quality(
+    evaluator: Evaluator, splits: Splits, *, dense: bytes, compiled: bytes, seed: int
+) -> QualityRecord:
+    """Read the metric from both ONNX files on the test rows: the only place that reads them."""
+    before = evaluator.score_onnx(dense, splits.test, reference="self")
+    after = evaluator.score_onnx(compiled, splits.test, reference=before)
+    interval = paired_bootstrap(
+        before.per_row, after.per_row, metric=evaluator.metric, n=1000, seed=seed
+    )
+    return QualityRecord(
+        metric=evaluator.metric,
+        split=evaluator.split_name,
+        dense=before.value,
+        compiled=after.value,
+        one_shot=after.value,
+        interval=interval,
+        rows=after.n,
+        batch_deviation=evaluator.sentence_alone_deviation(compiled, splits.test),
+        notes=evaluator.notes,
+    )
+
+
+def samples_of(timing: PairedTiming, request: Request) -> dict[str, Any]:
+    """Raw samples of the verdict, in the order they were taken."""
+    return {
+        "schema_version": 1,
+        "unit": "ms",
+        "batch_size": request.batch_size,
+        "sequence_length": request.sequence_length,
+        "threads": request.threads,
+        "reference_ms": [round(t, 5) for t in timing.reference_ms],
+        "compiled_ms": [round(t, 5) for t in timing.candidate_ms],
+    }
+
+
+def make_manifest(
+    request: Request,
+    *,
+    goal: float | None,
+    target: Target,
+    prepared: Prepared,
+    prices: Prices,
+    candidates: Candidates,
+    splits: Splits,
+    found: Found,
+    timing: PairedTiming,
+    quality: QualityRecord,
+    sizes: tuple[int, int],
+    tensors: Mapping[str, Tensor],
+    session_options: Mapping[str, Any],
+    files: tuple[Artifact, ...],
+    seconds: Mapping[str, float],
+) -> Manifest:
+    """Put the record together; verdict and figures come from `timing` alone."""
+    source = prepared.source
+    times = percentiles(timing.candidate_ms)
+    allocation = found.built.allocation
+    sweeps = candidates.levels.sweeps
+    measured_ratio = 1 / timing.speedup
+    notes = [*timing.notes, *prices.table.notes, *candidates.notes]
+    if found.unreachable:
+        notes.append(found.unreachable)
+    notes.append(f"{found.searched} candidates scored; {len(found.looks)} builds measured")
+    return Manifest(
+        target=target.name,
+        workload=request.workload,
+        model=ModelRecord(source=source.source, sha256=source.sha256, revision=source.revision),
+        request=RequestRecord.of(request),
+        allocation=tuple(
+            AllocationRecord(
+                site=name,
+                level=level,
+                units=prepared.sites[name].units,
+                predicted_ms=prices.ms(name, level),
+                error=sweeps[name].errors[prepared.sites[name].units - level.width],
+            )
+            for name, level in allocation.levels.items()
+        ),
+        left_alone=tuple(prepared.left_alone),
+        latency=LatencyRecord(
+            table_kind=prices.table.kind,
+            predicted_ms=found.predicted_ratio * prices.dense_ms,
+            reference_ms=float(np.median(timing.reference_ms)),
+            compiled_ms=times["p50"],
+            p90_ms=times["p90"],
+            p99_ms=times["p99"],
+            speedup=timing.speedup,
+            speedup_ci95=timing.ci95,
+            speedup_vs_best_dense=timing.speedup,
+            pairs=len(timing.candidate_ms),
+            prediction_error=found.predicted_ratio / measured_ratio - 1,
+            fingerprint=dict(prices.table.fingerprint),
+            session_options=dict(session_options),
+            notes=tuple(notes),
+        ),
+        verdict=_verdict(timing, goal, found),
+        quality=quality,
+        size=SizeRecord(
+            dense_mb=sizes[0] / MB,
+            compiled_mb=sizes[1] / MB,
+            dense_params=sum(p.numel() for p in source.module.parameters()),
+            compiled_params=_parameters(tensors),
+        ),
+        data=DataRecord(
+            source=str(request.data).rpartition("/")[2] or str(request.data),
+            sha256=splits.sha256,
+            rows={p: len(getattr(splits, p)) for p in ("calibration", "search", "dev", "test")},
+            description=splits.description,
+        ),
+        files=files,
+        timings_s=dict(seconds),
+        stage_keys={"export": prepared.key, "evidence": candidates.key},
+        seed=request.seed,
+        versions=_versions(),
+    )
+
+
+def _verdict(timing: PairedTiming, goal: float | None, found: Found) -> VerdictName:
+    if found.unreachable:
+        return "missed"
+    return verdict(timing, goal if goal is not None else 1.0)
+
+
+def _parameters(tensors: Mapping[str, Tensor]) -> int:
+    helpers = ("weight_scale", "input_scale", "input_zero_point")
+    return sum(t.numel() for n, t in tensors.items() if not n.endswith(helpers))
+
+
+def _versions() -> dict[str, str]:
+    names = ("zipc", "torch", "transformers", "onnx", "onnxscript", "onnxruntime", "numpy")
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # an uninstalled checkout
+            continue
+    return found
