@@ -13,8 +13,9 @@ from zipc.exporters.graph import OnnxGraph
 def block_ends(graph: OnnxGraph, site: Site) -> tuple[list[str], list[str]]:
     """Values where the surroundings of a site begin and end, in the dense graph.
 
-    They begin at the inputs of the producing linears and end after the residual sum and the
-    normalisation that follow the consumer, where there are such.
+    They begin at the inputs of the producing linears, and at any other tensor that carries the
+    units (a bias per head on the scores, say), and end after the residual sum and the normalisation
+    that follow the consumer, where there are such.
     """
     starts: list[str] = []
     for module in site.producers:
@@ -22,6 +23,10 @@ def block_ends(graph: OnnxGraph, site: Site) -> tuple[list[str], list[str]]:
         if not nodes:
             raise UnsupportedModel(f"{module} has no linear node in the exported graph")
         starts.append(nodes[0].input[0])
+    maps = {*site.producers, *(c.module for c in site.consumers)}
+    for piece in site.slices:
+        if piece.parameter.rpartition(".")[0] not in maps:
+            starts.append(graph.weights[piece.parameter][0])
     consumers = graph.consumers()
     ends: list[str] = []
     for consumer in site.consumers:
