@@ -1,0 +1,117 @@
+"""A site cut out with its surroundings computes what it computes inside the whole graph."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import helper
+
+from tests.tiny_models import FAMILIES, case, dense_graph, everything, sliced, text
+from zipc.core.errors import UnsupportedModel
+from zipc.exporters.graph import OnnxGraph
+from zipc.exporters.site_graph import block_ends, extract
+from zipc.exporters.specialise import Edit, Int8Weights, specialise
+from zipc.numerics.int8 import quantize_weight
+
+families = pytest.mark.parametrize("family", FAMILIES)
+
+
+def run(model: bytes, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = 1
+    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    return session.run(None, {i.name: feeds[i.name] for i in session.get_inputs()})
+
+
+def values(graph: OnnxGraph, names: list[str], feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+    """Inner values of a whole graph."""
+    inner = graph.copy()
+    inner.proto = onnx.ModelProto()
+    inner.proto.CopyFrom(graph.proto)
+    del inner.proto.graph.output[:]
+    for name in names:
+        inner.proto.graph.output.append(
+            helper.make_tensor_value_info(name, graph.types[name], [None] * len(graph.shapes[name]))
+        )
+    return run(inner.to_bytes(), feeds)
+
+
+def edits(family: str, width: int, numeric: str, index: int) -> Edit:
+    made = case(family)
+    site = made.sites[index]
+    kept = everything(made) | {site.name: list(range(width))}
+    tensors, constants = sliced(made, kept)
+    edit = Edit(
+        {n: t.numpy() for n, t in tensors.items() if n in {s.parameter for s in site.slices}},
+        {n: t.numpy() for n, t in constants.items()},
+        {},
+    )
+    if numeric == "int8-dynamic" and width:
+        for path in (*site.producers, *(c.module for c in site.consumers)):
+            rounded = quantize_weight(tensors[path + ".weight"])
+            weights = Int8Weights(rounded.values.numpy(), rounded.scale.numpy())
+            edit = Edit(edit.tensors, edit.removed, {**edit.int8, path: weights})
+    return edit
+
+
+@families
+def test_a_cut_out_site_computes_its_part_of_the_whole(family: str) -> None:
+    made = case(family)
+    dense = dense_graph(family)
+    feeds = {k: v.numpy() for k, v in text(family, batch=2, length=9).items()}
+    for index, site in enumerate(made.sites):
+        starts, stops = block_ends(dense, site)
+        for width, numeric in ((site.units, "fp32"), (3, "fp32"), (3, "int8-dynamic"), (0, "fp32")):
+            edit = edits(family, width, numeric, index)
+            graph = specialise(dense, edit)
+            part = specialise(extract(dense, (starts, stops)), edit)
+            proto = part.to_proto()
+            onnx.checker.check_model(proto)
+            names = [i.name for i in proto.graph.input]
+            given = dict(zip(names, values(graph, names, feeds), strict=True)) if names else {}
+            for value in proto.graph.input:
+                dims = [d.dim_value for d in value.type.tensor_type.shape.dim]
+                sizes = given[value.name].shape
+                assert all(d in (0, s) for d, s in zip(dims, sizes, strict=True))
+            want = values(graph, stops, feeds)
+            for got, expected in zip(run(part.to_bytes(), given), want, strict=True):
+                np.testing.assert_allclose(
+                    np.broadcast_to(got, expected.shape), expected, atol=1e-4
+                )
+
+
+@families
+def test_a_cut_out_site_holds_the_site_and_little_else(family: str) -> None:
+    made = case(family)
+    dense = dense_graph(family)
+    for site in made.sites:
+        proto = extract(dense, block_ends(dense, site)).to_proto()
+        held = {i.name for i in proto.graph.initializer}
+        mine = {*site.producers, *(c.module for c in site.consumers)}
+        for call in made.program.linears:
+            inside = dense.weights[call.weight][0] in held
+            # a coupled site spans layers, whose other maps lie between
+            if call.module in mine or len(site.consumers) == 1:
+                assert inside == (call.module in mine), (site.name, call.module)
+
+
+def test_ends_are_the_input_of_the_site_and_the_norm_after_it() -> None:
+    made = case("bert")
+    dense = dense_graph("bert")
+    producers = dense.producers()
+    for site in made.sites:
+        starts, stops = block_ends(dense, site)
+        assert len(starts) == len(stops) == 1
+        assert producers[stops[0]].op_type == "LayerNormalization"
+
+
+def test_a_site_that_is_not_in_the_graph_is_an_error() -> None:
+    made = case("bert")
+    dense = dense_graph("bert").copy()
+    name = dense.weights[made.sites[0].producers[0] + ".weight"][0]
+    dense.nodes = [n for n in dense.nodes if name not in n.input]
+    with pytest.raises(UnsupportedModel, match="has no linear node"):
+        block_ends(dense, made.sites[0])

@@ -1,0 +1,316 @@
+"""ONNX Runtime on an edited graph equals torch after surgery."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from torch import Tensor
+
+from tests.tiny_models import (
+    FAMILIES,
+    Case,
+    Kept,
+    build,
+    case,
+    dense_graph,
+    everything,
+    first,
+    random_kept,
+    sliced,
+    surgered,
+    text,
+    traced,
+)
+from zipc.core.errors import ExportMismatch
+from zipc.exporters.graph import OnnxGraph
+from zipc.exporters.onnx_export import export_dense
+from zipc.exporters.specialise import Edit, Int8Weights, count_integer_kernels, specialise
+from zipc.numerics.int8 import DYNAMIC, STATIC, ActivationRange, activation_range, quantize_weight
+from zipc.pruner.graph import surgery
+
+FP32 = 1e-4
+# The torch simulation and the integer kernels differ where float rounding puts a value on the other
+# side of a rounding boundary: then one activation is off by a step of its scale. Outputs here are
+# normalised, of size about 1 to 3.
+INT8_MEAN, INT8_MAX = 5e-3, 0.25
+
+families = pytest.mark.parametrize("family", FAMILIES)
+
+
+def session(model: bytes, *, optimised: str = "") -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = 1
+    if optimised:
+        options.optimized_model_filepath = optimised
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def onnx_output(model: bytes, feeds: Mapping[str, Tensor]) -> np.ndarray:
+    return session(model).run(None, {k: v.numpy() for k, v in feeds.items()})[0]
+
+
+def torch_output(module: torch.nn.Module, feeds: Mapping[str, Tensor]) -> np.ndarray:
+    with torch.no_grad():
+        return first(module(**feeds)).numpy()
+
+
+def edit_of(made: Case, kept: Kept) -> Edit:
+    tensors, constants = sliced(made, kept)
+    return Edit(
+        {n: t.numpy() for n, t in tensors.items()}, {n: t.numpy() for n, t in constants.items()}
+    )
+
+
+@families
+def test_the_dense_graph_equals_the_module_at_other_sizes(family: str) -> None:
+    made = case(family)
+    model = dense_graph(family).to_bytes()
+    onnx.checker.check_model(model, full_check=True)
+    for batch, length in ((1, 1), (1, 9), (2, 7), (5, 33)):
+        feeds = text(family, batch=batch, length=length, seed=batch)
+        want = torch_output(made.module, feeds)
+        got = onnx_output(model, feeds)
+        assert got.shape == want.shape
+        np.testing.assert_allclose(got, want, atol=FP32)
+
+
+@families
+def test_graphs_have_the_ecosystems_names_and_standard_operators(family: str) -> None:
+    made = case(family)
+    proto = dense_graph(family).to_proto()
+    assert [i.name for i in proto.graph.input] == list(made.example)
+    assert [o.name for o in proto.graph.output] == [made.output]
+    assert {o.domain for o in proto.opset_import} <= {"", "ai.onnx"}
+    for value in proto.graph.input:
+        dims = value.type.tensor_type.shape.dim
+        assert [d.dim_param for d in dims] == ["batch", "sequence"]
+
+
+@families
+@pytest.mark.parametrize("seed", range(3))
+def test_random_allocations_equal_surgery(family: str, seed: int) -> None:
+    made = case(family)
+    kept = random_kept(made, seed)
+    model = specialise(dense_graph(family), edit_of(made, kept)).to_bytes()
+    module = surgered(made, kept)
+    for batch, length in ((2, 7), (1, 1), (3, 19)):
+        feeds = text(family, batch=batch, length=length, seed=seed)
+        want = torch_output(module, feeds)
+        got = onnx_output(model, feeds)
+        assert got.shape == want.shape
+        np.testing.assert_allclose(got, want, atol=FP32)
+
+
+@families
+def test_each_site_removed_alone_equals_surgery_and_frees_its_operators(family: str) -> None:
+    made = case(family)
+    dense = dense_graph(family)
+    for site in made.sites:
+        kept = everything(made) | {site.name: []}
+        graph = specialise(dense, edit_of(made, kept))
+        proto = graph.to_proto()
+        left = {name for n in proto.graph.node for name in n.input}
+        for module in (*site.producers, *(c.module for c in site.consumers)):
+            held = dense.weights[module + ".weight"][0]
+            assert held not in left, f"{module} is still computed"
+        feeds = text(family, batch=2, length=5)
+        got = onnx_output(graph.to_bytes(), feeds)
+        np.testing.assert_allclose(got, torch_output(surgered(made, kept), feeds), atol=FP32)
+
+
+@families
+def test_everything_removed_equals_surgery(family: str) -> None:
+    made = case(family)
+    kept: dict[str, list[int]] = {site.name: [] for site in made.sites}
+    graph = specialise(dense_graph(family), edit_of(made, kept))
+    feeds = text(family, batch=3, length=6)
+    got = onnx_output(graph.to_bytes(), feeds)
+    np.testing.assert_allclose(got, torch_output(surgered(made, kept), feeds), atol=FP32)
+
+
+def test_specialising_leaves_the_dense_graph_as_it_was() -> None:
+    made = case("bert")
+    dense = dense_graph("bert")
+    before = dense.to_bytes()
+    kept = random_kept(made, 0)
+    edit, ranges = quantised(made, kept, STATIC)
+    assert ranges
+    specialise(dense, edit)
+    assert dense.to_bytes() == before
+
+
+def test_biases_that_are_all_zero_stay_apart() -> None:
+    """Freshly made heads have equal biases; merging equal tensors would couple their edits."""
+    module = build("bert")
+    for name, value in module.named_parameters():
+        if name.endswith(".bias"):
+            value.data.zero_()
+    made = traced(module, text("bert"))
+    dense = export_dense(made.program.exported, made.example, outputs=[(0, made.output)])
+    kept = random_kept(made, 1, removed=False)
+    edit = edit_of(made, kept)
+    other = {n: v + np.float32(0.1 * i) for i, (n, v) in enumerate(edit.tensors.items())}
+    module = surgered(made, kept)
+    module.load_state_dict({n: torch.from_numpy(v) for n, v in other.items()}, strict=False)
+    feeds = text("bert", length=9)
+    got = onnx_output(specialise(dense, Edit(other)).to_bytes(), feeds)
+    np.testing.assert_allclose(got, torch_output(module, feeds), atol=FP32)
+
+
+def test_a_linear_without_bias_can_be_given_one() -> None:
+    module = build("bert")
+    path = "encoder.layer.0.output.dense"
+    module.get_submodule(path).bias = None
+    made = traced(module, text("bert"))
+    dense = export_dense(made.program.exported, made.example, outputs=[(0, made.output)])
+    bias = torch.linspace(-1, 1, 32)
+    module.get_submodule(path).bias = torch.nn.Parameter(bias, requires_grad=False)
+    got = onnx_output(
+        specialise(dense, Edit({path + ".bias": bias.numpy()})).to_bytes(), made.example
+    )
+    np.testing.assert_allclose(got, torch_output(module, made.example), atol=FP32)
+
+
+def test_a_tensor_that_is_not_in_the_graph_is_an_error() -> None:
+    with pytest.raises(ExportMismatch, match=r"encoder\.nowhere"):
+        specialise(dense_graph("bert"), Edit({"encoder.nowhere.weight": np.zeros((2, 2), "f4")}))
+
+
+# --- int8 --------------------------------------------------------------------------------------
+
+
+def quantised(
+    made: Case, kept: Kept, numeric: str, *, only: int | None = None
+) -> tuple[Edit, dict[str, tuple[Int8Weights, ActivationRange | None]]]:
+    """An edit with every linear of the kept sites in int8."""
+    tensors, constants = sliced(made, kept)
+    weights = made.weights | tensors
+    modules = []
+    for site in made.sites[:only]:
+        if kept[site.name]:
+            modules += [*site.producers, *(c.module for c in site.consumers)]
+    inputs: dict[str, Tensor] = {}
+    hooked = surgered(made, kept)
+    for path in modules:
+        hooked.get_submodule(path).register_forward_pre_hook(
+            lambda _, args, path=path: inputs.update({path: args[0]})
+        )
+    with torch.no_grad():
+        hooked(**made.example)
+    held: dict[str, tuple[Int8Weights, ActivationRange | None]] = {}
+    for path in modules:
+        rounded = quantize_weight(weights[path + ".weight"])
+        at = None
+        if numeric == STATIC:
+            at = activation_range(float(inputs[path].min()), float(inputs[path].max()))
+        pair = None if at is None else (at.scale, at.zero_point)
+        held[path] = (Int8Weights(rounded.values.numpy(), rounded.scale.numpy(), pair), at)
+    return (
+        Edit(
+            {n: t.numpy() for n, t in tensors.items()},
+            {n: t.numpy() for n, t in constants.items()},
+            {path: w for path, (w, _) in held.items()},
+        ),
+        held,
+    )
+
+
+def simulated(
+    made: Case,
+    kept: Kept,
+    numeric: str,
+    held: Mapping[str, tuple[Int8Weights, ActivationRange | None]],
+) -> torch.nn.Module:
+    module = surgered_int8(made, kept, dict.fromkeys(held, numeric))
+    for path, (weights, at) in held.items():
+        linear = module.get_submodule(path)
+        linear.weight.copy_(torch.from_numpy(weights.values))
+        linear.weight_scale.copy_(torch.from_numpy(weights.scale))
+        if at is not None:
+            linear.input_scale.fill_(at.scale)
+            linear.input_zero_point.fill_(at.zero_point)
+    return module
+
+
+def surgered_int8(made: Case, kept: Kept, numerics: Mapping[str, str]) -> torch.nn.Module:
+    widths = {name: len(units) for name, units in kept.items()}
+    document = surgery.describe(made.module, made.sites, widths=widths, numerics=numerics)
+    module = copy.deepcopy(made.module)
+    surgery.apply_structure_(module, document)
+    float_state = surgered(made, kept).state_dict()
+    wanted = module.state_dict()
+    fitting = {n: v for n, v in float_state.items() if n in wanted and v.dtype == wanted[n].dtype}
+    module.load_state_dict(fitting, strict=False)
+    return module.eval()
+
+
+@families
+@pytest.mark.parametrize("numeric", [DYNAMIC, STATIC])
+def test_int8_graphs_equal_the_torch_simulation(family: str, numeric: str, tmp_path: Path) -> None:
+    made = case(family)
+    kept = random_kept(made, 2, removed=False)
+    if len(made.sites) > 2:
+        kept[made.sites[1].name] = []
+    edit, held = quantised(made, kept, numeric)
+    graph = specialise(dense_graph(family), edit)
+    module = simulated(made, kept, numeric, held)
+    for batch, length in ((1, 1), (2, 7), (3, 19)):
+        feeds = text(family, batch=batch, length=length)
+        got, want = onnx_output(graph.to_bytes(), feeds), torch_output(module, feeds)
+        assert got.shape == want.shape
+        gap = np.abs(got - want)
+        assert gap.mean() < INT8_MEAN
+        assert gap.max() < INT8_MAX
+    calls = sum(len(dense_graph(family).linear_nodes(p + ".weight")) for p in held)
+    path = tmp_path / "optimised.onnx"
+    session(graph.to_bytes(), optimised=str(path))
+    assert count_integer_kernels(onnx.load(path).graph.node) == calls
+
+
+@pytest.mark.parametrize("numeric", [DYNAMIC, STATIC])
+def test_one_int8_site_equals_the_simulation_to_float_rounding(numeric: str) -> None:
+    """With one site in int8 only few values can flip, and none at most seeds."""
+    gaps = []
+    for family in ("bert", "distilbert", "electra"):
+        made = case(family)
+        kept = everything(made)
+        edit, held = quantised(made, kept, numeric, only=1)
+        model = specialise(dense_graph(family), edit).to_bytes()
+        gap = onnx_output(model, made.example) - torch_output(
+            simulated(made, kept, numeric, held), made.example
+        )
+        gaps.append(float(np.abs(gap).max()))
+    assert np.median(gaps) < FP32
+
+
+def test_modules_that_share_an_input_share_its_quantisation() -> None:
+    made = case("bert")
+    for numeric, operator in ((DYNAMIC, "DynamicQuantizeLinear"), (STATIC, "QuantizeLinear")):
+        edit, _ = quantised(made, everything(made), numeric, only=1)
+        counts = specialise(dense_graph("bert"), edit).op_counts()
+        assert counts[operator] == 2  # one for q, k and v, one for the output map
+
+
+def test_int8_files_are_smaller() -> None:
+    made = case("bert")
+    dense = dense_graph("bert")
+    edit, _ = quantised(made, everything(made), DYNAMIC)
+    linears = sum(made.weights[p + ".weight"].numel() for p in edit.int8)
+    assert len(specialise(dense, edit).to_bytes()) < len(dense.to_bytes()) - 2 * linears
+
+
+def test_a_graph_round_trips_through_its_proto() -> None:
+    dense = dense_graph("bert")
+    again = OnnxGraph.of(dense.to_proto())
+    feeds = text("bert")
+    np.testing.assert_array_equal(
+        onnx_output(again.to_bytes(), feeds), onnx_output(dense.to_bytes(), feeds)
+    )
