@@ -10,6 +10,7 @@ import numpy as np
 from onnx import NodeProto, TensorProto
 
 from zipc.core.errors import ExportMismatch
+from zipc.exporters.finish import finish
 from zipc.exporters.graph import OnnxGraph, node
 
 FloatArray = np.ndarray[Any, np.dtype[np.float32]]
@@ -57,6 +58,7 @@ def specialise(dense: OnnxGraph, edit: Edit) -> OnnxGraph:
     for module, weights in edit.int8.items():
         for call in graph.linear_nodes(module + ".weight"):
             _quantise_(graph, call, weights, shared)
+    finish(graph)
     return graph
 
 

@@ -38,12 +38,14 @@ class LinearState:
     integer: QuantizedWeight | None = None
     activation: ActivationRange | None = None
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def seen(self, x: Tensor) -> Tensor:
+        """The input as the product sees it: rounded where the numeric rounds."""
         if self.activation is not None:
-            x = fake_quantize_static(x, self.activation)
-        elif self.integer is not None:
-            x = fake_quantize_dynamic(x)
-        return linear(x, self.weight, self.bias)
+            return fake_quantize_static(x, self.activation)
+        return fake_quantize_dynamic(x) if self.integer is not None else x
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return linear(self.seen(x), self.weight, self.bias)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,19 @@ class SiteState:
     def nbytes(self) -> int:
         held = [s.weight for s in self.linears.values()] + list(self.tensors.values())
         return sum(t.numel() * t.element_size() for t in held)
+
+
+def variant_of(allocation: Allocation, states: Mapping[str, SiteState]) -> Variant:
+    """What the executor needs to run the model with these weights."""
+    linears: dict[str, Callable[[Tensor], Tensor]] = {}
+    constants: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
+    for state in states.values():
+        linears.update(state.linears)
+        constants.update(state.constants)
+        tensors.update(state.tensors)
+    widths = {n: lv.width for n, lv in allocation.levels.items()}
+    return Variant(linears=linears, constants=constants, widths=widths, tensors=tensors)
 
 
 class Levels:
@@ -103,19 +118,13 @@ class Levels:
             self._held -= old.nbytes
         return made
 
+    def states(self, allocation: Allocation, *, feedback: bool = False) -> dict[str, SiteState]:
+        """The weights of every site under an allocation."""
+        return {n: self.state(n, lv, feedback=feedback) for n, lv in allocation.levels.items()}
+
     def variant(self, allocation: Allocation, *, feedback: bool = False) -> Variant:
         """The whole model under an allocation."""
-        linears: dict[str, Callable[[Tensor], Tensor]] = {}
-        constants: dict[str, Tensor] = {}
-        tensors: dict[str, Tensor] = {}
-        widths: dict[str, int] = {}
-        for name, level in allocation.levels.items():
-            state = self.state(name, level, feedback=feedback)
-            linears.update(state.linears)
-            constants.update(state.constants)
-            tensors.update(state.tensors)
-            widths[name] = level.width
-        return Variant(linears=linears, constants=constants, widths=widths, tensors=tensors)
+        return variant_of(allocation, self.states(allocation, feedback=feedback))
 
     def _make(self, site: Site, level: Level, feedback: bool) -> SiteState:
         kept = self.kept(site.name, level.width)
@@ -170,15 +179,27 @@ class Levels:
         keep: Tensor | None,
         feedback: bool,
     ) -> LinearState:
+        held = self.stats[module]
+        gram, sample = held.gram, held.sample
+        if keep is not None and numeric != "fp32":
+            gram, sample = gram[keep][:, keep], sample[:, keep]
+        return self.rounded(weight, bias, numeric, gram=gram if feedback else None, sample=sample)
+
+    def rounded(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        numeric: str,
+        *,
+        gram: Tensor | None,
+        sample: Tensor,
+    ) -> LinearState:
+        """A linear map in a numeric; rounding errors are fed back where `gram` (in, in) is given.
+
+        `sample` (rows, in) calibrates a static activation range.
+        """
         if numeric == "fp32":
             return LinearState(weight, bias)
-        held = self.stats[module]
-        gram = None
-        if feedback:
-            gram = held.gram if keep is None else held.gram[keep][:, keep]
         integer = quantize_weight(weight, gram=gram, limit=self._limit)
-        activation = None
-        if numeric == STATIC:
-            sample = held.sample if keep is None else held.sample[:, keep]
-            activation = calibrate(sample, weight)
+        activation = calibrate(sample, weight) if numeric == STATIC else None
         return LinearState(integer.dequantized(), bias, numeric, integer, activation)

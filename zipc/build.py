@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,13 @@ from zipc.numerics.int8 import STATIC
 from zipc.prepare import Prepared
 from zipc.profiler.runners.onnxruntime import OnnxRuntimeRunner
 from zipc.pruner.graph.surgery import apply_structure_, describe
-from zipc.pruner.levels import Levels, LinearState
+from zipc.pruner.levels import LinearState, SiteState, variant_of
 
 FP32_BOUND = 1e-4  # ONNX against torch, relative to the largest output
 INT8_BOUND = 5e-2  # the same where activations are rounded: a tie may fall the other way
+
+
+States = Mapping[str, SiteState]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +36,7 @@ class Built:
     """A deployable graph, and how far it is from the torch simulation on an example."""
 
     allocation: Allocation
+    states: States  # the weights in it, by site
     model: bytes
     parity: float
     integer_products: int
@@ -44,7 +48,7 @@ def dense_model(prepared: Prepared) -> bytes:
 
 
 def build(
-    prepared: Prepared, levels: Levels, allocation: Allocation, *, workload: Workload
+    prepared: Prepared, allocation: Allocation, states: States, *, workload: Workload
 ) -> Built:
     """Emit the graph of an allocation and check it.
 
@@ -52,13 +56,11 @@ def build(
         ExportMismatch: ONNX Runtime disagrees with the torch simulation, or would not run the
             integer kernels the graph was written for.
     """
-    states = _states(levels, allocation)
-    graph = specialise(prepared.dense, _edit(levels, allocation, states))
-    model = graph.to_bytes()
+    model = specialise(prepared.dense, _edit(states)).to_bytes()
     integers = sum(
         sum(1 for c in prepared.program.linears if c.module == module)
-        for module, state in states.items()
-        if state.integer is not None
+        for module, linear in _linears(states).items()
+        if linear.integer is not None
     )
     if integers:
         found = integer_kernels(model)
@@ -68,7 +70,7 @@ def build(
                 "integers: the rest would be slower than fp32. Use --numerics fp32."
             )
     example = prepared.source.example(batch=1, length=min(32, prepared.source.max_length))
-    expected, _ = prepared.executor.run(example, levels.variant(allocation, feedback=True))
+    expected, _ = prepared.executor.run(example, variant_of(allocation, states))
     runner = OnnxRuntimeRunner(model, workload=workload)
     outputs = runner.outputs({k: v.numpy() for k, v in example.items()})
     parity = check_parity(
@@ -77,7 +79,7 @@ def build(
         bound=INT8_BOUND if integers else FP32_BOUND,
         what="the compiled ONNX graph against its torch simulation",
     )
-    return Built(allocation, model, parity, integers)
+    return Built(allocation, states, model, parity, integers)
 
 
 def integer_kernels(model: bytes) -> int:
@@ -94,25 +96,24 @@ def integer_kernels(model: bytes) -> int:
 
 
 def checkpoint(
-    prepared: Prepared, levels: Levels, allocation: Allocation
+    prepared: Prepared, allocation: Allocation, states: States
 ) -> tuple[dict[str, Any], dict[str, Tensor], nn.Module]:
     """The structure document, the tensors, and the module they make (already reloaded once).
 
     Raises:
         ExportMismatch: the rebuilt module disagrees with the simulation the search scored.
     """
-    states = _states(levels, allocation)
+    linears = _linears(states)
     source = prepared.source
     sites = [s for s in prepared.structure.sites if s.name in allocation.levels]
     document = describe(
         source.module,
         sites,
         widths={n: lv.width for n, lv in allocation.levels.items()},
-        numerics={m: s.numeric for m, s in states.items() if s.integer is not None},
+        numerics={m: s.numeric for m, s in linears.items() if s.integer is not None},
     )
     tensors = {n: t.detach() for n, t in source.module.state_dict().items()}
-    for name, level in allocation.levels.items():
-        state = levels.state(name, level, feedback=True)
+    for name, state in states.items():
         site = prepared.sites[name]
         for path in (*site.producers, *(c.module for c in site.consumers)):
             for leaf in ("weight", "bias"):
@@ -120,17 +121,17 @@ def checkpoint(
         for consumer, constant in state.constants.items():
             tensors[f"{consumer}.bias"] = constant
         tensors |= state.tensors
-    for path, linear in states.items():
+    for path, linear in linears.items():
         tensors |= _linear_tensors(path, linear)
     module = rebuild(source.config, document, tensors)
     example = source.example(batch=1, length=min(32, source.max_length))
-    expected, _ = prepared.executor.run(example, levels.variant(allocation, feedback=True))
+    expected, _ = prepared.executor.run(example, variant_of(allocation, states))
     with torch.no_grad():
         result = module(**example)
     check_parity(
         [result[name].numpy() for _, name in source.outputs],
         [t.numpy() for t in expected],
-        bound=FP32_BOUND if not any(s.integer for s in states.values()) else INT8_BOUND,
+        bound=FP32_BOUND if not any(s.integer for s in linears.values()) else INT8_BOUND,
         what="the rebuilt checkpoint against the simulation",
     )
     return document, tensors, module
@@ -144,23 +145,18 @@ def rebuild(config: Any, document: Mapping[str, Any], tensors: Mapping[str, Tens
     return module.eval().requires_grad_(False)
 
 
-def _states(levels: Levels, allocation: Allocation) -> dict[str, LinearState]:
-    return {
-        module: state
-        for name, level in allocation.levels.items()
-        for module, state in levels.state(name, level, feedback=True).linears.items()
-    }
+def _linears(states: States) -> dict[str, LinearState]:
+    return {m: linear for state in states.values() for m, linear in state.linears.items()}
 
 
-def _edit(levels: Levels, allocation: Allocation, states: Mapping[str, LinearState]) -> Edit:
+def _edit(states: States) -> Edit:
     tensors: dict[str, np.ndarray[Any, np.dtype[np.float32]]] = {}
     removed: dict[str, np.ndarray[Any, np.dtype[np.float32]]] = {}
     integers: dict[str, Int8Weights] = {}
-    for name, level in allocation.levels.items():
-        state = levels.state(name, level, feedback=True)
+    for state in states.values():
         removed |= {m: c.numpy() for m, c in state.constants.items()}
         tensors |= {p: t.numpy() for p, t in state.tensors.items()}
-    for module, linear in states.items():
+    for module, linear in _linears(states).items():
         if linear.bias is not None:
             tensors[module + ".bias"] = linear.bias.numpy()
         if linear.integer is None:
@@ -188,8 +184,3 @@ def _linear_tensors(path: str, linear: LinearState) -> dict[str, Tensor]:
         found[f"{path}.input_scale"] = torch.tensor(linear.activation.scale)
         found[f"{path}.input_zero_point"] = torch.tensor(linear.activation.zero_point)
     return found
-
-
-def parameter_count(tensors: Mapping[str, Tensor] | Sequence[Tensor]) -> int:
-    values = tensors.values() if isinstance(tensors, Mapping) else tensors
-    return sum(t.numel() for t in values)

@@ -43,6 +43,7 @@ class Candidates:
     ladders: dict[str, Ladder]
     scorer: Scorer  # on the texts every candidate is scored on
     confirm: Scorer  # on more texts, for the finalists
+    calibration: list[Feeds]
     numerics: tuple[str, ...]
     notes: list[str]
     key: str
@@ -127,7 +128,7 @@ def gather(
         name: _ladder(name, prepared, prices, sweeps[name], target, request, numerics)
         for name in prepared.sites
     }
-    return Candidates(levels, ladders, first, second, numerics, notes, key)
+    return Candidates(levels, ladders, first, second, calibration, numerics, notes, key)
 
 
 def _evidence(

@@ -19,6 +19,7 @@ from zipc.profiler.runners.onnxruntime import OnnxRuntimeRunner
 from zipc.proof import paired_speedup
 from zipc.pruner.allocate.search import Problem, SearchState, build_problem, search
 from zipc.pruner.allocate.sensitivity import probe_count, site_losses
+from zipc.pruner.compensate.propagate import propagate
 
 AIM = 1.022  # the lower end of the verdict's interval must clear the target, not its middle
 ACCEPT = (1.012, 1.036)  # measured speedup over target at which the loop stops
@@ -193,10 +194,17 @@ class _Loop:
         return self.problem.allocation([int(t.argmin()) for t in self.problem.times])
 
     def attempt(self, allocation: Allocation, loss: float | None = None) -> _Attempt:
-        self.progress.stage("build and look")
-        built = build(
-            self.prepared, self.candidates.levels, allocation, workload=self.request.workload
+        self.progress.stage("repair", len(allocation.levels))
+        states = propagate(
+            self.prepared.executor,
+            self.candidates.levels,
+            allocation,
+            self.candidates.calibration,
+            on_site=lambda site: self.progress.advance(1, site),
         )
+        self.progress.done()
+        self.progress.stage("build and look")
+        built = build(self.prepared, allocation, states, workload=self.request.workload)
         runner = OnnxRuntimeRunner(built.model, workload=self.request.workload)
         timing = paired_speedup(self.reference, runner, pairs=LOOK_PAIRS)
         ratio = self.prices.ratio(allocation.predicted_ms)

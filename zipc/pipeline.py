@@ -57,13 +57,11 @@ def compile_model(request: Request, *, progress: Progress) -> Manifest:
             progress=clock,
         )
         structure, tensors, _ = checkpoint(
-            setup.prepared, setup.candidates.levels, found.built.allocation
+            setup.prepared, found.built.allocation, found.built.states
         )
         compiled = OnnxRuntimeRunner(found.built.model, workload=request.workload)
         pairs = default_pairs(setup.prices.dense_ms)
-        clock.stage("verdict", pairs)
         timing = paired_speedup(reference, compiled, pairs=pairs, progress=clock)
-        clock.done(f"{timing.speedup:.3f}x [{timing.ci95[0]:.3f}, {timing.ci95[1]:.3f}]")
         clock.stage("quality on test")
         quality = read_quality(
             setup.evaluator,

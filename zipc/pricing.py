@@ -87,7 +87,7 @@ def price(
     examples: dict[str, Site] = {}
     for site in prepared.structure.sites:
         part = extract(prepared.dense, block_ends(prepared.dense, site))
-        ops = [n.op_type for n in part.nodes]
+        ops = [n.op_type for n in specialise(part, Edit()).nodes]
         signature = f"{site.kind}-{site.units}-{short_hash(site.signature, ops)[:10]}"
         signatures[site.name] = signature
         parts.setdefault(signature, part)

@@ -67,9 +67,14 @@ class Executor:
         start: int = 0,
         live: Env | None = None,
         cuts: Sequence[int] = (),
+        stop: int | None = None,
+        captured: dict[str, Tensor] | None = None,
         on_linear: Callable[[LinearCall, Tensor], None] | None = None,
     ) -> tuple[list[Tensor], dict[int, Env]]:
         """Run nodes `start..`; returns the outputs and the live values at each of `cuts`.
+
+        With `stop`, only the nodes before it run and no outputs are returned. The values of the
+        nodes that `captured` has keys for are written into it.
 
         `live` must hold the values a run left at cut `start`; what that run had no need of, because
         all its readers were removed, is computed again. `on_linear` sees every linear's input,
@@ -85,7 +90,11 @@ class Executor:
             while pending and pending[0] <= at:
                 cut = pending.pop(0)
                 saved[cut] = {k: v for k, v in env.items() if last_use.get(k, -1) >= cut}
+            if stop is not None and at >= stop:
+                return [], saved
             env[node.name] = self._step(node, env, feeds, variant, symbols, on_linear)
+            if captured is not None and node.name in captured:
+                captured[node.name] = env[node.name]
             for source in node.all_input_nodes:
                 if last_use.get(source.name, -1) <= at:
                     env.pop(source.name, None)

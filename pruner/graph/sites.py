@@ -44,11 +44,10 @@ def find_sites(
     for atom, uses in members.values():
         produced = [weights[n] for n, d, _, _ in uses if d == 0 and n in weights]
         contracted = [weights[n] for n, d, _, _ in uses if d == 1 and n in weights]
-        if not produced or not contracted:
-            continue
         if atom.pins:
             for call in produced:
                 pinned.setdefault(call.module, atom.pins[0])
+        if atom.pins or not produced or not contracted:
             continue
         if not all(c.node in live for c in contracted):
             for call in produced:
