@@ -194,16 +194,8 @@ class _Loop:
         return self.problem.allocation([int(t.argmin()) for t in self.problem.times])
 
     def attempt(self, allocation: Allocation, loss: float | None = None) -> _Attempt:
-        self.progress.stage("repair", len(allocation.levels))
-        states = propagate(
-            self.prepared.executor,
-            self.candidates.levels,
-            allocation,
-            self.candidates.calibration,
-            on_site=lambda site: self.progress.advance(1, site),
-        )
-        self.progress.done()
         self.progress.stage("build and look")
+        states = self.candidates.levels.states(allocation)
         built = build(self.prepared, allocation, states, workload=self.request.workload)
         runner = OnnxRuntimeRunner(built.model, workload=self.request.workload)
         timing = paired_speedup(self.reference, runner, pairs=LOOK_PAIRS)
@@ -217,8 +209,19 @@ class _Loop:
         return _Attempt(built, timing.speedup, ratio, loss)
 
     def result(self, attempt: _Attempt, *, unreachable: str | None) -> Found:
+        """Give the chosen allocation its final weights; its latency is that of the look."""
+        allocation = attempt.built.allocation
+        self.progress.stage("repair", len(allocation.levels))
+        states = propagate(
+            self.prepared.executor,
+            self.candidates.levels,
+            allocation,
+            self.candidates.calibration,
+            on_site=lambda site: self.progress.advance(1, site),
+        )
+        self.progress.done()
         return Found(
-            attempt.built,
+            build(self.prepared, allocation, states, workload=self.request.workload),
             attempt.predicted_ratio,
             {"confirm": attempt.loss},
             unreachable,
