@@ -45,12 +45,12 @@ def collect(
     """
     wanted = set(modules)
     calls = [c for c in executor.program.linears if c.module in wanted]
-    leader = {}  # input value -> the first module that reads it
-    group: dict[str, str] = {}
+    sources: dict[str, tuple[str, ...]] = {}  # module -> the values it reads, one per call
     for call in calls:
-        leader.setdefault(call.source, call.module)
-        group.setdefault(call.module, leader[call.source])
-    readers = {c.node for c in calls if leader[c.source] == c.module}
+        sources[call.module] = (*sources.get(call.module, ()), call.source)
+    leader: dict[tuple[str, ...], str] = {}  # values -> the first module that reads just these
+    group = {module: leader.setdefault(read, module) for module, read in sources.items()}
+    readers = {c.node for c in calls if group[c.module] == c.module}
     stats: dict[str, InputStats] = {}
     generator = torch.Generator().manual_seed(seed)
     per_batch = max(1, SAMPLE_ROWS // max(1, len(batches)))
@@ -59,7 +59,8 @@ def collect(
     def see(call: LinearCall, x: Tensor) -> None:
         if call.node not in readers:
             return
-        rows = x[mask] if mask is not None and x.shape[:2] == mask.shape else x.flatten(0, -2)
+        tokens = mask is not None and x.dim() > 2 and x.shape[:2] == mask.shape
+        rows = (x[mask] if tokens else x).flatten(0, -2)
         if not torch.isfinite(rows).all():
             raise UsageError(
                 f"The input of {call.module} is NaN or infinite on the calibration data. Check "
