@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from zipc.core.errors import UsageError
+
 DYNAMIC = "int8-dynamic"
 STATIC = "int8-static"
 
@@ -66,6 +68,8 @@ def quantize_weight(
 
 def _inverse_factor(gram: Tensor, damp: float) -> Tensor:
     H = gram.to(torch.float64).clone()
+    if not bool(torch.isfinite(H).all()):
+        raise UsageError("The calibration activations contain NaN or infinity. Check --data.")
     mean = H.diagonal().mean().clamp_min(1e-12)
     while True:
         damped = H + torch.eye(len(H), dtype=H.dtype) * (damp * mean)
