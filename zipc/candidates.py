@@ -49,24 +49,50 @@ class Candidates:
     key: str
 
 
-def batches_of(
+@dataclass(frozen=True, slots=True)
+class TextSet:
+    """Texts as padded batches; `order` puts batch rows back in text order."""
+
+    batches: list[Feeds]
+    order: Tensor  # (texts,) row of each text in the concatenated batches
+    pairs: Tensor | None  # (n, 2) texts whose similarity matters, for embeddings
+
+
+def text_set(
     evaluator: Evaluator, rows: Sequence[Row], inputs: Sequence[str], *, limit: int, seed: int
-) -> list[Feeds]:
-    """Up to `limit` texts of `rows`, drawn by seed, as padded torch batches."""
-    texts = evaluator.texts(rows)
+) -> TextSet:
+    """Rows drawn by seed until about `limit` texts are together."""
     rng = np.random.default_rng(seed)
-    chosen = [texts[i] for i in sorted(rng.permutation(len(texts))[:limit])]
+    per_row = max(1, len(rows[0].texts)) if evaluator.head == "embedding" else 1
+    chosen = [rows[i] for i in rng.permutation(len(rows))[: max(1, limit // per_row)]]
+    texts = evaluator.texts(chosen)
     batches = tokenize_batches(
         evaluator.tokenizer,
-        chosen,
+        texts,
         max_length=evaluator.max_length,
         batch_size=64,
         max_tokens=4096,
     )
-    return [
+    order = np.empty(len(texts), dtype=np.int64)
+    order[np.concatenate([b.indices for b in batches])] = np.arange(len(texts))
+    feeds = [
         {n: torch.from_numpy(np.asarray(b.feeds[n])) for n in inputs if n in b.feeds}
         for b in batches
     ]
+    pairs = None
+    if evaluator.head == "embedding":
+        pairs = torch.from_numpy(_pairs(chosen, texts))
+    return TextSet(feeds, torch.from_numpy(order), pairs)
+
+
+def _pairs(rows: Sequence[Row], texts: Sequence[Any]) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """The data's own pairs; where it has single texts, each text with eight others."""
+    place = {text: i for i, text in enumerate(texts)}
+    if len(rows[0].texts) == 2:
+        return np.array([[place[t] for t in r.texts] for r in rows], dtype=np.int64)
+    index = np.arange(len(texts))
+    shifts = range(1, min(9, len(texts)))
+    return np.concatenate([np.stack([index, np.roll(index, s)], 1) for s in shifts])
 
 
 def gather(
@@ -87,9 +113,9 @@ def gather(
         UsageError: activations are not finite, or the data holds too few texts.
     """
     inputs = prepared.source.inputs
-    calibration = batches_of(
+    calibration = text_set(
         evaluator, splits.calibration, inputs, limit=effort.calibration_texts, seed=request.seed
-    )
+    ).batches
     key = fingerprint(
         prepared.key,
         splits.sha256,
@@ -107,20 +133,24 @@ def gather(
         weight_limit=_weight_limit(target),
     )
     progress.stage("oracle on dense")
-    search = batches_of(
-        evaluator, splits.search, inputs, limit=effort.search_texts, seed=request.seed
-    )
-    confirm = batches_of(
-        evaluator, splits.search, inputs, limit=effort.confirm_texts, seed=request.seed + 1
-    )
 
     def readout(output: Tensor, feeds: Mapping[str, Tensor]) -> Tensor:
         return pool(output, feeds["attention_mask"], evaluator.pooling)
 
-    def scorer(batches: list[Feeds]) -> Scorer:
-        return Scorer(prepared.executor, levels, batches, readout=readout, oracle=evaluator.oracle)
+    def scorer(limit: int, seed: int) -> Scorer:
+        chosen = text_set(evaluator, splits.search, inputs, limit=limit, seed=seed)
+        return Scorer(
+            prepared.executor,
+            levels,
+            chosen.batches,
+            readout=readout,
+            oracle=lambda dense, candidate: evaluator.oracle(
+                dense[chosen.order], candidate[chosen.order], pairs=chosen.pairs
+            ),
+        )
 
-    first, second = scorer(search), scorer(confirm)
+    first = scorer(effort.search_texts, request.seed)
+    second = scorer(effort.confirm_texts, request.seed + 1)
     progress.done()
     notes: list[str] = []
     numerics = _numerics(prepared, prices, target, request, first, notes)
@@ -281,4 +311,4 @@ def _ladder(
     return Ladder(name, sweep.order, tuple(rungs))
 
 
-__all__ = ["Candidates", "batches_of", "gather"]
+__all__ = ["Candidates", "TextSet", "gather", "text_set"]

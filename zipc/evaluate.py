@@ -34,6 +34,7 @@ __all__ = [
     "tokenize_batches",
 ]
 Head = Literal["embedding", "classes", "regression"]
+COSINE_SHARE = 0.1  # of each embedding's own cosine in the oracle, beside the similarities
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +62,13 @@ class Evaluator:
     user: UserFunction | None = None
     user_source: str = ""
 
-    def oracle(self, dense_outputs: Any, candidate_outputs: Any) -> float:
+    def oracle(self, dense_outputs: Any, candidate_outputs: Any, *, pairs: Any = None) -> float:
         """Return the label-free loss of a candidate against the dense model; lower is better.
 
         Takes pooled embeddings or logits, (n, d) tensors or arrays: mean of 1 - cosine, of
-        KL(dense || candidate), or for one logit the squared error over the dense variance.
+        KL(dense || candidate), or for one logit the squared error over the dense variance. With
+        `pairs` (m, 2) of rows, embeddings are judged by what they are for, the similarities: 1 -
+        correlation with the dense model's, and a tenth of the mean of 1 - cosine.
         A candidate that is not finite scores infinity.
 
         Raises:
@@ -79,6 +82,9 @@ class Evaluator:
             return float("inf")
         if self.head == "embedding":
             loss = 1 - torch.nn.functional.cosine_similarity(dense, candidate, dim=-1)
+            if pairs is not None and len(pairs) > 2:
+                agreement = _correlation(_similarity(dense, pairs), _similarity(candidate, pairs))
+                return 1 - agreement + COSINE_SHARE * float(loss.double().mean())
         elif self.head == "classes":
             log_p, log_q = dense.log_softmax(-1), candidate.log_softmax(-1)
             loss = (log_p.exp() * (log_p - log_q)).sum(-1)
@@ -328,6 +334,20 @@ def _model_config(model_dir: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UsageError(f"{path} is not a model configuration.")
     return config
+
+
+def _similarity(embeddings: torch.Tensor, pairs: Any) -> torch.Tensor:
+    index = torch.as_tensor(pairs)
+    return torch.nn.functional.cosine_similarity(
+        embeddings[index[:, 0]], embeddings[index[:, 1]], dim=-1
+    ).double()
+
+
+def _correlation(first: torch.Tensor, second: torch.Tensor) -> float:
+    """Pearson correlation; 0 where one of them does not vary."""
+    x, y = first - first.mean(), second - second.mean()
+    scale = float(x.norm() * y.norm())
+    return float(x @ y) / scale if scale > 0 else 0.0
 
 
 def _cosine(first: Array, second: Array) -> Array:
