@@ -83,7 +83,7 @@ class OnnxGraph:
 
     def to_proto(self) -> onnx.ModelProto:
         """Drop what nothing uses, order the nodes and return a checked standard model."""
-        nodes = _ordered(_live(self.nodes, self.outputs()), self._given())
+        nodes = _ordered(live(self.nodes, self.outputs()), self._given())
         used = {i for n in nodes for i in n.input} | set(self.outputs())
         model = onnx.ModelProto()
         model.CopyFrom(self.proto)
@@ -102,7 +102,8 @@ class OnnxGraph:
         return {"", *self.arrays, *(i.name for i in self.proto.graph.input)}
 
 
-def _live(nodes: list[NodeProto], outputs: Iterable[str]) -> list[NodeProto]:
+def live(nodes: list[NodeProto], outputs: Iterable[str]) -> list[NodeProto]:
+    """The nodes that some output needs, in the order they came."""
     producer = {o: i for i, n in enumerate(nodes) for o in n.output}
     keep: set[int] = set()
     stack = list(outputs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from zipc.exporters.graph import OnnxGraph
+from zipc.exporters.graph import OnnxGraph, live
 from zipc.exporters.graph import node as new_node
 
 
@@ -13,6 +13,7 @@ def clean(graph: OnnxGraph) -> None:
     relative_reshapes_(graph)
     residual_sums_(graph)
     full_masks_(graph)
+    drop_dead_(graph)
 
 
 def relative_reshapes_(graph: OnnxGraph) -> None:
@@ -89,3 +90,8 @@ def full_masks_(graph: OnnxGraph) -> None:
         graph.types[full] = graph.types[mask]
         for user in users:
             user.input[list(user.input).index(mask)] = full
+
+
+def drop_dead_(graph: OnnxGraph) -> None:
+    """Drop nodes that no output needs, so that a graph equals itself read back from a file."""
+    graph.nodes = live(graph.nodes, graph.outputs())
