@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from zipc.core.errors import CorruptFile
 from zipc.core.types import Site
-from zipc.numerics.int8 import Int8Linear
+from zipc.numerics.int8 import DYNAMIC, STATIC, Int8Linear
 
 SCHEMA_VERSION = 1
 
@@ -124,12 +124,14 @@ def apply_structure_(model: nn.Module, document: Mapping[str, Any]) -> None:
             fresh: nn.Module
             if spec["numeric"] == "fp32":
                 fresh = nn.Linear(*shape, bias=bool(spec["bias"]))
-            else:
+            elif spec["numeric"] in (DYNAMIC, STATIC):
                 fresh = Int8Linear(*shape, bias=bool(spec["bias"]), numeric=spec["numeric"])
+            else:
+                raise ValueError(f"unknown numeric {spec['numeric']!r} of {path}")
             model.set_submodule(path, fresh)
         for path, spec in document["stubs"].items():
             model.get_submodule(path)
-            stub = ConstantMap if spec["kind"] == "constant" else EmptyMap
+            stub = {"constant": ConstantMap, "empty": EmptyMap}[spec["kind"]]
             model.set_submodule(path, stub(int(spec["features"])))
         for name, shape_list in document["tensors"].items():
             owner, _, leaf = name.rpartition(".")
@@ -140,7 +142,7 @@ def apply_structure_(model: nn.Module, document: Mapping[str, Any]) -> None:
         for path, values in document["attributes"].items():
             for attribute, number in values.items():
                 setattr(model.get_submodule(path), attribute, int(number))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise CorruptFile(f"structure.json does not fit the model: {error}") from error
 
 
