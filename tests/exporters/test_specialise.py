@@ -157,7 +157,7 @@ def test_biases_that_are_all_zero_stay_apart() -> None:
     dense = export_dense(made.program.exported, made.example, outputs=[(0, made.output)])
     kept = random_kept(made, 1, removed=False)
     edit = edit_of(made, kept)
-    other = {n: v + np.float32(0.1 * i) for i, (n, v) in enumerate(edit.tensors.items())}
+    other = {n: v + np.float32(0.01 * i) for i, (n, v) in enumerate(edit.tensors.items())}
     module = surgered(made, kept)
     module.load_state_dict({n: torch.from_numpy(v) for n, v in other.items()}, strict=False)
     feeds = text("bert", length=9)
