@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from zipc.core.errors import UsageError
@@ -91,11 +91,8 @@ def write_artifacts(
     checkpoint = folder / "checkpoint"
     checkpoint.mkdir()
     write_json(checkpoint / "structure.json", structure)
-    save_file(
-        {n: t.contiguous().clone() for n, t in tensors.items()},
-        checkpoint / "model.safetensors",
-        metadata={"format": "pt"},
-    )
+    separate = {n: t.contiguous().clone() for n, t in tensors.items()}  # tied ones twice
+    write_atomic(checkpoint / "model.safetensors", save(separate, metadata={"format": "pt"}))
     _copy_texts(source_folder, checkpoint)
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     return tuple(

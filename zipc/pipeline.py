@@ -274,6 +274,7 @@ def _set_up(request: Request, progress: Progress) -> Setup:
         cache=cache,
         progress=progress,
     )
+    _tell_discarded(cache, progress)
     for note in candidates.notes:
         progress.info(note)
     return Setup(target, splits, evaluator, prepared, prices, candidates)
@@ -290,10 +291,14 @@ def _price(request: Request, target: Target, progress: Progress) -> tuple[Prepar
         )
     cache = _cache(request)
     prepared = prepare(source, request, cache=cache, progress=progress)
-    for entry in cache.discarded:
-        progress.info(f"damaged cache entry {entry} was thrown away")
+    _tell_discarded(cache, progress)
     store = TableStore(_cache_root(request) / "tables")
     return prepared, price(prepared, target, request, store=store, progress=progress)
+
+
+def _tell_discarded(cache: StageCache, progress: Progress) -> None:
+    for entry in cache.discarded:
+        progress.info(f"damaged cache entry {entry} was thrown away")
 
 
 def target_speedup(request: Request, reference: OnnxRuntimeRunner) -> float | None:
