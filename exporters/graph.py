@@ -96,7 +96,7 @@ class OnnxGraph:
         return model
 
     def to_bytes(self) -> bytes:
-        return self.to_proto().SerializeToString()
+        return bytes(self.to_proto().SerializeToString())
 
     def _given(self) -> set[str]:
         return {"", *self.arrays, *(i.name for i in self.proto.graph.input)}
@@ -142,4 +142,6 @@ def node(
     op: str, inputs: list[str], outputs: list[str], **attributes: int | float | list[int]
 ) -> NodeProto:
     """A node of the standard domain, named after its first output."""
-    return helper.make_node(op, inputs, outputs, name=f"{op}/{outputs[0]}", **attributes)
+    made = helper.make_node(op, inputs, outputs, name=f"{op}/{outputs[0]}")
+    made.attribute.extend(helper.make_attribute(k, v) for k, v in sorted(attributes.items()))
+    return made

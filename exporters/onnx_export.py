@@ -79,7 +79,9 @@ def _attention(
     enable_gqa: bool = False,
 ) -> Any:
     """softmax(q k' scale + mask) v, as the five operators every runtime has kernels for."""
-    from onnxscript import opset20 as op
+    from onnxscript import opset20
+
+    op: Any = opset20  # its type variables know no traced values
 
     if is_causal or enable_gqa:
         raise UnsupportedModel("causal and grouped-query attention are not exported yet")

@@ -78,7 +78,8 @@ def _inverse_factor(gram: Tensor, damp: float) -> Tensor:
             inverse = torch.cholesky_inverse(factor)
             upper, info = torch.linalg.cholesky_ex(inverse, upper=True)
             if int(info) == 0:
-                return upper.to(torch.float32)
+                factored: Tensor = upper.to(torch.float32)
+                return factored
         damp *= 10
 
 

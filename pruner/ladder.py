@@ -43,8 +43,8 @@ def sweep_site(
         owned.append(torch.stack(units) + offset)
         offset += W.shape[1]
     return CRITERIA[criterion](
-        torch.block_diag(*parts),
-        torch.block_diag(*grams),
+        torch.block_diag(*parts),  # type: ignore[no-untyped-call]
+        torch.block_diag(*grams),  # type: ignore[no-untyped-call]
         unit_columns=torch.cat(owned, dim=1),
         rng=np.random.default_rng(seed),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 from dataclasses import dataclass, field
@@ -171,6 +172,11 @@ def load_source(model: str, *, weights: bool = True) -> SourceModel:
     return source
 
 
+def _joint_hash(files: list[Path]) -> str:
+    """SHA-256 of the SHA-256s of several weight files, in the order of their names."""
+    return hashlib.sha256("".join(map(sha256_file, files)).encode()).hexdigest()
+
+
 def load_config(folder: Path) -> Any:
     from transformers import AutoConfig
 
@@ -216,8 +222,8 @@ def _load_module(folder: Path, config: Any) -> nn.Module:
     cls = _architecture(config)
     register_attention()
     verbosity = hf_logging.get_verbosity()
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
+    hf_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         with hush():
             module, info = cls.from_pretrained(
@@ -238,7 +244,7 @@ def _load_module(folder: Path, config: Any) -> nn.Module:
         ) from error
     finally:
         hf_logging.set_verbosity(verbosity)
-        hf_logging.enable_progress_bar()
+        hf_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
     missing = sorted(k for k in info["missing_keys"] if "pooler" not in k)
     if missing:
         raise UsageError(
@@ -270,7 +276,7 @@ def register_attention() -> None:
         plain = kwargs.get("mask_function") is bidirectional_mask_function
         if plain and isinstance(padding, Tensor) and padding.dim() == 2:
             return padding[:, None, None, :].to(torch.bool)
-        return sdpa_mask(*args, **kwargs)  # type: ignore[no-any-return]
+        return sdpa_mask(*args, **kwargs)
 
     AttentionInterface.register(ATTENTION, sdpa_attention_forward)
     AttentionMaskInterface.register(ATTENTION, mask)

@@ -205,7 +205,7 @@ def profile_model(request: Request, *, progress: Progress) -> ProfileResult:
     with _one_thread():
         clock = Clock(progress)
         target = load_target(request.target)
-        prepared, prices = _price(request, target, clock)
+        _, prices = _price(request, target, clock)
         fitted = prices.table.correction
         return ProfileResult(
             table_path=prices.path,
@@ -347,7 +347,7 @@ def _cache(request: Request) -> StageCache:
     return StageCache(_cache_root(request))
 
 
-class _one_thread:  # noqa: N801 - reads as a context manager, not as a type
+class _one_thread:
     """Torch on one thread: two spinning threads on a busy machine are slower than one."""
 
     def __enter__(self) -> None:

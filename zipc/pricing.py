@@ -1,10 +1,13 @@
-"""Price every level of every site in milliseconds on the target, and check the sum on whole models."""
+"""Price every level of every site in milliseconds on the target; check sums on whole models."""
 
 from __future__ import annotations
 
 import hashlib
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +21,7 @@ from zipc.exporters.site_graph import block_ends, extract
 from zipc.exporters.specialise import Edit, Int8Weights, specialise
 from zipc.latency_tables import correction
 from zipc.latency_tables.store import TableStore
-from zipc.latency_tables.table import LatencyTable
+from zipc.latency_tables.table import Entry, LatencyTable
 from zipc.numerics.int8 import STATIC, quantize_weight
 from zipc.prepare import Prepared
 from zipc.profiler.fingerprint import device_fingerprint, device_state
@@ -152,13 +155,11 @@ def _measure(
     path: Path,
     progress: Progress,
 ) -> tuple[LatencyTable, float]:
-    import time
-
     started = time.monotonic()
     held = [table]
 
-    def keep(entries: list[object]) -> None:
-        held[0] = held[0].with_entries(entries)  # type: ignore[arg-type]
+    def keep(entries: list[Entry]) -> None:
+        held[0] = held[0].with_entries(entries)
         if time.monotonic() - saved[0] > 5:  # an interrupted sweep loses at most this much
             store.save(held[0], path)
             saved[0] = time.monotonic()
@@ -176,7 +177,7 @@ def _measure(
     return held[0], time.monotonic() - started
 
 
-def _builder(part: OnnxGraph, site: Site, level: Level, prepared: Prepared):  # type: ignore[no-untyped-def]
+def _builder(part: OnnxGraph, site: Site, level: Level, prepared: Prepared) -> Callable[[], bytes]:
     def build() -> bytes:
         kept = {site.name: tuple(range(level.width))}
         edit = plain_edit(prepared, {site.name: level}, kept)
@@ -190,8 +191,8 @@ def plain_edit(
 ) -> Edit:
     """An edit with the right shapes and unrepaired weights: latency does not depend on values."""
     weights = prepared.weights
-    tensors: dict[str, np.ndarray] = {}  # type: ignore[type-arg]
-    removed: dict[str, np.ndarray] = {}  # type: ignore[type-arg]
+    tensors: dict[str, np.ndarray[Any, Any]] = {}
+    removed: dict[str, np.ndarray[Any, Any]] = {}
     integers: dict[str, Int8Weights] = {}
     for name, level in levels.items():
         site = prepared.sites[name]
@@ -217,7 +218,7 @@ def plain_edit(
 def random_levels(prepared: Prepared, target: Target, rng: np.random.Generator) -> dict[str, Level]:
     """A random allocation: widths around a random overall density, one numeric policy."""
     density = rng.uniform(0.15, 0.95)
-    mixed = [n for n in target.numerics]
+    mixed = list(target.numerics)
     policy = mixed[int(rng.integers(len(mixed)))] if rng.random() < 0.7 else None
     levels = {}
     for site in prepared.structure.sites:

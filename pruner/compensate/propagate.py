@@ -62,7 +62,8 @@ class _Moments:
 
     def correction(self, ridge: float) -> tuple[Tensor, Tensor]:
         """Change of weight (out, in) and bias (out,) that best explains the error, in fp64."""
-        assert self.gram is not None and self.cross is not None
+        assert self.gram is not None
+        assert self.cross is not None
         mean, missing = self.total / self.count, self.missing / self.count
         gram = self.gram - self.count * torch.outer(mean, mean)
         cross = self.cross - self.count * torch.outer(missing, mean)

