@@ -1,4 +1,4 @@
-"""What a level does to the weights of a site: slice, refit, round. Computed once, kept in memory."""
+"""What a level does to the weights of a site: slice, refit, round. Computed once, kept."""
 
 from __future__ import annotations
 
@@ -62,6 +62,10 @@ class SiteState:
         return sum(t.numel() * t.element_size() for t in held)
 
 
+CACHE_BYTES = 3 << 26  # levels kept in memory: at least this, and
+CACHE_MODELS = 4  # this many times the dense weights of all sites, so that a search never thrashes
+
+
 def variant_of(allocation: Allocation, states: Mapping[str, SiteState]) -> Variant:
     """What the executor needs to run the model with these weights."""
     linears: dict[str, Callable[[Tensor], Tensor]] = {}
@@ -87,7 +91,6 @@ class Levels:
         *,
         weight_limit: int = 127,
         compensator: str = "least_squares",
-        cache_bytes: int = 1 << 29,
     ) -> None:
         self.sites = sites
         self.weights = weights
@@ -96,8 +99,12 @@ class Levels:
         self._limit = weight_limit
         self._compensate = COMPENSATORS[compensator]
         self._cache: OrderedDict[tuple[str, Level, bool], SiteState] = OrderedDict()
-        self._cache_bytes = cache_bytes
+        self._cache_bytes = max(CACHE_BYTES, CACHE_MODELS * self._dense_bytes())
         self._held = 0
+
+    def _dense_bytes(self) -> int:
+        names = {s.parameter for site in self.sites.values() for s in site.slices}
+        return sum(self.weights[n].numel() * self.weights[n].element_size() for n in names)
 
     def kept(self, site: str, width: int) -> tuple[int, ...]:
         """Units kept, ascending."""
@@ -131,7 +138,7 @@ class Levels:
         consumers = {c.module: c for c in site.consumers}
         if level.removed:
             constants = {}
-            for module, c in consumers.items():
+            for module in consumers:
                 empty = torch.zeros(0, dtype=torch.long)
                 constants[module] = self._repaired(module, empty)[1]
             return SiteState(constants=constants)

@@ -43,7 +43,7 @@ class Candidates:
     ladders: dict[str, Ladder]
     scorer: Scorer  # on the texts every candidate is scored on
     confirm: Scorer  # on more texts, for the finalists
-    calibration: list[Feeds]
+    repair: list[Feeds]  # calibration texts for the repair of the chosen allocation
     numerics: tuple[str, ...]
     notes: list[str]
     key: str
@@ -113,9 +113,13 @@ def gather(
         UsageError: activations are not finite, or the data holds too few texts.
     """
     inputs = prepared.source.inputs
-    calibration = text_set(
-        evaluator, splits.calibration, inputs, limit=effort.calibration_texts, seed=request.seed
-    ).batches
+
+    def calibrating(limit: int) -> list[Feeds]:
+        chosen = text_set(evaluator, splits.calibration, inputs, limit=limit, seed=request.seed)
+        return chosen.batches
+
+    calibration = calibrating(effort.calibration_texts)
+    repair = calibrating(effort.repair_texts)
     key = fingerprint(
         prepared.key,
         splits.sha256,
@@ -137,20 +141,21 @@ def gather(
     def readout(output: Tensor, feeds: Mapping[str, Tensor]) -> Tensor:
         return pool(output, feeds["attention_mask"], evaluator.pooling)
 
-    def scorer(limit: int, seed: int) -> Scorer:
+    def scorer(limit: int, seed: int, *, prefixes: bool) -> Scorer:
         chosen = text_set(evaluator, splits.search, inputs, limit=limit, seed=seed)
         return Scorer(
             prepared.executor,
             levels,
             chosen.batches,
             readout=readout,
+            prefixes=prefixes,
             oracle=lambda dense, candidate: evaluator.oracle(
                 dense[chosen.order], candidate[chosen.order], pairs=chosen.pairs
             ),
         )
 
-    first = scorer(effort.search_texts, request.seed)
-    second = scorer(effort.confirm_texts, request.seed + 1)
+    first = scorer(effort.search_texts, request.seed, prefixes=True)
+    second = scorer(effort.confirm_texts, request.seed + 1, prefixes=False)
     progress.done()
     notes: list[str] = []
     numerics = _numerics(prepared, prices, target, request, first, notes)
@@ -158,7 +163,7 @@ def gather(
         name: _ladder(name, prepared, prices, sweeps[name], target, request, numerics)
         for name in prepared.sites
     }
-    return Candidates(levels, ladders, first, second, calibration, numerics, notes, key)
+    return Candidates(levels, ladders, first, second, repair, numerics, notes, key)
 
 
 def _evidence(

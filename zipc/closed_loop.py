@@ -11,19 +11,21 @@ from zipc.build import Built, build
 from zipc.candidates import Candidates
 from zipc.core.errors import TargetUnreachable
 from zipc.core.request import Request
-from zipc.core.types import Allocation, Progress, Runner
+from zipc.core.types import Allocation, PairedTiming, Progress, Runner
 from zipc.effort import Effort
 from zipc.prepare import Prepared
 from zipc.pricing import Prices
 from zipc.profiler.runners.onnxruntime import OnnxRuntimeRunner
-from zipc.proof import paired_speedup
+from zipc.proof import paired_speedup, paired_timing
 from zipc.pruner.allocate.search import Problem, SearchState, build_problem, search
 from zipc.pruner.allocate.sensitivity import probe_count, site_losses
 from zipc.pruner.compensate.propagate import propagate
 
 AIM = 1.022  # the lower end of the verdict's interval must clear the target, not its middle
 ACCEPT = (1.012, 1.036)  # measured speedup over target at which the loop stops
-LOOK_PAIRS = 60
+LOOK_PAIRS = (60, 120, 240)  # a look goes on while its interval is wider than LOOK_WIDTH
+LOOK_WIDTH = 0.012  # half-width of the log-ratio interval
+TABLE_ERROR = 0.04  # how far a prediction is usually off: a look noisier than this counts for less
 
 
 @dataclass(slots=True)
@@ -40,8 +42,9 @@ class Found:
 
 @dataclass(slots=True)
 class _Attempt:
-    built: Built
+    allocation: Allocation
     speedup: float
+    width: float  # half-width of the interval of log(speedup)
     predicted_ratio: float
     loss: float
 
@@ -124,6 +127,21 @@ def choose(
     return finalists[best], loss, found
 
 
+def _look(reference: Runner, candidate: Runner) -> tuple[PairedTiming, float]:
+    """Measure until the interval is narrow enough, or the last allowance is spent."""
+    base: list[float] = []
+    times: list[float] = []
+    for pairs in LOOK_PAIRS:
+        more = paired_speedup(reference, candidate, pairs=pairs - len(base))
+        base += more.reference_ms
+        times += more.candidate_ms
+        timing = paired_timing(base, times)
+        width = math.log(timing.ci95[1] / timing.ci95[0]) / 2
+        if width <= LOOK_WIDTH:
+            break
+    return timing, width
+
+
 def void(_: object) -> None:
     """Drop a value where a callback must not return one."""
 
@@ -180,13 +198,12 @@ class _Loop:
                 for n, lv in allocation.levels.items()
             ):
                 break  # nothing is left to give back
-            scale *= math.exp(np.clip(math.log(over / AIM), -0.15, 0.15))
+            trust = TABLE_ERROR**2 / (TABLE_ERROR**2 + attempt.width**2)
+            scale *= math.exp(float(np.clip(trust * math.log(over / AIM), -0.15, 0.15)))
         good = [a for a in attempts if a.speedup >= target * ACCEPT[0]]
         close = [a for a in good if a.speedup <= target * ACCEPT[1] * 1.01] or good
-        if close:
-            best = min(close, key=lambda a: a.loss)
-        else:
-            best = max(attempts, key=lambda a: a.speedup)
+        fastest = max(attempts, key=lambda a: a.speedup)
+        best = min(close, key=lambda a: a.loss, default=fastest)
         return self.result(best, unreachable=None)
 
     def fastest(self) -> Allocation:
@@ -198,7 +215,7 @@ class _Loop:
         states = self.candidates.levels.states(allocation)
         built = build(self.prepared, allocation, states, workload=self.request.workload)
         runner = OnnxRuntimeRunner(built.model, workload=self.request.workload)
-        timing = paired_speedup(self.reference, runner, pairs=LOOK_PAIRS)
+        timing, width = _look(self.reference, runner)
         ratio = self.prices.ratio(allocation.predicted_ms)
         if self.first_ratio is None:
             self.first_ratio = ratio
@@ -206,17 +223,17 @@ class _Loop:
         self.progress.done(f"predicted {1 / ratio:.2f}x, measured {timing.speedup:.2f}x")
         if loss is None:
             loss = self.candidates.confirm.score(allocation)
-        return _Attempt(built, timing.speedup, ratio, loss)
+        return _Attempt(allocation, timing.speedup, width, ratio, loss)
 
     def result(self, attempt: _Attempt, *, unreachable: str | None) -> Found:
         """Give the chosen allocation its final weights; its latency is that of the look."""
-        allocation = attempt.built.allocation
+        allocation = attempt.allocation
         self.progress.stage("repair", len(allocation.levels))
         states = propagate(
             self.prepared.executor,
             self.candidates.levels,
             allocation,
-            self.candidates.calibration,
+            self.candidates.repair,
             on_site=lambda site: self.progress.advance(1, site),
         )
         self.progress.done()

@@ -10,6 +10,7 @@ from zipc.core.errors import UsageError
 @dataclass(frozen=True, slots=True)
 class Effort:
     calibration_texts: int
+    repair_texts: int  # of them, seen again by the repair of the chosen allocation
     search_texts: int  # scored for every candidate
     confirm_texts: int  # scored for the finalists
     trials: int
@@ -18,9 +19,9 @@ class Effort:
 
 
 EFFORTS: dict[str, Effort] = {
-    "quick": Effort(1024, 96, 256, 80, 20.0, 3),
-    "default": Effort(4096, 256, 1024, 600, 90.0, 5),
-    "extensive": Effort(8192, 512, 2048, 4000, 900.0, 6),
+    "quick": Effort(1024, 1024, 96, 256, 80, 15.0, 3),
+    "default": Effort(4096, 3072, 256, 1024, 600, 60.0, 5),
+    "extensive": Effort(8192, 8192, 512, 2048, 4000, 900.0, 6),
 }
 
 

@@ -27,7 +27,8 @@ class Scorer:
     """The oracle on a fixed set of texts, with the live values of one allocation kept.
 
     Candidates of a search resemble the best one so far. Whatever comes before the first site at
-    which they differ is not computed again.
+    which they differ is not computed again. Without `prefixes` nothing is kept, which is what a
+    large set of texts scored a few times wants.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Scorer:
         *,
         readout: Readout,
         oracle: Oracle,
+        prefixes: bool = True,
     ) -> None:
         self._executor = executor
         self._levels = levels
@@ -48,7 +50,7 @@ class Scorer:
         self._prefix: _Prefix | None = None
         self._memo: dict[object, float] = {}
         dense = Allocation({}, 0.0, 0.0)
-        self._dense, self._dense_live = self._run(dense, base=None, keep=True)
+        self._dense, self._dense_live = self._run(dense, base=None, keep=prefixes)
         self.evaluations = 0
 
     @property
