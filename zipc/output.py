@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import shutil
 import tempfile
@@ -17,6 +18,7 @@ from zipc.core.errors import UsageError
 from zipc.core.files import sha256_file, write_atomic, write_json
 from zipc.core.types import Artifact
 
+OLD = ".old"  # an earlier output, moved aside for a moment
 KINDS = {
     "model.onnx": "model (timed)",
     "reference.onnx": "dense reference (timed)",
@@ -52,17 +54,21 @@ def staged(out: Path) -> Iterator[Path]:
     Raises:
         UsageError: the disk is full or the folder cannot be written.
     """
-    for stale in out.parent.glob(f".{out.name}.zipc-*"):  # left by a killed run
-        shutil.rmtree(stale, ignore_errors=True)
     try:
+        _clear_leftovers(out)
         fresh = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.zipc-"))
         fresh.chmod(0o755)
         try:
             yield fresh
-            old = fresh.with_name(fresh.name + ".old")
+            old = fresh.with_name(fresh.name + OLD)
             if out.exists():
                 out.rename(old)
-            fresh.rename(out)
+            try:
+                fresh.rename(out)
+            except OSError:
+                if old.exists():
+                    old.rename(out)
+                raise
             shutil.rmtree(old, ignore_errors=True)
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
@@ -71,6 +77,15 @@ def staged(out: Path) -> Iterator[Path]:
             f"Cannot write {out} ({error.strerror or error}). Free some space or choose another "
             "folder with -o; finished stages are kept."
         ) from error
+
+
+def _clear_leftovers(out: Path) -> None:
+    """Remove what a killed run left; give back an output that it had moved aside."""
+    for stale in out.parent.glob(f".{glob.escape(out.name)}.zipc-*"):
+        if stale.name.endswith(OLD) and not out.exists():
+            stale.rename(out)
+        else:
+            shutil.rmtree(stale, ignore_errors=True)
 
 
 def write_artifacts(

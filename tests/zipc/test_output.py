@@ -1,0 +1,162 @@
+"""OUT is refused early where it cannot be written, and replaced whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from zipc.core.errors import UsageError
+from zipc.output import check_output, staged, write_artifacts
+
+
+def finished(out: Path) -> Path:
+    out.mkdir()
+    (out / "manifest.json").write_text("{}")
+    (out / "model.onnx").write_text("earlier")
+    return out
+
+
+@pytest.mark.parametrize("place", ["new", "new/in/new", "empty", "finished"])
+def test_writable_places_pass_and_stay_as_they_are(tmp_path: Path, place: str) -> None:
+    (tmp_path / "empty").mkdir()
+    out = finished(tmp_path / "finished")
+    check_output(tmp_path / place)
+    assert {p.name for p in out.iterdir()} == {"manifest.json", "model.onnx"}
+    assert not [p for p in tmp_path.rglob(".*")]
+
+
+def test_file_in_the_way_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(UsageError, match=r"is a file.*-o"):
+        check_output(tmp_path / "out")
+    with pytest.raises(UsageError, match="-o"):
+        check_output(tmp_path / "out" / "below")
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_foreign_folder_is_refused_and_untouched(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(UsageError, match="not written by zipc"):
+        check_output(tmp_path)
+    assert (tmp_path / "thesis.tex").read_text() == "mine"
+
+
+def test_read_only_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: Any) -> None:  # root may write anywhere, so the system's answer is played
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(tempfile, "mkstemp", refuse)
+    with pytest.raises(UsageError, match=r"Permission denied.*-o"):
+        check_output(tmp_path / "out")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_folder_without_write_permission_is_refused(tmp_path: Path) -> None:
+    tmp_path.chmod(0o555)
+    try:
+        with pytest.raises(UsageError, match="Permission denied"):
+            check_output(tmp_path / "out")
+    finally:
+        tmp_path.chmod(0o755)
+
+
+def test_fresh_folder_takes_the_place_of_the_earlier_output(tmp_path: Path) -> None:
+    out = finished(tmp_path / "out")
+    with staged(out) as folder:
+        (folder / "new").write_text("new")
+        assert (out / "model.onnx").read_text() == "earlier"
+    assert [p.name for p in out.iterdir()] == ["new"]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("error", [ValueError("bug"), KeyboardInterrupt()])
+def test_error_in_the_middle_leaves_the_earlier_output(
+    tmp_path: Path, error: BaseException
+) -> None:
+    out = finished(tmp_path / "out")
+
+    def write() -> None:
+        with staged(out) as folder:
+            (folder / "new").write_text("half")
+            raise error
+
+    with pytest.raises(type(error)):
+        write()
+    assert {p.name for p in out.iterdir()} == {"manifest.json", "model.onnx"}
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_output_survives_when_the_new_one_cannot_take_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = finished(tmp_path / "out")
+    really = Path.rename
+
+    def refuse(self: Path, target: Path) -> Path:
+        if Path(target) == out and not self.name.endswith(".old"):
+            raise OSError(errno.EIO, "Input/output error")
+        return really(self, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(UsageError, match="Input/output error"), staged(out) as folder:
+        (folder / "new").write_text("new")
+    assert (out / "model.onnx").read_text() == "earlier"
+
+
+def test_leftovers_of_a_killed_run_are_cleared(tmp_path: Path) -> None:
+    (tmp_path / ".out.zipc-abc").mkdir()
+    (tmp_path / ".out.zipc-abc" / "model.onnx").write_text("half")
+    with staged(tmp_path / "out") as folder:
+        (folder / "new").write_text("new")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_output_moved_aside_by_a_killed_run_comes_back(tmp_path: Path) -> None:
+    finished(tmp_path / "out").rename(tmp_path / ".out.zipc-abc.old")
+    with pytest.raises(ValueError, match="bug"), staged(tmp_path / "out"):
+        raise ValueError("bug")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "model.onnx").read_text() == "earlier"
+
+
+def test_artifacts_hold_texts_of_the_model_but_neither_its_weights_nor_code(
+    tmp_path: Path,
+) -> None:
+    source = tmp_path / "source"
+    (source / "1_Pooling").mkdir(parents=True)
+    for name in ("config.json", "vocab.txt", "1_Pooling/config.json"):
+        (source / name).write_text("{}")
+    for name in ("modeling.py", "pytorch_model.bin", "model.safetensors"):
+        (source / name).write_text("no")
+    folder = tmp_path / "out"
+    folder.mkdir()
+    shared = torch.arange(6.0).reshape(2, 3)
+    files = write_artifacts(
+        folder,
+        model=onnx.ModelProto().SerializeToString(),
+        reference=None,
+        structure={"sites": []},
+        tensors={"a": shared, "tied": shared, "turned": shared.T},
+        source_folder=source,
+        samples={},
+    )
+    assert {f.path for f in files} == {
+        "model.onnx",
+        "samples.json",
+        "checkpoint/structure.json",
+        "checkpoint/model.safetensors",
+        "checkpoint/config.json",
+        "checkpoint/vocab.txt",
+        "checkpoint/1_Pooling/config.json",
+    }
+    held = load_file(folder / "checkpoint" / "model.safetensors")
+    assert torch.equal(held["tied"], shared)
+    assert torch.equal(held["turned"], shared.T)
