@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -251,7 +252,19 @@ def _load_module(folder: Path, config: Any) -> nn.Module:
             f"The weights in {folder} lack {len(missing)} parameters of {cls.__name__}, for "
             f"example {missing[0]}. The folder's config.json and weights do not belong together."
         )
+    known = {_pattern(name) for name in module.state_dict()}
+    spare = sorted(k for k in info["unexpected_keys"] if _pattern(k) in known)
+    if spare:
+        raise UsageError(
+            f"The weights in {folder} hold {len(spare)} more parameters than {cls.__name__} by its "
+            f"config, for example {spare[0]}. config.json and weights do not belong together."
+        )
     return module  # type: ignore[no-any-return]
+
+
+def _pattern(name: str) -> str:
+    """A parameter's name at any depth: a head the class lacks is no mistake, a layer is."""
+    return re.sub(r"\d+", "#", name)
 
 
 ATTENTION = "zipc"
