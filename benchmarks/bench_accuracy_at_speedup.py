@@ -140,7 +140,7 @@ class Bench:
         write_json(self.arguments.out, self.document)
         print(
             f"{row.name} seed {seed}: {run['verdict']} {run['speedup']:.3f}x, "
-            f"{run['metric']} {100 * run['compiled']:.2f} (dense {100 * run['dense']:.2f}), "
+            f"{run['metric']} {run['compiled']:.2f} (dense {run['dense']:.2f}), "
             f"{run['compile_s']:.0f} s, {run['peak_rss_gib']:.2f} GiB",
             flush=True,
         )
@@ -174,9 +174,9 @@ class Bench:
             return None
         middle = median_low(r["compiled"] for r in runs)
         chosen = next(r for r in runs if r["compiled"] == middle)
-        score = 100 * median(r["compiled"] for r in runs)
+        score = median(r["compiled"] for r in runs)
         speedup = median(r["speedup"] for r in runs)
-        int8 = 100 * median(r["unpruned_int8"]["compiled"] for r in runs)
+        int8 = median(r["unpruned_int8"]["compiled"] for r in runs)
         gain = median(r["in_turn"]["int8_to_compiled"]["speedup"] for r in runs)
         bar = BARS.get(row.name)
         limits = [COLD_S if "measuring prices" in r["timings_s"] else WARM_S for r in runs]
@@ -193,9 +193,9 @@ class Bench:
             "verdicts": [r["verdict"] for r in runs],
             "speedup": speedup,
             "score": score,
-            "scores": [100 * r["compiled"] for r in runs],
-            "dense": 100 * median(r["dense"] for r in runs),
-            "interval": [100 * bound for bound in chosen["interval"]],  # compiled - dense
+            "scores": [r["compiled"] for r in runs],
+            "dense": median(r["dense"] for r in runs),
+            "interval": chosen["interval"],  # compiled - dense
             "bar": bar,
             "int8_score": int8,
             "int8_speedup": median(r["in_turn"]["dense_to_int8"]["speedup"] for r in runs),
