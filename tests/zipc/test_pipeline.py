@@ -1,0 +1,355 @@
+"""The pipeline from a model folder to OUT: the contract of OUT, resuming, and what goes wrong."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+
+import zipc
+from tests.tiny_project import (
+    Killed,
+    Told,
+    fake_clock,
+    labels_file,
+    model_folder,
+    pairs_file,
+    request,
+    small_effort,
+)
+from zipc.build import FP32_BOUND, INT8_BOUND
+from zipc.core.errors import TargetUnreachable, UsageError
+from zipc.core.files import read_json, sha256_file
+from zipc.manifest import Manifest
+from zipc.model_source import load_source
+from zipc.pipeline import compile_model, plan_model, profile_model
+from zipc.proof import paired_timing
+
+FILES = {
+    "manifest.json",
+    "model.onnx",
+    "reference.onnx",
+    "samples.json",
+    "checkpoint/config.json",
+    "checkpoint/model.safetensors",
+    "checkpoint/structure.json",
+    "checkpoint/tokenizer.json",
+    "checkpoint/tokenizer_config.json",
+}
+
+
+@dataclass
+class Project:
+    """One finished compile at 2.5x, and what it was made from."""
+
+    model: Path
+    data: Path
+    cache: Path
+    out: Path
+    manifest: Manifest
+    told: Told
+
+    def compile(self, out: Path, *, told: Told | None = None, **rest: Any) -> Manifest:
+        rest = {"cache": self.cache, "model": self.model, "data": self.data} | rest
+        return compile_model(request(out=out, **rest), progress=told or Told())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def exact_times() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        fake_clock(patch)
+        small_effort(patch)
+        yield
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory, exact_times: None) -> Project:
+    folder = tmp_path_factory.mktemp("project")
+    model, data = model_folder(folder / "model"), pairs_file(folder / "pairs.csv")
+    out, cache, told = folder / "out", folder / "cache", Told()
+    manifest = compile_model(request(model, data, out, cache), progress=told)
+    return Project(model, data, cache, out, manifest, told)
+
+
+def files_in(folder: Path) -> set[str]:
+    return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+
+
+def padded_batch() -> dict[str, np.ndarray]:
+    ids = np.array([[2, 9, 14, 20, 3], [2, 11, 3, 0, 0]], dtype=np.int64)
+    return {
+        "input_ids": ids,
+        "attention_mask": (ids != 0).astype(np.int64),
+        "token_type_ids": np.zeros_like(ids),
+    }
+
+
+def run_onnx(path: Path, feeds: dict[str, np.ndarray]) -> np.ndarray:
+    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    wanted = {i.name for i in session.get_inputs()}
+    result: np.ndarray = session.run(None, {k: v for k, v in feeds.items() if k in wanted})[0]
+    return result
+
+
+def run_torch(module: torch.nn.Module, feeds: dict[str, np.ndarray]) -> np.ndarray:
+    with torch.no_grad():
+        return module(**{k: torch.from_numpy(v) for k, v in feeds.items()})[0].numpy()
+
+
+def distance(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.abs(a - b).max() / np.abs(b).max())
+
+
+def test_output_holds_the_promised_files_and_no_others(project: Project) -> None:
+    assert files_in(project.out) == FILES
+
+
+def test_manifest_says_what_was_asked_done_and_measured(project: Project) -> None:
+    manifest = Manifest.read(project.out)
+    assert manifest == project.manifest
+    assert manifest.verdict == "validated"
+    assert manifest.request.speedup == 2.5
+    assert manifest.latency.speedup_ci95 is not None
+    assert manifest.latency.speedup_ci95[0] >= 2.5
+    assert manifest.model.sha256 == sha256_file(project.model / "model.safetensors")
+    assert {a.site for a in manifest.allocation} | {a.path for a in manifest.left_alone} >= {
+        "encoder.layer.0.attention.self",
+        "encoder.layer.1.intermediate.dense",
+        "pooler.dense",
+    }
+    assert set(manifest.stage_keys) == {"export", "evidence"}
+    for stage, key in manifest.stage_keys.items():
+        assert (project.cache / "stages" / stage / key).is_dir()
+    assert str(project.cache.parent) not in (project.out / "manifest.json").read_text().replace(
+        str(project.model), ""
+    ).replace(str(project.data), "")
+
+
+def test_hashes_in_the_manifest_are_those_of_all_files(project: Project) -> None:
+    listed = {f.path: f.sha256 for f in project.manifest.files}
+    assert set(listed) == FILES - {"manifest.json"}
+    for path, digest in listed.items():
+        assert sha256_file(project.out / path) == digest
+
+
+def test_model_is_standard_smaller_and_takes_any_batch_and_length(project: Project) -> None:
+    model = onnx.load(project.out / "model.onnx")
+    onnx.checker.check_model(model, full_check=True)
+    assert {i.domain for i in model.opset_import} <= {"", "ai.onnx"}
+    assert (project.out / "model.onnx").stat().st_size < (
+        project.out / "reference.onnx"
+    ).stat().st_size
+    size = project.manifest.size
+    assert size.compiled_params is not None
+    assert size.dense_params is not None
+    assert size.compiled_params < size.dense_params
+    for batch, length in ((1, 1), (3, 7), (2, 40)):
+        feeds = {n: np.ones((batch, length), dtype=np.int64) for n in padded_batch()}
+        assert run_onnx(project.out / "model.onnx", feeds).shape == (batch, length, 32)
+
+
+def test_reference_equals_the_source_model(project: Project) -> None:
+    feeds = padded_batch()
+    expected = run_torch(load_source(str(project.model)).module, feeds)
+    assert distance(run_onnx(project.out / "reference.onnx", feeds), expected) < 1e-4
+
+
+def test_samples_give_the_speedup_of_the_manifest(project: Project) -> None:
+    samples = read_json(project.out / "samples.json")
+    timing = paired_timing(samples["reference_ms"], samples["compiled_ms"])
+    assert len(samples["compiled_ms"]) == project.manifest.latency.pairs
+    assert timing.speedup == pytest.approx(project.manifest.latency.speedup, rel=1e-3)
+
+
+def test_loaded_module_equals_the_graph_with_rounded_weights(project: Project) -> None:
+    feeds = padded_batch()
+    module = zipc.load(project.out)
+    assert not module.training
+    assert distance(run_torch(module, feeds), run_onnx(project.out / "model.onnx", feeds)) < (
+        INT8_BOUND
+    )
+
+
+def test_loaded_module_equals_the_graph_closely_in_fp32(project: Project, tmp_path: Path) -> None:
+    manifest = project.compile(tmp_path / "out", numerics="fp32")
+    assert {a.level.numeric for a in manifest.allocation} == {"fp32"}
+    assert any(a.level.width < (a.units or 0) for a in manifest.allocation)
+    feeds = padded_batch()
+    compiled = run_onnx(tmp_path / "out" / "model.onnx", feeds)
+    assert distance(run_torch(zipc.load(tmp_path / "out"), feeds), compiled) < FP32_BOUND
+
+
+def test_unreachable_speedup_is_missed_with_the_best_artifact_complete(
+    project: Project, tmp_path: Path
+) -> None:
+    manifest = project.compile(tmp_path / "out", speedup=500.0)
+    assert manifest.verdict == "missed"
+    assert files_in(tmp_path / "out") == FILES
+    assert {a.level.width for a in manifest.allocation} == {0}
+    assert any("a speedup of" in note for note in manifest.latency.notes)
+    module = zipc.load(tmp_path / "out")
+    feeds = padded_batch()
+    assert distance(run_torch(module, feeds), run_onnx(tmp_path / "out/model.onnx", feeds)) < 1e-4
+
+
+def test_second_run_reuses_finished_stages_says_so_and_gives_the_same(
+    project: Project, tmp_path: Path
+) -> None:
+    told = Told()
+    manifest = project.compile(tmp_path / "out", told=told)
+    assert told.notes["export"] == told.notes["evidence"] == "reused"
+    assert "measuring prices" in project.told.notes
+    assert "measuring prices" not in told.notes
+    assert manifest.allocation == project.manifest.allocation
+    for name in ("model.onnx", "checkpoint/model.safetensors"):
+        assert (tmp_path / "out" / name).read_bytes() == (project.out / name).read_bytes()
+
+
+@pytest.mark.parametrize("stage", ["export", "evidence"])
+def test_damaged_stage_is_thrown_away_said_and_made_again(
+    project: Project, tmp_path: Path, stage: str
+) -> None:
+    cache = shutil.copytree(project.cache, tmp_path / "cache")
+    largest = max((cache / "stages" / stage).rglob("*.*"), key=lambda p: p.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-100])
+    told = Told()
+    manifest = project.compile(tmp_path / "out", told=told, cache=cache)
+    assert any(stage in info and "damaged" in info for info in told.infos)
+    assert told.notes[stage] != "reused"
+    assert manifest.allocation == project.manifest.allocation
+
+
+@pytest.mark.parametrize("stage", ["search", "proof"])
+def test_killed_compile_leaves_no_output_and_resumes(
+    project: Project, tmp_path: Path, stage: str
+) -> None:
+    other = pairs_file(tmp_path / "other.csv", rows=90)  # so that its evidence is new
+    with pytest.raises(Killed):
+        project.compile(tmp_path / "out", told=Told(fail_at=stage), data=other)
+    assert files_in(tmp_path) == {"other.csv"}
+    told = Told()
+    manifest = project.compile(tmp_path / "out", told=told, data=other)
+    assert told.notes["evidence"] == "reused"
+    assert manifest.verdict == "validated"
+    assert files_in(tmp_path / "out") == FILES
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.safetensors", "manifest.json"])
+def test_full_disk_leaves_the_earlier_output_as_it_was(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    import os
+
+    out = shutil.copytree(project.out, tmp_path / "out")
+    before = {f: sha256_file(out / f) for f in FILES}
+    really = os.replace
+
+    def full(source: str, target: str | Path) -> None:
+        if Path(target).name == name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        really(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(UsageError, match="No space left"):
+        project.compile(out)
+    assert {f: sha256_file(out / f) for f in files_in(out)} == before
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_latency_is_met_as_a_speedup_over_the_reference(project: Project, tmp_path: Path) -> None:
+    dense_ms = project.manifest.latency.reference_ms
+    assert dense_ms is not None
+    manifest = project.compile(tmp_path / "out", speedup=None, latency_ms=dense_ms / 1.4)
+    assert manifest.verdict == "validated"
+    assert manifest.latency.compiled_ms is not None
+    assert manifest.latency.compiled_ms <= dense_ms / 1.4
+    with pytest.raises(UsageError, match="already takes"):
+        project.compile(tmp_path / "slow", speedup=None, latency_ms=2 * dense_ms)
+    assert not (tmp_path / "slow").exists()
+
+
+def test_no_prune_keeps_every_unit_and_needs_no_speedup(project: Project, tmp_path: Path) -> None:
+    manifest = project.compile(tmp_path / "out", speedup=None, prune=False, numerics="int8")
+    assert all(a.level.width == a.units for a in manifest.allocation)
+    assert {a.level.numeric for a in manifest.allocation} <= {"int8-dynamic", "int8-static"}
+    assert manifest.verdict == "validated"
+
+
+def test_classifier_is_compiled_for_its_logits_and_read_by_accuracy(tmp_path: Path) -> None:
+    labels = ("bad", "fine", "good")
+    model = model_folder(tmp_path / "model", labels=labels)
+    data = labels_file(tmp_path / "labels.csv", labels)
+    asked = request(model, data, tmp_path / "out", tmp_path / "cache")
+    manifest = compile_model(asked, progress=Told())
+    assert manifest.quality is not None
+    assert manifest.quality.metric == "accuracy"
+    feeds = padded_batch()
+    compiled = run_onnx(tmp_path / "out" / "model.onnx", feeds)
+    assert compiled.shape == (2, 3)
+    assert distance(run_torch(zipc.load(tmp_path / "out"), feeds), compiled) < INT8_BOUND
+
+
+def test_unlabelled_text_of_another_domain_will_do(project: Project, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    lines = ["".join(rng.choice(list("ACGT"), 9)) + f" {i}" for i in range(80)]
+    (tmp_path / "dna.txt").write_text("\n".join(lines))
+    manifest = project.compile(tmp_path / "out", data=tmp_path / "dna.txt")
+    assert manifest.verdict == "validated"
+    assert manifest.quality is not None
+    assert np.isfinite(manifest.quality.compiled)
+
+
+def test_plan_stops_at_the_allocation(project: Project) -> None:
+    plan = plan_model(request(project.model, project.data, None, project.cache), progress=Told())
+    assert plan.predicted_speedup >= 2.5
+    assert set(plan.allocation.levels) == {s.name for s in plan.sites}
+    assert plan.predicted_ms == pytest.approx(plan.dense_ms / plan.predicted_speedup)
+    assert plan.to_json()["split"]["test"] > 0
+
+
+def test_plan_says_the_best_reachable_speedup(project: Project) -> None:
+    asked = request(project.model, project.data, None, project.cache, speedup=500.0)
+    with pytest.raises(TargetUnreachable) as caught:
+        plan_model(asked, progress=Told())
+    assert 2.5 < caught.value.best_speedup < 500
+
+
+def test_profile_measures_once(project: Project, tmp_path: Path) -> None:
+    shutil.copytree(project.cache / "stages", tmp_path / "cache" / "stages")  # no table in it
+    asked = request(project.model, None, None, tmp_path / "cache")
+    first = profile_model(asked, progress=Told())
+    again = profile_model(asked, progress=Told())
+    assert (first.from_cache, again.from_cache) == (False, True)
+    assert again.table_path == first.table_path
+    assert again.entries == first.entries > 20
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data": None}, "--data is needed"),
+        ({"out": None}, "-o OUT"),
+        ({"sequence_length": 49}, "more than the model takes"),
+        ({"speedup": 1.0}, "more than 1"),
+        ({"speedup": None}, "Give a goal"),
+        ({"recover": "distill"}, "not available"),
+        ({"numerics": "int3"}, "int3"),
+        ({"target": "abacus"}, "abacus"),
+        ({"effort": "heroic"}, "heroic"),
+    ],
+)
+def test_bad_request_is_one_clear_message_and_no_output(
+    project: Project, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        project.compile(**({"out": tmp_path / "out"} | change))
+    assert not list(tmp_path.iterdir())
