@@ -22,7 +22,7 @@ from zipc.pruner.levels import Levels, LinearState, SiteState, variant_of
 from zipc.pruner.products import linear, second_moment
 
 Feeds = Mapping[str, Tensor]
-RIDGE = 3e-2  # of the mean diagonal; draws the update towards no change
+RIDGE = 1e-1  # of the mean diagonal; draws the update towards no change
 SAMPLE_ROWS = 64  # rows kept per batch for activation ranges
 
 _PASSES = ("dropout", "clone", "contiguous", "alias", "detach")
