@@ -82,8 +82,12 @@ def build(
     return Built(allocation, states, model, parity, integers)
 
 
-def integer_kernels(model: bytes) -> int:
-    """Integer products in the graph as ONNX Runtime optimises it under default options."""
+def integer_kernels(model: bytes | Path) -> int:
+    """Integer products in the graph as ONNX Runtime optimises it under default options.
+
+    Raises:
+        ExportMismatch: ONNX Runtime cannot load the graph.
+    """
     import onnxruntime
 
     with tempfile.TemporaryDirectory() as folder:
@@ -91,7 +95,15 @@ def integer_kernels(model: bytes) -> int:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.optimized_model_filepath = str(path)
-        onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        source = str(model) if isinstance(model, Path) else model
+        try:
+            onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime's errors share no base
+            name = str(model) if isinstance(model, Path) else "the graph"
+            raise ExportMismatch(
+                f"ONNX Runtime {onnxruntime.__version__} cannot load {name}: {error}. "
+                "Export it again, or install the ONNX Runtime it was made for."
+            ) from error
         return count_integer_kernels(onnx.load(path, load_external_data=False).graph.node)
 
 

@@ -296,13 +296,13 @@ def _interval(
 
 
 def _compare_sizes(rule: Rule, *, new: Path, base: Path) -> RuleResult:
-    ratio = _bytes_of(graph_of(new)) / _bytes_of(graph_of(base))
+    ratio = bytes_of(graph_of(new)) / bytes_of(graph_of(base))
     limit = 1 + rule.limit
     status: Status = "regressed" if ratio > limit else "pass"
     return RuleResult(str(rule), status, ratio, (ratio, ratio), limit)
 
 
-def _bytes_of(graph: Path) -> int:
+def bytes_of(graph: Path) -> int:
     """Size of an ONNX file with the files its weights are kept in."""
     try:
         model = onnx.load(str(graph), load_external_data=False)

@@ -21,6 +21,24 @@ Effort = Literal["quick", "default", "extensive"]
 FormatFlag = Annotated[
     Format, typer.Option("--format", help="table for people, json: one document on stdout.")
 ]
+IncludeFlag = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--include",
+        help="Only sites whose name matches this glob. Repeatable.",
+        metavar="GLOB",
+        rich_help_panel=_SEARCH,
+    ),
+]
+ExcludeFlag = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--exclude",
+        help="No site whose name matches this glob. Repeatable.",
+        metavar="GLOB",
+        rich_help_panel=_SEARCH,
+    ),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,24 +65,8 @@ class ModelFlags:
             rich_help_panel=_SEARCH,
         ),
     ] = "auto"
-    include: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--include",
-            help="Only sites whose name matches this glob. Repeatable.",
-            metavar="GLOB",
-            rich_help_panel=_SEARCH,
-        ),
-    ] = None
-    exclude: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--exclude",
-            help="No site whose name matches this glob. Repeatable.",
-            metavar="GLOB",
-            rich_help_panel=_SEARCH,
-        ),
-    ] = None
+    include: IncludeFlag = None
+    exclude: ExcludeFlag = None
     threads: Annotated[
         int,
         typer.Option(

@@ -1,4 +1,4 @@
-"""`zipc inspect`: a finished compile as a table."""
+"""`zipc inspect`: a finished compile, a model before it is compiled, or an ONNX file."""
 
 from __future__ import annotations
 
@@ -7,28 +7,54 @@ from typing import Annotated
 
 import typer
 
-from zipc.cli.flags import FormatFlag
-from zipc.cli.printing import show_manifest
+from zipc.cli.flags import ExcludeFlag, FormatFlag, IncludeFlag
+from zipc.cli.printing import show_fields, show_manifest, show_structure
 from zipc.cli.running import Outcome, run_verb
 from zipc.core.types import Progress
-from zipc.manifest import Manifest
+from zipc.manifest import FILE_NAME, Manifest
 
 
 def inspect_verb(
-    out: Annotated[
-        Path,
-        typer.Argument(help="Folder written by zipc compile.", metavar="OUT", show_default=False),
+    what: Annotated[
+        str,
+        typer.Argument(
+            help="Folder written by zipc compile, a model (as for compile), or a .onnx file.",
+            metavar="OUT|MODEL|FILE.onnx",
+            show_default=False,
+        ),
     ],
     *,
+    include: IncludeFlag = None,
+    exclude: ExcludeFlag = None,
     format: FormatFlag = "table",
 ) -> None:
-    """Print the allocation, sizes and verdict of a finished compile."""
+    """Print what a compile did, what could be removed from a model, or what an ONNX file holds."""
 
     def body(progress: Progress) -> Outcome:
-        manifest = Manifest.read(out)
-        return Outcome(
-            manifest.to_json(),
-            lambda console: show_manifest(console, manifest, out=out, every_site=True),
-        )
+        path = Path(what)
+        if path.suffix == ".onnx":
+            from zipc.inspect import inspect_onnx
+
+            document = inspect_onnx(path)
+            return Outcome(document, lambda console: show_fields(console, document))
+        if _is_compiled(path):
+            manifest = Manifest.read(path)
+            return Outcome(
+                manifest.to_json(),
+                lambda console: show_manifest(console, manifest, out=path, every_site=True),
+            )
+        from zipc.inspect import inspect_model
+
+        progress.stage("trace")
+        found = inspect_model(what, include=include or (), exclude=exclude or ())
+        progress.done()
+        return Outcome(found, lambda console: show_structure(console, found))
 
     run_verb(body, output=format)
+
+
+def _is_compiled(path: Path) -> bool:
+    """Whether `path` is an output folder, also one that lost its manifest, and not a model."""
+    if path.name == FILE_NAME or (path / FILE_NAME).exists():
+        return True
+    return path.is_dir() and not (path / "config.json").exists()

@@ -70,6 +70,32 @@ def show_plan(console: Console, plan: Plan, *, request: Request) -> None:
     )
 
 
+def show_structure(console: Console, document: Mapping[str, Any]) -> None:
+    """Print what `inspect_model` found: a row per site, then what was left alone and why."""
+    sites = document["sites"]
+    _say(
+        console,
+        f"[bold]{escape(document['model'])}[/]  {document['architecture']}, "
+        f"{document['parameters'] / 1e6:.2f} M parameters, {len(sites)} sites",
+    )
+    table = Table(box=None, pad_edge=False)
+    for name in ("site", "kind", "consumers"):
+        table.add_column(name, overflow="fold")
+    for name in ("units", "widths", "M parameters", "calls"):
+        table.add_column(name, justify="right")
+    for site in sites:
+        consumers = escape("\n".join(site["consumers"]))
+        share = f"{site['parameters'] / 1e6:.3f}"
+        counts = (str(site["units"]), str(len(site["widths"])), share, str(site["calls"]))
+        table.add_row(escape(site["name"]), site["kind"], consumers, *counts)
+    if sites:
+        console.print(table)
+    for part in document["left_alone"]:
+        _say(console, escape(f"left alone: {part['path']}: {part['reason']}"))
+    for note in document["notes"]:
+        _say(console, escape(f"note: {note}"))
+
+
 def show_fields(console: Console, document: Mapping[str, Any]) -> None:
     """Print a flat or nested document as name and value; long lists as their length."""
     table = Table(box=None, show_header=False, pad_edge=False)

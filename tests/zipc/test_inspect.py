@@ -1,0 +1,117 @@
+"""`inspect`: what can be removed, before anything is compiled; and what an ONNX file holds."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from transformers import BertConfig, BertModel
+
+import zipc
+from zipc.core.errors import ExportMismatch, UsageError
+from zipc.inspect import inspect_model, inspect_onnx
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder with weights and config and nothing else."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
+    config = BertConfig(num_hidden_layers=2, vocab_size=50, **sizes)
+    folder = tmp_path_factory.mktemp("models") / "bare"
+    BertModel(config).save_pretrained(folder)
+    return folder
+
+
+def test_folder_without_tokenizer_gives_sites_units_and_consumers(bare: Path) -> None:
+    found = inspect_model(str(bare))
+    kinds = {site["name"]: (site["kind"], site["units"]) for site in found["sites"]}
+    assert kinds == {
+        f"encoder.layer.{i}.{part}": value
+        for i in range(2)
+        for part, value in (("attention.self", ("heads", 4)), ("intermediate.dense", ("ffn", 64)))
+    }
+    ffn = found["sites"][1]
+    assert ffn["consumers"] == ["encoder.layer.0.output.dense"]
+    assert ffn["parameters"] == 32 * 64 + 64 + 64 * 32
+    assert ffn["widths"][0] == 0
+    assert ffn["widths"][-1] == 64
+    assert any("no tokenizer" in note for note in found["notes"])
+
+
+def test_what_is_left_alone_has_a_path_and_a_reason(bare: Path) -> None:
+    found = inspect_model(str(bare), exclude=["*attention*"])
+    alone = {part["path"]: part["reason"] for part in found["left_alone"]}
+    assert alone["encoder.layer.1.attention.self"] == "excluded by --include/--exclude"
+    assert {site["kind"] for site in found["sites"]} == {"ffn"}
+
+
+def test_command_line_prints_one_json_document_about_a_model(bare: Path) -> None:
+    command = [sys.executable, "-m", "zipc", "inspect", str(bare), "--format", "json"]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    document = json.loads(ran.stdout)
+    assert len(document["sites"]) == 4
+    assert all(set(part) == {"path", "reason"} for part in document["left_alone"])
+
+
+def test_folder_that_is_neither_model_nor_output_is_refused(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "zipc", "inspect", str(tmp_path)]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 2
+    assert "is not a finished compile" in ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
+def test_onnx_file_gives_opset_ops_parameters_and_integer_products(tmp_path: Path) -> None:
+    path = tmp_path / "product.onnx"
+    onnx.save(quantized_product(), path)
+    found = inspect_onnx(path)
+    assert found["opset"] == {"ai.onnx": 20}
+    assert found["ops"] == {"DynamicQuantizeLinear": 1, "MatMulInteger": 1}
+    assert found["parameters"] == 4 * 8
+    assert found["integer_products"] == 1
+    assert found["inputs"] == {"x": ["rows", 4]}
+    assert found["size_mb"] == path.stat().st_size / 1e6
+
+
+@pytest.mark.parametrize("content", [b"", b"not a graph"])
+def test_file_that_is_no_graph_is_one_message(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(content)
+    with pytest.raises((UsageError, ExportMismatch), match=r"model\.onnx"):
+        inspect_onnx(path)
+
+
+def test_public_names_are_there_and_importing_zipc_needs_no_torch() -> None:
+    assert {name for name in zipc.__all__ if callable(getattr(zipc, name))} == set(zipc.__all__)
+    code = "import sys, zipc; zipc.Request(model='m'); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = zipc.nothing
+
+
+def quantized_product() -> onnx.ModelProto:
+    """x as U8 by dynamic quantisation, times a constant S8 matrix."""
+    weight = numpy_helper.from_array(np.ones((4, 8), dtype=np.int8), "w")
+    nodes = [
+        helper.make_node("DynamicQuantizeLinear", ["x"], ["q", "scale", "zero"]),
+        helper.make_node("MatMulInteger", ["q", "w", "zero"], ["y"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "product",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", 4])],
+        [helper.make_tensor_value_info("y", TensorProto.INT32, ["rows", 8])],
+        initializer=[weight],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)

@@ -1,0 +1,109 @@
+"""Look before compiling: what in a model can be removed, and what an ONNX file holds."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from zipc.build import integer_kernels
+from zipc.core.errors import UsageError
+from zipc.core.types import Site
+from zipc.gate import bytes_of
+from zipc.model_source import SourceModel, load_source
+from zipc.pruner.graph.sites import find_sites
+from zipc.pruner.graph.trace import Program, trace
+from zipc.pruner.ladder import widths_of
+from zipc.targets import load_target
+
+
+def inspect_model(
+    model: str,
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    target: str = "cpu",
+) -> dict[str, Any]:
+    """Sites, units, legal widths and consumers of MODEL, and what was left alone and why.
+
+    Nothing is measured and no data is needed; a folder without a tokenizer will do.
+
+    Raises:
+        UsageError: the model cannot be found or read.
+        UnsupportedModel: it cannot be traced.
+    """
+    step = load_target(target).width_step
+    source = load_source(model)
+    program = _traced(source)
+    structure = find_sites(program, include=include, exclude=exclude)
+    sizes = {name: tensor.numel() for name, tensor in program.tensors.values()}
+    return {
+        "model": source.source,
+        "sha256": source.sha256,
+        "revision": source.revision,
+        "architecture": type(source.module).__name__,
+        "parameters": sum(p.numel() for p in source.module.parameters()),
+        "inputs": source.inputs,
+        "outputs": [name for _, name in source.outputs],
+        "max_length": source.max_length,
+        "sites": [_site(site, sizes, step) for site in structure.sites],
+        "left_alone": [{"path": a.path, "reason": a.reason} for a in structure.left_alone],
+        "notes": source.notes,
+    }
+
+
+def inspect_onnx(path: Path) -> dict[str, Any]:
+    """Operators, opset, size and integer products of an ONNX file.
+
+    Integer products are counted in the graph as ONNX Runtime optimises it under default options:
+    what really runs on integers, not what is written as quantised.
+
+    Raises:
+        UsageError: the file is missing or is no ONNX file.
+        ExportMismatch: ONNX Runtime cannot load it.
+    """
+    if not path.is_file():
+        raise UsageError(f"There is no ONNX file at {path}.")
+    size = bytes_of(path)
+    proto = onnx.load(path, load_external_data=False)
+    ops = Counter(node.op_type for node in proto.graph.node)
+    weights = {tensor.name: prod(tensor.dims) for tensor in proto.graph.initializer}
+    return {
+        "file": str(path),
+        "size_mb": size / 1e6,
+        "ir_version": proto.ir_version,
+        "opset": {entry.domain or "ai.onnx": entry.version for entry in proto.opset_import},
+        "inputs": {v.name: _shape(v) for v in proto.graph.input if v.name not in weights},
+        "outputs": {v.name: _shape(v) for v in proto.graph.output},
+        "parameters": sum(weights.values()),
+        "nodes": sum(ops.values()),
+        "ops": dict(ops.most_common()),
+        "integer_products": integer_kernels(path),
+    }
+
+
+def _traced(source: SourceModel) -> Program:
+    program = trace(source.module, source.example(), max_length=source.max_length)
+    program.outputs = [program.outputs[i] for i, _ in source.outputs]
+    return program
+
+
+def _site(site: Site, sizes: dict[str, int], step: int) -> dict[str, Any]:
+    return {
+        "name": site.name,
+        "kind": site.kind,
+        "units": site.units,
+        "widths": widths_of(site, step=step),
+        "parameters": sum(sizes[name] for name in {s.parameter for s in site.slices}),
+        "calls": site.calls,
+        "producers": list(site.producers),
+        "consumers": [c.module for c in site.consumers],
+    }
+
+
+def _shape(value: onnx.ValueInfoProto) -> list[int | str]:
+    return [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
