@@ -120,7 +120,10 @@ def price(
     )
     missing = [g for g in graphs if not table.has(g.signature, g.level)]
     seconds = 0.0
-    if missing:
+    if not missing:
+        progress.stage("prices")
+        progress.done(f"reused {len(graphs)} from the latency table")
+    else:
         if stored is not None and stored.fingerprint != prints:
             raise TableMissing(
                 f"The table {path} lacks {len(missing)} entries and was measured on another device;"
