@@ -204,14 +204,18 @@ def test_int8_levels_are_close_to_fp32_ones_of_the_same_width(family: str) -> No
                     assert gap < 0.05
 
 
-def test_weights_are_made_once_and_the_cache_stays_within_its_size() -> None:
+def test_weights_are_made_once_and_the_cache_stays_within_its_size(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     made = case("bert")
     held = levels("bert")
     site = made.sites[1]
     assert held.state(site.name, Level(5)) is held.state(site.name, Level(5))
     assert held.state(site.name, Level(5)) is not held.state(site.name, Level(5), feedback=True)
     one = held.state(site.name, Level(5)).nbytes
-    small = levels("bert", cache_bytes=3 * one)
+    monkeypatch.setattr("zipc.pruner.levels.CACHE_BYTES", 3 * one)
+    monkeypatch.setattr("zipc.pruner.levels.CACHE_MODELS", 0)
+    small = levels("bert")
     for width in range(1, site.units + 1):
         small.state(site.name, Level(width))
         assert small._held <= 3 * one or len(small._cache) == 1
