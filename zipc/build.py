@@ -93,7 +93,7 @@ def integer_kernels(model: bytes | Path) -> int:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "optimised.onnx"
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
+        options.log_severity_level = 4
         options.optimized_model_filepath = str(path)
         source = str(model) if isinstance(model, Path) else model
         try:

@@ -73,6 +73,8 @@ def load_splits(
     wanted = {*text_columns, *([label_column] if label_column else [])}
     tables = {role: read_table(file, wanted) for role, file in files.items()}
     first = tables.get("train") or next(iter(tables.values()))
+    if not first.rows:
+        raise UsageError(f"{first.path} has no rows under its header. Check --data.")
     texts, label = _choose_columns(first, text_columns, label_column)
     read: dict[str, list[Row]] = {}
     skipped = 0

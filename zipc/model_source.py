@@ -349,6 +349,11 @@ def _output_names(source: SourceModel) -> list[tuple[int, str]]:
     names = [k for k, v in result.items() if isinstance(v, Tensor)]
     for wanted in ("logits", "last_hidden_state"):
         if wanted in names:
+            if not torch.isfinite(result[wanted]).all():
+                raise UnsupportedModel(
+                    f"{type(source.module).__name__} gives NaN or infinity in fp32 on a plain "
+                    f"input. Its weights in {source.folder} may be damaged: fetch it again."
+                )
             return [(names.index(wanted), wanted)]
     raise UnsupportedModel(
         f"{type(source.module).__name__} gives {names}; zipc needs logits or last_hidden_state."

@@ -31,7 +31,7 @@ def onnx_run(model: Path | bytes, pooling: Pooling, *, threads: int = 1) -> Run:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    options.log_severity_level = 3
+    options.log_severity_level = 4
     try:
         session = ort.InferenceSession(
             model if isinstance(model, bytes) else str(model),

@@ -70,7 +70,7 @@ def prepare(
         reasons = "; ".join(f"{a.path}: {a.reason}" for a in structure.left_alone[:3])
         raise UnsupportedModel(
             f"Nothing in {request.model} can be removed{' (' + reasons + ')' if reasons else ''}. "
-            f"Use --no-prune for numerics only, or look at: zipc inspect {request.model}"
+            f"To see every part with its reason, run: zipc inspect {request.model}"
         )
     progress.done(f"{len(structure.sites)} sites, {len(structure.left_alone)} left alone")
     progress.stage("export")
