@@ -21,7 +21,7 @@ from zipc.effort import effort_of
 from zipc.evaluate import Evaluator, make_evaluator
 from zipc.latency_tables.store import TableStore, default_cache_dir
 from zipc.manifest import Manifest
-from zipc.model_source import load_source
+from zipc.model_source import SourceModel, load_source
 from zipc.output import check_output, staged, write_artifacts
 from zipc.prepare import Prepared, prepare
 from zipc.pricing import Prices, price
@@ -205,7 +205,7 @@ def profile_model(request: Request, *, progress: Progress) -> ProfileResult:
     with _one_thread():
         clock = Clock(progress)
         target = load_target(request.target)
-        _, prices = _price(request, target, clock)
+        _, prices = _price(_load(request, clock), request, target, clock)
         fitted = prices.table.correction
         return ProfileResult(
             table_path=prices.path,
@@ -248,8 +248,7 @@ def _set_up(request: Request, progress: Progress) -> Setup:
     )
     progress.info(f"data: {splits.description}")
     cache = _cache(request)
-    prepared, prices = _price(request, target, progress)
-    source = prepared.source
+    source = _load(request, progress)
     if source.tokenizer is None:
         raise UsageError(f"{source.folder} has no tokenizer: the texts of --data cannot be read.")
     evaluator = make_evaluator(
@@ -263,6 +262,7 @@ def _set_up(request: Request, progress: Progress) -> Setup:
     )
     for note in evaluator.notes:
         progress.info(note)
+    prepared, prices = _price(source, request, target, progress)
     candidates = gather(
         prepared,
         prices,
@@ -280,7 +280,7 @@ def _set_up(request: Request, progress: Progress) -> Setup:
     return Setup(target, splits, evaluator, prepared, prices, candidates)
 
 
-def _price(request: Request, target: Target, progress: Progress) -> tuple[Prepared, Prices]:
+def _load(request: Request, progress: Progress) -> SourceModel:
     progress.stage("load model")
     source = load_source(request.model)
     progress.done(type(source.module).__name__)
@@ -289,6 +289,12 @@ def _price(request: Request, target: Target, progress: Progress) -> tuple[Prepar
             f"--sequence-length {request.sequence_length} is more than the model takes "
             f"({source.max_length})."
         )
+    return source
+
+
+def _price(
+    source: SourceModel, request: Request, target: Target, progress: Progress
+) -> tuple[Prepared, Prices]:
     cache = _cache(request)
     prepared = prepare(source, request, cache=cache, progress=progress)
     _tell_discarded(cache, progress)
