@@ -10,6 +10,7 @@ import numpy as np
 from zipc.build import Built, build
 from zipc.candidates import Candidates
 from zipc.core.errors import TargetUnreachable
+from zipc.core.memory import release
 from zipc.core.request import Request
 from zipc.core.types import Allocation, PairedTiming, Progress, Runner
 from zipc.effort import Effort
@@ -21,8 +22,8 @@ from zipc.pruner.allocate.search import Problem, SearchState, build_problem, sea
 from zipc.pruner.allocate.sensitivity import probe_count, site_losses
 from zipc.pruner.compensate.propagate import propagate
 
-AIM = 1.022  # the lower end of the verdict's interval must clear the target, not its middle
-ACCEPT = (1.012, 1.036)  # measured speedup over target at which the loop stops
+AIM = 1.024  # the lower end of the verdict's interval must clear the target, not its middle
+ACCEPT = (1.012, 1.038)  # measured speedup over target at which the loop stops
 LOOK_PAIRS = (60, 120, 240)  # a look goes on while its interval is wider than LOOK_WIDTH
 LOOK_WIDTH = 0.012  # half-width of the log-ratio interval
 TABLE_ERROR = 0.04  # how far a prediction is usually off: a look noisier than this counts for less
@@ -127,6 +128,17 @@ def choose(
     return finalists[best], loss, found
 
 
+def _bias(attempts: list[_Attempt]) -> float:
+    """By how much predictions are too high near this budget: predicted over measured ratio.
+
+    The mean over all looks so far, drawn towards 1 as far as the looks are noisier than the table.
+    """
+    logs = [math.log(a.predicted_ratio * a.speedup) for a in attempts]
+    trust = [TABLE_ERROR**2 / (TABLE_ERROR**2 + a.width**2) for a in attempts]
+    weighted = sum(t * x for t, x in zip(trust, logs, strict=True))
+    return math.exp(weighted / (sum(trust) + 0.1))
+
+
 def _look(reference: Runner, candidate: Runner) -> tuple[PairedTiming, float]:
     """Measure until the interval is narrow enough, or the last allowance is spent."""
     base: list[float] = []
@@ -198,8 +210,7 @@ class _Loop:
                 for n, lv in allocation.levels.items()
             ):
                 break  # nothing is left to give back
-            trust = TABLE_ERROR**2 / (TABLE_ERROR**2 + attempt.width**2)
-            scale *= math.exp(float(np.clip(trust * math.log(over / AIM), -0.15, 0.15)))
+            scale = _bias(attempts)
         good = [a for a in attempts if a.speedup >= target * ACCEPT[0]]
         close = [a for a in good if a.speedup <= target * ACCEPT[1] * 1.01] or good
         fastest = max(attempts, key=lambda a: a.speedup)
@@ -225,6 +236,10 @@ class _Loop:
             loss = self.candidates.confirm.score(allocation)
         return _Attempt(allocation, timing.speedup, width, ratio, loss)
 
+    def _repaired(self, site: str) -> None:
+        self.progress.advance(1, site)
+        release()
+
     def result(self, attempt: _Attempt, *, unreachable: str | None) -> Found:
         """Give the chosen allocation its final weights; its latency is that of the look."""
         allocation = attempt.allocation
@@ -234,7 +249,7 @@ class _Loop:
             self.candidates.levels,
             allocation,
             self.candidates.repair,
-            on_site=lambda site: self.progress.advance(1, site),
+            on_site=self._repaired,
         )
         self.progress.done()
         return Found(

@@ -14,6 +14,7 @@ from zipc.build import checkpoint, dense_model
 from zipc.candidates import Candidates, gather
 from zipc.closed_loop import choose, make_problem, solve_and_build
 from zipc.core.errors import UsageError
+from zipc.core.memory import release
 from zipc.core.request import Request
 from zipc.core.types import Allocation, LeftAlone, Progress, Site, Target
 from zipc.data import Splits, load_splits
@@ -385,4 +386,5 @@ class Clock:
     def done(self, note: str = "") -> None:
         spent = time.monotonic() - self._started
         self.seconds[self._name] = self.seconds.get(self._name, 0.0) + spent
+        release()
         self._progress.done(note)
