@@ -24,6 +24,7 @@ from zipc.pruner.compensate.propagate import propagate
 
 AIM = 1.024  # the lower end of the verdict's interval must clear the target, not its middle
 ACCEPT = (1.012, 1.038)  # measured speedup over target at which the loop stops
+FILLED = 0.98  # finalists that leave more of the budget unused overshoot the speedup asked for
 LOOK_PAIRS = (60, 120, 240)  # a look goes on while its interval is wider than LOOK_WIDTH
 LOOK_WIDTH = 0.012  # half-width of the log-ratio interval
 TABLE_ERROR = 0.04  # how far a prediction is usually off: a look noisier than this counts for less
@@ -120,12 +121,14 @@ def choose(
         progress=progress,
         state=state,
     )
-    finalists = [problem.allocation(c) for _, c in found.top[:6]]
-    confirmed = [(candidates.confirm.score(a), i) for i, a in enumerate(finalists)]
-    loss, best = min(confirmed)
-    found.chosen = list(found.top[best][1])
+    finalists = [(problem.allocation(c), c) for _, c in found.top]
+    least = FILLED * prices.budget_ms(ratio)
+    filled = [f for f in finalists if f[0].predicted_ms >= least] or finalists
+    loss, best = min((candidates.confirm.score(a), i) for i, (a, _) in enumerate(filled[:6]))
+    allocation, chosen = filled[best]
+    found.chosen = list(chosen)
     progress.done(f"{found.trials} candidates, oracle {loss:.5f}")
-    return finalists[best], loss, found
+    return allocation, loss, found
 
 
 def _bias(attempts: list[_Attempt]) -> float:

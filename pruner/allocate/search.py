@@ -19,8 +19,6 @@ from zipc.core.errors import TargetUnreachable
 from zipc.core.types import Allocation, Ladder, Level, Progress
 from zipc.pruner.allocate.dp import BudgetTooSmall, solve
 
-FILLED = 0.975  # a swap that leaves more of the budget unused than this is not scored
-
 Floats = NDArray[np.float64]
 Score = Callable[[Allocation], float]
 
@@ -202,4 +200,4 @@ def _swap(
             continue
         spent += float(problem.times[s][best] - problem.times[s][picked[s]])
         picked[s] = best
-    return picked if FILLED * budget <= spent <= budget + 1e-12 else None
+    return picked if spent <= budget + 1e-12 else None
