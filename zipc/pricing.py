@@ -129,6 +129,8 @@ def price(
                 f"The table {path} lacks {len(missing)} entries and was measured on another device;"
                 f" it cannot be extended here. Run: zipc profile {request.model}"
             )
+        if len(missing) < len(graphs):
+            progress.info(f"{len(graphs) - len(missing)} prices reused from the latency table")
         table, seconds = _measure(
             table, missing, anchor_bytes, workload, store=store, path=path, progress=progress
         )
