@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from zipc.build import Built, build
 from zipc.candidates import Candidates
 from zipc.core.errors import TargetUnreachable
+from zipc.core.files import fingerprint
 from zipc.core.memory import release
 from zipc.core.request import Request
-from zipc.core.types import Allocation, PairedTiming, Progress, Runner
+from zipc.core.types import Allocation, Level, PairedTiming, Progress, Runner
 from zipc.effort import Effort
 from zipc.prepare import Prepared
 from zipc.pricing import Prices
@@ -21,25 +26,46 @@ from zipc.proof import paired_speedup, paired_timing
 from zipc.pruner.allocate.search import Problem, SearchState, build_problem, search
 from zipc.pruner.allocate.sensitivity import probe_count, site_losses
 from zipc.pruner.compensate.propagate import propagate
+from zipc.stage_cache import StageCache
 
 AIM = 1.024  # the lower end of the verdict's interval must clear the target, not its middle
 ACCEPT = (1.012, 1.038)  # measured speedup over target at which the loop stops
+STAGE, FILE = "solution", "solution.json"
 FILLED = 0.98  # finalists that leave more of the budget unused overshoot the speedup asked for
 LOOK_PAIRS = (60, 120, 240)  # a look goes on while its interval is wider than LOOK_WIDTH
 LOOK_WIDTH = 0.012  # half-width of the log-ratio interval
 TABLE_ERROR = 0.04  # how far a prediction is usually off: a look noisier than this counts for less
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
+class Solution:
+    """The allocation the loop settled on, and how it got there."""
+
+    allocation: Allocation
+    predicted_ratio: float  # latency relative to dense, from the table alone
+    loss: float  # oracle on the confirming texts, before the repair
+    unreachable: str | None
+    looks: tuple[tuple[float, float], ...]  # (predicted, measured) speedup of each build
+    searched: int  # candidates scored
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def of_json(cls, document: Mapping[str, Any]) -> Solution:
+        held = dict(document["allocation"])
+        levels = {n: Level(**lv) for n, lv in held.pop("levels").items()}
+        looks = tuple((float(p), float(m)) for p, m in document["looks"])
+        fields = {**document, "allocation": Allocation(levels, **held), "looks": looks}
+        return cls(**fields)
+
+
+@dataclass(frozen=True, slots=True)
 class Found:
     """The artifact chosen by the loop and how it was predicted."""
 
+    solution: Solution
     built: Built
-    predicted_ratio: float  # latency relative to dense, from the table before any look
-    losses: dict[str, float]
-    unreachable: str | None
-    looks: list[tuple[float, float]]  # (predicted, measured) speedup of each build
-    searched: int
 
 
 @dataclass(slots=True)
@@ -60,21 +86,61 @@ def solve_and_build(
     target_speedup: float | None,
     reference: Runner,
     effort: Effort,
+    cache: StageCache,
     progress: Progress,
 ) -> Found:
-    """Find the best allocation that measures at least `target_speedup`; None asks for the fastest
-    numerics without pruning."""
-    problem = make_problem(prepared, prices, candidates, progress)
-    loop = _Loop(prepared, prices, candidates, request, reference, effort, progress, problem)
-    if target_speedup is None:
-        attempt = loop.attempt(loop.fastest())
-        return loop.result(attempt, unreachable=None)
-    try:
-        return loop.run(target_speedup)
-    except TargetUnreachable as error:
-        progress.info(f"{error} Building the fastest artifact there is.")
-        attempt = loop.attempt(loop.fastest())
-        return loop.result(attempt, unreachable=str(error))
+    """Find the best allocation that measures at least `target_speedup`, and give it its weights.
+
+    None asks for the fastest numerics without pruning. A solution found by an earlier run of the
+    same request is taken from the cache.
+    """
+    key = solution_key(prices, candidates, request)
+    folder = cache.get(STAGE, key)
+    if folder is not None:
+        progress.stage("search")
+        solution = Solution.of_json(json.loads((folder / FILE).read_text()))
+        progress.done("reused")
+    else:
+        problem = make_problem(prepared, prices, candidates, progress)
+        loop = _Loop(prepared, prices, candidates, request, reference, effort, progress, problem)
+        solution = loop.solve(target_speedup)
+        cache.put(STAGE, key, {FILE: json.dumps(solution.to_json()).encode()})
+    return Found(solution, _repaired(prepared, candidates, solution.allocation, request, progress))
+
+
+def solution_key(prices: Prices, candidates: Candidates, request: Request) -> str:
+    """What a solution depends on: the evidence, the table and the goal."""
+    table = prices.table.model_dump(mode="json")
+    goal = [request.speedup, request.latency_ms, request.prune, request.numerics, request.effort]
+    return fingerprint(candidates.key, table, goal, request.metric, request.evaluator)
+
+
+def forget_solution(
+    cache: StageCache, prices: Prices, candidates: Candidates, request: Request
+) -> None:
+    """Search anew next time: the verdict on this one was not what was asked for."""
+    cache.drop(STAGE, solution_key(prices, candidates, request))
+
+
+def _repaired(
+    prepared: Prepared,
+    candidates: Candidates,
+    allocation: Allocation,
+    request: Request,
+    progress: Progress,
+) -> Built:
+    """Give the chosen allocation its final weights; its latency is that of the look."""
+    progress.stage("repair", len(allocation.levels))
+
+    def advance(site: str) -> None:
+        progress.advance(1, site)
+        release()
+
+    states = propagate(
+        prepared.executor, candidates.levels, allocation, candidates.repair, on_site=advance
+    )
+    progress.done()
+    return build(prepared, allocation, states, workload=request.workload)
 
 
 def make_problem(
@@ -183,9 +249,19 @@ class _Loop:
         self.problem = problem
         self.looks: list[tuple[float, float]] = []
         self.searched = 0
-        self.first_ratio: float | None = None
 
-    def run(self, target: float) -> Found:
+    def solve(self, target: float | None) -> Solution:
+        """The best allocation at a speedup; where it cannot be had, or none is asked for, the
+        fastest one."""
+        if target is None:
+            return self.solution(self.attempt(self.fastest()))
+        try:
+            return self.run(target)
+        except TargetUnreachable as error:
+            self.progress.info(f"{error} Building the fastest artifact there is.")
+            return self.solution(self.attempt(self.fastest()), unreachable=str(error))
+
+    def run(self, target: float) -> Solution:
         rng = np.random.default_rng(self.request.seed)
         scale, state = 1.0, None
         attempts: list[_Attempt] = []
@@ -218,7 +294,7 @@ class _Loop:
         close = [a for a in good if a.speedup <= target * ACCEPT[1] * 1.01] or good
         fastest = max(attempts, key=lambda a: a.speedup)
         best = min(close, key=lambda a: a.loss, default=fastest)
-        return self.result(best, unreachable=None)
+        return self.solution(best)
 
     def fastest(self) -> Allocation:
         """The fastest level of every site."""
@@ -231,35 +307,18 @@ class _Loop:
         runner = OnnxRuntimeRunner(built.model, workload=self.request.workload)
         timing, width = _look(self.reference, runner)
         ratio = self.prices.ratio(allocation.predicted_ms)
-        if self.first_ratio is None:
-            self.first_ratio = ratio
         self.looks.append((1 / ratio, timing.speedup))
         self.progress.done(f"predicted {1 / ratio:.2f}x, measured {timing.speedup:.2f}x")
         if loss is None:
             loss = self.candidates.confirm.score(allocation)
         return _Attempt(allocation, timing.speedup, width, ratio, loss)
 
-    def _repaired(self, site: str) -> None:
-        self.progress.advance(1, site)
-        release()
-
-    def result(self, attempt: _Attempt, *, unreachable: str | None) -> Found:
-        """Give the chosen allocation its final weights; its latency is that of the look."""
-        allocation = attempt.allocation
-        self.progress.stage("repair", len(allocation.levels))
-        states = propagate(
-            self.prepared.executor,
-            self.candidates.levels,
-            allocation,
-            self.candidates.repair,
-            on_site=self._repaired,
-        )
-        self.progress.done()
-        return Found(
-            build(self.prepared, allocation, states, workload=self.request.workload),
+    def solution(self, attempt: _Attempt, *, unreachable: str | None = None) -> Solution:
+        return Solution(
+            attempt.allocation,
             attempt.predicted_ratio,
-            {"confirm": attempt.loss},
+            attempt.loss,
             unreachable,
-            self.looks,
+            tuple(self.looks),
             self.searched,
         )

@@ -12,7 +12,7 @@ import torch
 
 from zipc.build import checkpoint, dense_model
 from zipc.candidates import Candidates, gather
-from zipc.closed_loop import choose, make_problem, solve_and_build
+from zipc.closed_loop import choose, forget_solution, make_problem, solve_and_build
 from zipc.core.errors import UsageError
 from zipc.core.memory import release
 from zipc.core.request import Request
@@ -42,7 +42,7 @@ def compile_model(request: Request, *, progress: Progress) -> Manifest:
     """
     out = _output(request)
     with _one_thread():
-        clock = Clock(progress)
+        clock, cache = Clock(progress), _cache(request)
         setup = _set_up(request, clock)
         dense = dense_model(setup.prepared)
         reference = OnnxRuntimeRunner(dense, workload=request.workload)
@@ -55,6 +55,7 @@ def compile_model(request: Request, *, progress: Progress) -> Manifest:
             target_speedup=goal,
             reference=reference,
             effort=effort_of(request.effort),
+            cache=cache,
             progress=clock,
         )
         structure, tensors, _ = checkpoint(
@@ -100,6 +101,8 @@ def compile_model(request: Request, *, progress: Progress) -> Manifest:
                 seconds=clock.seconds,
             )
             manifest.write(folder)
+        if manifest.verdict == "missed":
+            forget_solution(cache, setup.prices, setup.candidates, request)
     return manifest
 
 

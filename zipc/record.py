@@ -93,9 +93,10 @@ def make_manifest(
     sweeps = candidates.levels.sweeps
     measured_ratio = 1 / timing.speedup
     notes = [*timing.notes, *prices.table.notes, *candidates.notes]
-    if found.unreachable:
-        notes.append(found.unreachable)
-    notes.append(f"{found.searched} candidates scored; {len(found.looks)} builds measured")
+    solution = found.solution
+    if solution.unreachable:
+        notes.append(solution.unreachable)
+    notes.append(f"{solution.searched} candidates scored; {len(solution.looks)} builds measured")
     return Manifest(
         target=target.name,
         workload=request.workload,
@@ -114,7 +115,7 @@ def make_manifest(
         left_alone=tuple(prepared.left_alone),
         latency=LatencyRecord(
             table_kind=prices.table.kind,
-            predicted_ms=found.predicted_ratio * prices.dense_ms,
+            predicted_ms=solution.predicted_ratio * prices.dense_ms,
             reference_ms=float(np.median(timing.reference_ms)),
             compiled_ms=times["p50"],
             p90_ms=times["p90"],
@@ -123,7 +124,7 @@ def make_manifest(
             speedup_ci95=timing.ci95,
             speedup_vs_best_dense=timing.speedup,
             pairs=len(timing.candidate_ms),
-            prediction_error=found.predicted_ratio / measured_ratio - 1,
+            prediction_error=solution.predicted_ratio / measured_ratio - 1,
             fingerprint=dict(prices.table.fingerprint),
             session_options=dict(session_options),
             notes=tuple(notes),
@@ -151,7 +152,7 @@ def make_manifest(
 
 
 def _verdict(timing: PairedTiming, goal: float | None, found: Found) -> VerdictName:
-    if found.unreachable:
+    if found.solution.unreachable:
         return "missed"
     return verdict(timing, goal if goal is not None else 1.0)
 

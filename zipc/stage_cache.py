@@ -72,6 +72,10 @@ class StageCache:
         self._evict(keep=folder)
         return folder
 
+    def drop(self, stage: str, key: str) -> None:
+        """Forget a finished stage."""
+        shutil.rmtree(self.root / stage / key, ignore_errors=True)
+
     def _evict(self, *, keep: Path) -> None:
         """Delete the entries used longest ago until the rest fits the cap."""
         entries = [
