@@ -125,6 +125,11 @@ class Levels:
             self._held -= old.nbytes
         return made
 
+    def forget(self) -> None:
+        """Drop the weights held in memory; they are made again when asked for."""
+        self._cache.clear()
+        self._held = 0
+
     def states(self, allocation: Allocation, *, feedback: bool = False) -> dict[str, SiteState]:
         """The weights of every site under an allocation."""
         return {n: self.state(n, lv, feedback=feedback) for n, lv in allocation.levels.items()}

@@ -131,6 +131,9 @@ def _repaired(
 ) -> Built:
     """Give the chosen allocation its final weights; its latency is that of the look."""
     progress.stage("repair", len(allocation.levels))
+    candidates.scorer.forget()
+    candidates.levels.forget()
+    release()
 
     def advance(site: str) -> None:
         progress.advance(1, site)

@@ -71,7 +71,12 @@ class Scorer:
 
     def rebase_on_dense(self) -> None:
         """Start candidates from the dense model, as sensitivities want."""
-        self._prefix = _Prefix(Allocation({}, 0.0, 0.0), self._dense_live)
+        dense = Allocation({}, 0.0, 0.0)
+        self._prefix = _Prefix(dense, self._dense_live) if self._dense_live else None
+
+    def forget(self) -> None:
+        """Drop the kept live values; scores stay."""
+        self._prefix, self._dense_live = None, []
 
     def seen(self, allocation: Allocation) -> bool:
         return allocation.key in self._memo
