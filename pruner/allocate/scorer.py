@@ -53,10 +53,6 @@ class Scorer:
         self._dense, self._dense_live = self._run(dense, base=None, keep=prefixes)
         self.evaluations = 0
 
-    @property
-    def dense_outputs(self) -> Tensor:
-        return self._dense
-
     def score(self, allocation: Allocation, *, keep: bool = False) -> float:
         """Loss of an allocation; `keep` makes it the base that later candidates start from."""
         key = allocation.key
@@ -77,9 +73,6 @@ class Scorer:
     def forget(self) -> None:
         """Drop the kept live values; scores stay."""
         self._prefix, self._dense_live = None, []
-
-    def seen(self, allocation: Allocation) -> bool:
-        return allocation.key in self._memo
 
     def _run(
         self, allocation: Allocation, *, base: _Prefix | None, keep: bool
