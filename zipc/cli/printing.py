@@ -40,8 +40,8 @@ def show_manifest(
         console.print(f"left alone: {part.path}: {part.reason}", markup=False, soft_wrap=True)
     for note in _notes(manifest):
         console.print(f"note: {note}", markup=False, soft_wrap=True)
-    for file in manifest.files:
-        console.print(f"{out / file.path}  ({file.kind})", markup=False, soft_wrap=True)
+    for path, kind in _places(manifest):
+        console.print(f"{out / path}: {kind}", markup=False, soft_wrap=True)
     for command in _next_commands(manifest, out):
         console.print(f"next: {command}", markup=False, soft_wrap=True)
 
@@ -200,6 +200,13 @@ def _notes(manifest: Manifest) -> Iterable[str]:
     yield from manifest.latency.notes
     if manifest.quality is not None:
         yield from manifest.quality.notes
+
+
+def _places(manifest: Manifest) -> Iterable[tuple[str, str]]:
+    """Files and what they are; those of a folder as one line."""
+    folders = Counter(file.path.split("/")[0] for file in manifest.files if "/" in file.path)
+    yield from ((f.path, f.kind) for f in manifest.files if "/" not in f.path)
+    yield from ((f"{name}/", f"{count} files") for name, count in folders.items())
 
 
 def _next_commands(manifest: Manifest, out: Path) -> Iterable[str]:
