@@ -24,8 +24,8 @@ from zipc.profiler.runners.onnxruntime import OnnxRuntimeRunner
 from zipc.pruner.graph.surgery import apply_structure_, describe
 from zipc.pruner.levels import LinearState, SiteState, variant_of
 
-FP32_BOUND = 1e-4  # ONNX against torch, relative to the largest output
-INT8_BOUND = 5e-2  # the same where activations are rounded: a tie may fall the other way
+FP32_BOUND = 1e-4  # norm of ONNX minus torch, relative to torch
+INT8_BOUND = 1e-1  # the same where activations are rounded: ties fall the other way, and add up
 
 
 States = Mapping[str, SiteState]

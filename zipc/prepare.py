@@ -24,7 +24,7 @@ from zipc.pruner.graph.sites import Structure, find_sites
 from zipc.pruner.graph.trace import Program, trace
 from zipc.stage_cache import StageCache
 
-PARITY_BOUND = 1e-4  # dense ONNX against torch, relative to the largest output
+PARITY_BOUND = 1e-4  # norm of dense ONNX minus torch, relative to torch
 
 
 @dataclass(slots=True)
