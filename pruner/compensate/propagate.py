@@ -166,9 +166,10 @@ class _Run:
         return {**found, **wanted}
 
     def rows(self, i: int, x: Tensor) -> Tensor:
-        """Tokens of a value, padding left out."""
+        """Tokens of a value (batch, length, width), padding left out; rows of any other."""
         mask = self.batches[i]["attention_mask"].bool()
-        return x[mask] if x.shape[:2] == mask.shape else x.flatten(0, -2)
+        tokens = x.dim() == 3 and x.shape[:2] == mask.shape
+        return x[mask] if tokens else x.flatten(0, -2)
 
 
 def _repair(run: _Run, levels: Levels, site: Site, level: Level, where: _Sum, ridge: float) -> None:
