@@ -25,7 +25,9 @@ from zipc.pruner.graph.surgery import apply_structure_, describe
 from zipc.pruner.levels import LinearState, SiteState, variant_of
 
 FP32_BOUND = 1e-4  # norm of ONNX minus torch, relative to torch
-INT8_BOUND = 1e-1  # the same where activations are rounded: ties fall the other way, and add up
+# Where activations are rounded, single ties fall the other way, and after a few layers two correct
+# runs differ by as much as rounding itself changes the output; a wrong graph differs by about 1.
+INT8_BOUND = 3e-1
 
 
 States = Mapping[str, SiteState]

@@ -35,6 +35,7 @@ WHOLE = "model"
 DENSE = Level(1, "fp32")  # the level under which the whole dense model stands in a table
 SWEEP_ROUNDS = 20
 CORRECTION_POINTS = 6
+TRUSTED_ERROR = 0.06  # a table whose sums are further off than this (median) is not kept
 CORRECTION_ROUNDS = 20
 
 
@@ -146,7 +147,14 @@ def price(
     if table.correction is None:
         fitted = _fit_correction(prepared, target, prices, workload, progress)
         prices.table = table.with_correction(fitted)
-        store.save(prices.table, path)
+        if fitted.median_error <= TRUSTED_ERROR:
+            store.save(prices.table, path)
+        else:
+            path.unlink(missing_ok=True)
+            progress.info(
+                f"sums of prices are off by {fitted.median_error:.1%}: the machine was busy. They "
+                "serve this run only; the next one measures again"
+            )
     return prices
 
 
