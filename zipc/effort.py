@@ -16,12 +16,13 @@ class Effort:
     trials: int
     search_seconds: float
     rounds: int  # of the closed loop
+    verdict_pairs: int  # at most
 
 
 EFFORTS: dict[str, Effort] = {
-    "quick": Effort(1024, 1024, 96, 256, 80, 15.0, 3),
-    "default": Effort(4096, 3072, 256, 1024, 600, 60.0, 5),
-    "extensive": Effort(8192, 8192, 512, 2048, 4000, 900.0, 6),
+    "quick": Effort(768, 768, 64, 192, 80, 12.0, 2, 200),
+    "default": Effort(4096, 3072, 256, 1024, 600, 60.0, 5, 400),
+    "extensive": Effort(8192, 8192, 512, 2048, 4000, 900.0, 6, 400),
 }
 
 

@@ -62,7 +62,7 @@ def compile_model(request: Request, *, progress: Progress) -> Manifest:
             setup.prepared, found.built.allocation, found.built.states
         )
         compiled = OnnxRuntimeRunner(found.built.model, workload=request.workload)
-        pairs = default_pairs(setup.prices.dense_ms)
+        pairs = min(default_pairs(setup.prices.dense_ms), effort_of(request.effort).verdict_pairs)
         timing = paired_speedup(reference, compiled, pairs=pairs, progress=clock)
         clock.stage("quality on test")
         quality = read_quality(
