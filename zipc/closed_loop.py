@@ -28,8 +28,8 @@ from zipc.pruner.allocate.sensitivity import probe_count, site_losses
 from zipc.pruner.compensate.propagate import propagate
 from zipc.stage_cache import StageCache
 
-AIM = 1.027  # the lower end of the verdict's interval must clear the target, not its middle
-ACCEPT = (1.015, 1.04)  # measured speedup over target at which the loop stops
+AIM = 1.03  # the lower end of the verdict's interval must clear the target, not its middle
+ACCEPT = (1.02, 1.042)  # measured speedup over target at which the loop stops
 STAGE, FILE = "solution", "solution.json"
 FILLED = 0.98  # finalists that leave more of the budget unused overshoot the speedup asked for
 LOOK_PAIRS = (60, 120, 240)  # a look goes on while its interval is wider than LOOK_WIDTH
