@@ -9,7 +9,6 @@ import numpy.typing as npt
 from scipy.stats import rankdata
 
 Array = npt.NDArray[np.float64]
-USER_METRIC = "user"
 
 
 def metric_value(metric: str, per_row: Array) -> float:

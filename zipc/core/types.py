@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from statistics import median
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 Numeric = str  # name of a registered scheme: "fp32", "int8-dynamic", "int8-static"
 Pattern = Literal["dense", "2:4"]
@@ -103,23 +102,6 @@ class LeftAlone:
 
 
 @dataclass(frozen=True, slots=True)
-class Measurement:
-    """Raw times of one graph and of the anchor timed beside it, in milliseconds."""
-
-    samples_ms: tuple[float, ...]
-    anchor_ms: tuple[float, ...] = ()
-
-    @property
-    def p50_ms(self) -> float:
-        return median(self.samples_ms)
-
-    @property
-    def ratio(self) -> float:
-        """Median of sample / anchor, pairwise: survives a machine that is slower today."""
-        return median(s / a for s, a in zip(self.samples_ms, self.anchor_ms, strict=True))
-
-
-@dataclass(frozen=True, slots=True)
 class Rung:
     """A level of a ladder with its price and its error."""
 
@@ -139,9 +121,6 @@ class Ladder:
     def kept(self, width: int) -> tuple[int, ...]:
         """Units kept at `width`, ascending."""
         return tuple(sorted(self.order[len(self.order) - width :]))
-
-    def rung(self, level: Level) -> Rung:
-        return next(r for r in self.rungs if r.level == level)
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +179,3 @@ class Silent:
     def advance(self, steps: int = 1, note: str = "") -> None: ...
     def info(self, message: str) -> None: ...
     def done(self, note: str = "") -> None: ...
-
-
-Json = Mapping[str, Any] | Sequence[Any] | str | int | float | bool | None
