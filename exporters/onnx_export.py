@@ -25,8 +25,9 @@ def export_dense(
     example: Mapping[str, Tensor],
     *,
     outputs: Sequence[tuple[int, str]],
+    dynamic: Mapping[str, Mapping[int, str]],
 ) -> OnnxGraph:
-    """Export to standard-domain ONNX with dynamic batch and sequence axes, cleaned by our passes.
+    """Export to standard-domain ONNX with the named axes symbolic, cleaned by our passes.
 
     `outputs` are (index in the traced outputs, public name). Inputs keep their torch names.
 
@@ -57,7 +58,7 @@ def export_dense(
         raise UnsupportedModel(
             f"The model cannot be exported to ONNX: {type(error).__name__}: {first}"
         ) from error
-    _name_axes(proto)
+    _name_axes(proto, dynamic)
     graph = OnnxGraph.of(proto)
     _part_equal_weights_(graph, raw, transposed)
     _keep_outputs(graph, outputs)
@@ -147,10 +148,14 @@ def _parameter(name: str, transposed: Mapping[str, str]) -> tuple[str, bool]:
     return transposed.get(name, name), name in transposed
 
 
-def _name_axes(proto: onnx.ModelProto) -> None:
-    """Rename the exporter's symbols to `batch` and `sequence`."""
-    dims = proto.graph.input[0].type.tensor_type.shape.dim
-    names = {dims[0].dim_param: "batch", dims[1].dim_param: "sequence"}
+def _name_axes(proto: onnx.ModelProto, dynamic: Mapping[str, Mapping[int, str]]) -> None:
+    """Rename the exporter's symbols to the names of the axes."""
+    names: dict[str, str] = {}
+    for given in proto.graph.input:
+        for axis, name in dynamic.get(given.name, {}).items():
+            symbol = given.type.tensor_type.shape.dim[axis].dim_param
+            if symbol:
+                names[symbol] = name
     for value in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
         for dim in value.type.tensor_type.shape.dim:
             if dim.dim_param in names:

@@ -135,7 +135,7 @@ def case(family: str, dtype: torch.dtype = torch.float32) -> Case:
 
 def traced(module: nn.Module, example: dict[str, Tensor]) -> Case:
     """Trace a module whose first output is the one that counts."""
-    program = trace(module, example, max_length=LENGTH)
+    program = trace(module, example, dynamic=axes_of(example), limits={"sequence": LENGTH})
     program.outputs = program.outputs[:1]
     structure = find_sites(program)
     name = "logits" if "Classification" in type(module).__name__ else "last_hidden_state"
@@ -145,7 +145,21 @@ def traced(module: nn.Module, example: dict[str, Tensor]) -> Case:
 @functools.cache
 def dense_graph(family: str) -> OnnxGraph:
     made = case(family)
-    return export_dense(made.program.exported, made.example, outputs=[(0, made.output)])
+    return exported(made, made.output)
+
+
+def exported(made: Case, output: str) -> OnnxGraph:
+    """The dense ONNX graph of a case, its first output under the name `output`."""
+    return export_dense(
+        made.program.exported,
+        made.example,
+        outputs=[(0, output)],
+        dynamic=axes_of(made.example),
+    )
+
+
+def axes_of(example: Mapping[str, Tensor]) -> dict[str, dict[int, str]]:
+    return {name: {0: "batch", 1: "sequence"} for name in example}
 
 
 def first(result: Any) -> Tensor:

@@ -87,7 +87,7 @@ def inspect_onnx(path: Path) -> dict[str, Any]:
 
 
 def _traced(source: SourceModel) -> Program:
-    program = trace(source.module, source.example(), max_length=source.max_length)
+    program = trace(source.module, source.example(), dynamic=source.dynamic, limits=source.limits)
     program.outputs = [program.outputs[i] for i, _ in source.outputs]
     return program
 

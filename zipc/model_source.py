@@ -53,6 +53,16 @@ class SourceModel:
     notes: list[str] = field(default_factory=list)
 
     @property
+    def dynamic(self) -> dict[str, dict[int, str]]:
+        """The axes whose size is not fixed, by input."""
+        return {name: {0: "batch", 1: "sequence"} for name in self.inputs}
+
+    @property
+    def limits(self) -> dict[str, int]:
+        """The largest sizes of axes."""
+        return {"sequence": self.max_length}
+
+    @property
     def has_logits(self) -> bool:
         return any(name == "logits" for _, name in self.outputs)
 

@@ -63,7 +63,7 @@ def prepare(
     """
     progress.stage("trace")
     example = source.example()
-    program = trace(source.module, example, max_length=source.max_length)
+    program = trace(source.module, example, dynamic=source.dynamic, limits=source.limits)
     program.outputs = [program.outputs[i] for i, _ in source.outputs]
     structure = find_sites(program, include=request.include, exclude=request.exclude)
     if not structure.sites:
@@ -84,7 +84,9 @@ def prepare(
     dense = _load_graph(cache, key)
     reused = dense is not None
     if dense is None:
-        dense = export_dense(program.exported, example, outputs=source.outputs)
+        dense = export_dense(
+            program.exported, example, outputs=source.outputs, dynamic=source.dynamic
+        )
         _save_graph(cache, key, dense)
     executor = Executor(program, structure)
     parity = _check(executor, dense, source, request)

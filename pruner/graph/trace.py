@@ -45,15 +45,27 @@ class Program:
         return self.tensors.get(node.name) if isinstance(node, fx.Node) else None
 
 
-def trace(model: nn.Module, example: Mapping[str, Tensor], *, max_length: int) -> Program:
-    """Export `model` on `example` (batch, sequence) inputs with both axes dynamic.
+Dynamic = Mapping[str, Mapping[int, str]]  # input -> axis -> name of its size
+
+
+def trace(
+    model: nn.Module,
+    example: Mapping[str, Tensor],
+    *,
+    dynamic: Dynamic,
+    limits: Mapping[str, int] | None = None,
+) -> Program:
+    """Export `model` on `example`, given by keyword; the axes named in `dynamic` stay symbolic.
+
+    `limits` gives the largest size of a named axis.
 
     Raises:
         UnsupportedModel: torch.export cannot follow the module; names the reason.
     """
-    batch = torch.export.Dim("batch")
-    sequence = torch.export.Dim("sequence", max=max_length)
-    shapes = {k: {0: batch, 1: sequence} for k in example}
+    limits = limits or {}
+    names = dict.fromkeys(name for axes in dynamic.values() for name in axes.values())
+    dims = {name: torch.export.Dim(name, max=limits.get(name)) for name in names}
+    shapes = {k: {i: dims[n] for i, n in dynamic.get(k, {}).items()} for k in example}
     try:
         with torch.no_grad(), hush():
             exported = torch.export.export(

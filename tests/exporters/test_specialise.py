@@ -21,6 +21,7 @@ from tests.tiny_models import (
     case,
     dense_graph,
     everything,
+    exported,
     first,
     random_kept,
     sliced,
@@ -30,7 +31,6 @@ from tests.tiny_models import (
 )
 from zipc.core.errors import ExportMismatch
 from zipc.exporters.graph import OnnxGraph
-from zipc.exporters.onnx_export import export_dense
 from zipc.exporters.specialise import Edit, Int8Weights, count_integer_kernels, specialise
 from zipc.numerics.int8 import DYNAMIC, STATIC, ActivationRange, activation_range, quantize_weight
 from zipc.pruner.graph import surgery
@@ -154,7 +154,7 @@ def test_biases_that_are_all_zero_stay_apart() -> None:
         if name.endswith(".bias"):
             value.data.zero_()
     made = traced(module, text("bert"))
-    dense = export_dense(made.program.exported, made.example, outputs=[(0, made.output)])
+    dense = exported(made, made.output)
     kept = random_kept(made, 1, removed=False)
     edit = edit_of(made, kept)
     other = {n: v + np.float32(0.01 * i) for i, (n, v) in enumerate(edit.tensors.items())}
@@ -170,7 +170,7 @@ def test_a_linear_without_bias_can_be_given_one() -> None:
     path = "encoder.layer.0.output.dense"
     module.get_submodule(path).bias = None
     made = traced(module, text("bert"))
-    dense = export_dense(made.program.exported, made.example, outputs=[(0, made.output)])
+    dense = exported(made, made.output)
     bias = torch.linspace(-1, 1, 32)
     module.get_submodule(path).bias = torch.nn.Parameter(bias, requires_grad=False)
     got = onnx_output(

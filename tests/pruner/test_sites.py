@@ -18,6 +18,7 @@ from tests.tiny_models import (
     Case,
     case,
     everything,
+    exported,
     first,
     random_kept,
     randomise_,
@@ -26,7 +27,6 @@ from tests.tiny_models import (
     traced,
     zeroed,
 )
-from zipc.exporters.onnx_export import export_dense
 from zipc.exporters.specialise import Edit, specialise
 from zipc.pruner.graph.interpret import Variant
 from zipc.pruner.graph.sites import find_sites
@@ -98,7 +98,7 @@ def prove_export(made: Case) -> None:
     """The exported and edited graph says the same in fp32."""
     module = made.module
     single = traced(module.float(), made.example)
-    graph = export_dense(single.program.exported, single.example, outputs=[(0, "y")])
+    graph = exported(single, "y")
     options = ort.SessionOptions()
     options.log_severity_level = 3
     trials = [random_kept(single, seed) for seed in range(3)]
