@@ -8,7 +8,7 @@ import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from zipc.core.errors import UnsupportedModel, UsageError
 from zipc.core.files import sha256_file
 from zipc.core.quiet import hush
+
+# What a model is for, as far as feeding it and reading its quality go.
+ModelTask = Literal["embedding", "classes", "regression", "causal_lm", "image_classes", "tensors"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,7 @@ class SourceModel:
     inputs: list[str]
     outputs: list[tuple[int, str]]  # index in the module's outputs, public name
     notes: list[str] = field(default_factory=list)
+    task: ModelTask = "embedding"
 
     @property
     def dynamic(self) -> dict[str, dict[int, str]]:
@@ -180,7 +184,14 @@ def load_source(model: str, *, weights: bool = True) -> SourceModel:
         notes=notes,
     )
     source.outputs = _output_names(source)
+    source.task = _task(source)
     return source
+
+
+def _task(source: SourceModel) -> ModelTask:
+    if not source.has_logits:
+        return "embedding"
+    return "regression" if getattr(source.config, "num_labels", 2) == 1 else "classes"
 
 
 def _joint_hash(files: list[Path]) -> str:
