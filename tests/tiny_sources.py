@@ -13,7 +13,11 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from zipc.core.request import Request
+from zipc.core.types import InputSpec
 from zipc.model_source import SourceModel
+
+PICTURE = InputSpec("pixel_values", "float32", ("batch", 3, 4, 4))
+IDS = InputSpec("input_ids", "int64", ("batch", "sequence"), high=11)
 
 
 class MeanColour(nn.Module):
@@ -64,7 +68,7 @@ class TwoHeads(nn.Module):
 def source_of(
     module: nn.Module,
     *,
-    inputs: Sequence[str] = ("pixel_values",),
+    specs: Sequence[InputSpec] = (PICTURE,),
     outputs: Sequence[str] = ("logits",),
     task: Any = "tensors",
     folder: Path | None = None,
@@ -73,16 +77,18 @@ def source_of(
 ) -> SourceModel:
     return SourceModel(
         module=module.eval(),
-        folder=folder,  # type: ignore[arg-type]
+        folder=folder,
         source="tiny",
         sha256="",
         revision=None,
         config=None,
         tokenizer=tokenizer,
         max_length=max_length,
-        inputs=list(inputs),
+        specs=tuple(specs),
         outputs=list(enumerate(outputs)),
         task=task,
+        blank=lambda: module,
+        recipe={},
     )
 
 

@@ -20,7 +20,7 @@ from zipc.core.types import Allocation, LeftAlone, Progress, Site, Target
 from zipc.effort import effort_of
 from zipc.latency_tables.store import TableStore, default_cache_dir
 from zipc.manifest import Manifest
-from zipc.model_source import SourceModel, load_source
+from zipc.model_source import SourceModel, load_source, settle
 from zipc.output import check_output, staged, write_artifacts
 from zipc.prepare import Prepared, prepare
 from zipc.pricing import Prices, price
@@ -43,6 +43,7 @@ def compile_model(request: Request, *, progress: Progress) -> Manifest:
     with _one_thread():
         clock, cache = Clock(progress), _cache(request)
         setup = _set_up(request, clock)
+        request = setup.request
         dense = dense_model(setup.prepared)
         reference = OnnxRuntimeRunner(dense, workload=request.workload)
         goal = target_speedup(request, reference)
@@ -148,6 +149,7 @@ def plan_model(request: Request, *, progress: Progress) -> Plan:
     with _one_thread():
         clock = Clock(progress)
         setup = _set_up(request, clock)
+        request = setup.request
         reference = OnnxRuntimeRunner(dense_model(setup.prepared), workload=request.workload)
         goal = target_speedup(request, reference)
         problem = make_problem(setup.prepared, setup.prices, setup.candidates, clock)
@@ -207,7 +209,8 @@ def profile_model(request: Request, *, progress: Progress) -> ProfileResult:
     with _one_thread():
         clock = Clock(progress)
         target = load_target(request.target)
-        _, prices = _price(_load(request, clock), request, target, clock)
+        source, request = _load(request, clock)
+        _, prices = _price(source, request, target, clock)
         fitted = prices.table.correction
         return ProfileResult(
             table_path=prices.path,
@@ -223,6 +226,7 @@ def profile_model(request: Request, *, progress: Progress) -> ProfileResult:
 class Setup:
     """All that is known before the first candidate is scored."""
 
+    request: Request  # with every size filled in
     target: Target
     samples: Samples
     prepared: Prepared
@@ -237,7 +241,7 @@ def _set_up(request: Request, progress: Progress) -> Setup:
         raise UsageError(f"--recover {request.recover} is not available; the only choice is none.")
     effort = effort_of(request.effort)
     cache = _cache(request)
-    source = _load(request, progress)
+    source, request = _load(request, progress)
     samples = open_samples(source, request)
     for line in (f"data: {samples.description}", *samples.notes):
         progress.info(line)
@@ -255,19 +259,16 @@ def _set_up(request: Request, progress: Progress) -> Setup:
     _tell_discarded(cache, progress)
     for note in candidates.notes:
         progress.info(note)
-    return Setup(target, samples, prepared, prices, candidates)
+    return Setup(request, target, samples, prepared, prices, candidates)
 
 
-def _load(request: Request, progress: Progress) -> SourceModel:
+def _load(request: Request, progress: Progress) -> tuple[SourceModel, Request]:
     progress.stage("load model")
-    source = load_source(request.model)
+    source = load_source(request.model, weights=request.weights, input_shapes=request.input_shapes)
     progress.done(type(source.module).__name__)
-    if request.sequence_length > source.max_length:
-        raise UsageError(
-            f"--sequence-length {request.sequence_length} is more than the model takes "
-            f"({source.max_length})."
-        )
-    return source
+    for note in source.notes:
+        progress.info(note)
+    return source, settle(request, source)
 
 
 def _price(

@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 import torch
-from torch.utils._pytree import tree_leaves
 
 from zipc.batches import Batch
 from zipc.core.errors import UsageError
@@ -101,28 +100,6 @@ def onnx_predict(model: Path | bytes, outputs: Sequence[str], *, threads: int = 
         return dict(zip(outputs, _run(session, outputs, cast, name=name), strict=True))
 
     return predict
-
-
-def module_outputs(
-    module: torch.nn.Module, feeds: Mapping[str, torch.Tensor], outputs: Sequence[tuple[int, str]]
-) -> list[torch.Tensor]:
-    """Run a module and return its outputs (index, name): by name where it has names, else by index.
-
-    Raises:
-        TypeError: an output is not there, or is no tensor.
-    """
-    with torch.inference_mode():
-        out = module(**feeds)
-    held = [value for value in tree_leaves(out) if isinstance(value, torch.Tensor)]
-    found = []
-    for index, name in outputs:
-        value = out[name] if isinstance(out, Mapping) and name in out else None
-        if value is None and index < len(held):
-            value = held[index]
-        if not isinstance(value, torch.Tensor):
-            raise TypeError(f"the module gives no tensor for {name}")
-        found.append(value)
-    return found
 
 
 def _open(model: Path | bytes, threads: int) -> tuple[Any, str]:

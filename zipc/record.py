@@ -14,6 +14,7 @@ from zipc.candidates import Candidates
 from zipc.closed_loop import Found
 from zipc.core.request import Request
 from zipc.core.types import Artifact, PairedTiming, Target, VerdictName
+from zipc.core.workload import workload_document
 from zipc.manifest import (
     AllocationRecord,
     DataRecord,
@@ -57,9 +58,7 @@ def samples_of(timing: PairedTiming, request: Request) -> dict[str, Any]:
     return {
         "schema_version": 1,
         "unit": "ms",
-        "batch_size": request.batch_size,
-        "sequence_length": request.sequence_length,
-        "threads": request.threads,
+        **workload_document(request.workload),
         "reference_ms": [round(t, 5) for t in timing.reference_ms],
         "compiled_ms": [round(t, 5) for t in timing.candidate_ms],
     }

@@ -14,6 +14,7 @@ import torch
 from scipy.stats import spearmanr
 
 from tests.tiny_sources import (
+    IDS,
     EachPixel,
     Lookup,
     MeanColour,
@@ -26,10 +27,12 @@ from tests.tiny_sources import (
     two_heads_onnx,
 )
 from zipc.core.errors import UsageError
+from zipc.core.types import InputSpec
 from zipc.model_source import SourceModel
 from zipc.samples import Samples, describe_data, judges, open_samples
 from zipc.samples.rows import RowSamples
 
+VECTOR = InputSpec("x", "float32", ("batch", 5))
 RNG = np.random.default_rng(0)
 WEIGHT = RNG.normal(size=(3, 4)).astype(np.float32)
 OTHER = WEIGHT + RNG.normal(size=WEIGHT.shape).astype(np.float32) / 2
@@ -202,7 +205,9 @@ def test_large_rows_are_drawn_in_smaller_numbers(tmp_path: Path) -> None:
     big = save(tmp_path / "l.npz", pixel_values=large.astype(np.float32))
 
     def rows(data: Path, limit: int) -> int:
-        batches = opened(picture_source(), data).draw("calibration", limit=limit, seed=0).batches
+        size = np.load(data)["pixel_values"].shape[1:]
+        source = picture_source(specs=[InputSpec("pixel_values", "float32", ("batch", *size))])
+        batches = opened(source, data).draw("calibration", limit=limit, seed=0).batches
         return sum(len(batch["pixel_values"]) for batch in batches)
 
     assert rows(small, 100) == 100
@@ -282,7 +287,8 @@ def test_pixels_are_judged_each_and_ignored_ones_do_not_count(tmp_path: Path) ->
     labels[:, 0] = -100
     labels[:, 1] = (labels[:, 1] + 1) % 4
     data = save(tmp_path / "a.npz", pixel_values=pictures, labels=labels)
-    samples = opened(source_of(EachPixel(WEIGHT)), data)
+    spec = InputSpec("pixel_values", "float32", ("batch", 3, 5, 6))
+    samples = opened(source_of(EachPixel(WEIGHT), specs=[spec]), data)
     assert samples.metric == "pixel_accuracy"
     before, after = samples.compare(each_pixel_onnx(WEIGHT), each_pixel_onnx(OTHER), "test")
     assert before.value == pytest.approx(100 * 3 / 4)  # of the four rows that count, one is wrong
@@ -301,8 +307,8 @@ def token_file(path: Path, **rest: Any) -> tuple[Path, np.ndarray, np.ndarray]:
     return save(path / "a.npz", input_ids=ids, attention_mask=mask, **rest), ids, mask
 
 
-def lookup_source() -> SourceModel:
-    return source_of(Lookup(TABLE), inputs=["input_ids"], task="causal_lm")
+def lookup_source(folder: Path | None = None) -> SourceModel:
+    return source_of(Lookup(TABLE), specs=[IDS], task="causal_lm", folder=folder)
 
 
 def test_loss_is_that_of_the_next_token_without_padding(tmp_path: Path) -> None:
@@ -369,7 +375,7 @@ def test_several_outputs_are_judged_by_their_relative_error(tmp_path: Path) -> N
     x = RNG.normal(size=(90, 5)).astype(np.float32)
     data = save(tmp_path / "a.npz", x=x)
     dense, other = heads(), heads()
-    source = source_of(TwoHeads(*dense), inputs=["x"], outputs=["one", "two"])
+    source = source_of(TwoHeads(*dense), specs=[VECTOR], outputs=["one", "two"])
     samples = opened(source, data)
     assert samples.metric == "agreement"
     loss, _ = on_torch(samples, TwoHeads(*dense), TwoHeads(dense[0], other[1]), inputs=("x",))
@@ -463,8 +469,9 @@ def good() -> dict[str, Any]:
         ({"pixel_values": images(60, side=6).transpose(0, 3, 1, 2)}, "only images .* may be bytes"),
         (
             {"pixel_values": np.ones((60, 5, 4, 4)) * np.arange(60).reshape(-1, 1, 1, 1)},
-            "does not run on rows",
+            "compiled for pixel_values:batchx3x4x4. Compile .* --input-shapes pixel_values:1x5x4x4",
         ),
+        ({"pixel_values": np.arange(60 * 48).reshape(60, 3, 4, 4)}, "the model takes float32"),
         ({"mean": None}, "neither it nor tiny says how to normalise"),
         ({"mean": MEAN * 255}, "must be 3 numbers for pixels from 0 to 1"),
         ({"std": np.zeros(3)}, "must be more than 0"),
@@ -533,6 +540,33 @@ def test_too_many_tokens_are_refused(tmp_path: Path) -> None:
     data = save(tmp_path / "a.npz", input_ids=RNG.integers(0, 11, (60, 65)))
     with pytest.raises(UsageError, match="65 tokens a row, more than the model takes"):
         opened(lookup_source(), data)
+
+
+def test_ids_beyond_the_vocabulary_are_refused(tmp_path: Path) -> None:
+    data = save(tmp_path / "a.npz", input_ids=RNG.integers(0, 12, (60, 9)))
+    with pytest.raises(UsageError, match="goes up to 11, and the model knows 0 to 10"):
+        opened(lookup_source(tmp_path), data)
+
+
+def test_a_module_that_fails_on_the_data_is_told(tmp_path: Path) -> None:
+    data = save(tmp_path / "a.npz", **good())
+    with pytest.raises(UsageError, match=r"does not run on rows .*\(2, 3, 4, 4\)"):
+        opened(source_of(MeanColour(WEIGHT[:2])), data)
+
+
+def test_a_model_of_one_batch_size_is_fed_that_size(tmp_path: Path) -> None:
+    held = picture_folder(tmp_path)
+    source = picture_source()
+    samples = opened(source, tmp_path)
+    whole = samples.compare(mean_colour_onnx(WEIGHT), mean_colour_onnx(OTHER), "test")
+    source.fix_batch_(7)  # as tracing does
+    for batch in samples.draw("search", limit=10, seed=0).batches:
+        assert len(batch["pixel_values"]) == 7
+    fixed = samples.compare(mean_colour_onnx(WEIGHT), mean_colour_onnx(OTHER), "test")
+    assert [r.n for r in fixed] == [len(held["test"])] * 2
+    assert [r.value for r in fixed] == [r.value for r in whole]
+    assert samples.deviation(mean_colour_onnx(WEIGHT), "test") is None
+    assert opened(source, tmp_path).sizes == samples.sizes
 
 
 def test_texts_for_a_model_that_takes_images_are_refused(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ def dry_run(request: Request) -> Outcome:
     target = load_target(request.target)
     data = None if request.data is None else _describe_data(request)
     asked = {k: _plain(v) for k, v in dataclasses.asdict(request).items()}
+    asked["input_shapes"] = [str(spec) for spec in request.input_shapes]
     document = {
         "dry_run": True,
         "request": asked,

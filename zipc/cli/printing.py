@@ -126,13 +126,9 @@ def _asked(manifest: Manifest) -> str:
 
 
 def _facts(manifest: Manifest) -> Iterable[tuple[str, str]]:
-    latency, size, load = manifest.latency, manifest.size, manifest.workload
+    latency, size = manifest.latency, manifest.size
     yield "model", f"{manifest.model.source}  sha256 {manifest.model.sha256[:12]}"
-    yield (
-        "target",
-        f"{manifest.target}: batch {load.batch_size}, sequence {load.sequence_length}, "
-        f"{load.threads} thread{'s' if load.threads > 1 else ''}",
-    )
+    yield "target", f"{manifest.target}: {manifest.workload}"
     times = f"reference {_ms(latency.reference_ms)}, compiled {_ms(latency.compiled_ms)}"
     if latency.p90_ms is not None and latency.p99_ms is not None:
         times += f" (p90 {latency.p90_ms:.2f}, p99 {latency.p99_ms:.2f})"

@@ -172,11 +172,18 @@ def _inputs(arrays: Mapping[str, Array], source: SourceModel, path: Path) -> dic
             raise UsageError(f"'{name}' in {path} contains NaN or infinity.")
     _same_rows(named, path)
     ids = named.get("input_ids")
-    if ids is not None and ids.ndim == 2 and ids.shape[1] > source.max_length:
+    if ids is not None and ids.ndim == 2 and 0 < source.max_length < ids.shape[1]:
         raise UsageError(
             f"'input_ids' in {path} has {ids.shape[1]} tokens a row, more than the model takes "
             f"({source.max_length})."
         )
+    for spec in source.specs:
+        high = spec.high if source.folder is not None else None
+        if spec.name in named and high is not None and (named[spec.name] >= high).any():
+            raise UsageError(
+                f"'{spec.name}' in {path} goes up to {named[spec.name].max()}, and the model knows "
+                f"0 to {high - 1}."
+            )
     return named
 
 

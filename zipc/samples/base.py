@@ -66,8 +66,11 @@ class Samples(Protocol):
             UsageError: ONNX Runtime cannot load or run one, or its outputs are not finite.
         """
 
-    def deviation(self, model: bytes, part: Part) -> float:
-        """Return how far the outputs of a row alone may be from those of the row in a batch."""
+    def deviation(self, model: bytes, part: Part) -> float | None:
+        """Return how far the outputs of a row alone may be from those of the row in a batch.
+
+        None for a model that takes batches of one size only.
+        """
 
 
 __all__ = ["PARTS", "Drawn", "EvalResult", "Feeds", "Oracle", "Part", "Readout", "Samples"]

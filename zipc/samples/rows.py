@@ -17,7 +17,7 @@ from zipc.core.request import Request
 from zipc.evaluate import class_order, model_config
 from zipc.metrics import EvalResult, metric_value
 from zipc.model_source import SourceModel
-from zipc.predict import Array, Outputs, Predict, module_outputs, onnx_predict
+from zipc.predict import Array, Outputs, Predict, onnx_predict
 from zipc.samples.base import Drawn, Feeds, Part
 from zipc.samples.judges import Judge, Shape, choose_judge
 from zipc.user_function import UserFunction, call_user_function, load_user_function
@@ -45,6 +45,7 @@ class Rows(Protocol):
 class RowSamples:
     """Rows as `Samples`."""
 
+    source: SourceModel
     rows: Rows
     parts: Mapping[Part, Sequence[Item]]
     judge: Judge
@@ -75,22 +76,22 @@ class RowSamples:
         count = max(int(limit / cost), min(limit, FEWEST), 1)
         chosen = [items[i] for i in np.random.default_rng(seed).permutation(len(items))[:count]]
         size = BATCH_NUMBERS // max(1, _numbers(first) + TOKEN * _tokens(first))
+        groups = _groups(chosen, self._fixed or max(1, min(self.batch, size)))
         batches = [
-            _tensors(self.rows.feeds(some))
-            for some in _groups(chosen, max(1, min(self.batch, size)))
+            _tensors(_filled(self.rows.feeds(some), self._fixed), self.source) for some in groups
         ]
         readout, oracle = self.judge.judging(len(chosen))
         return Drawn(batches, readout, oracle)
 
     def compare(self, dense: bytes, compiled: bytes, part: Part) -> tuple[EvalResult, EvalResult]:
         """Run both side by side, so that no more than a batch of outputs is held."""
-        models = [onnx_predict(model, self.outputs) for model in (dense, compiled)]
+        models = [self._predict(model) for model in (dense, compiled)]
         items = self.parts[part]
         if self.user is not None:
             before, after = (self._by_user(self.user, model, items) for model in models)
             return before, after
         columns: tuple[list[Array], list[Array]] = [], []
-        for some in _groups(items, self.batch):
+        for some in _groups(items, self._fixed or self.batch):
             feeds, labels = self.rows.feeds(some), self.rows.labels(some)
             first, second = (_finite(model(feeds)) for model in models)
             for found, held in zip((first, second), columns, strict=True):
@@ -98,17 +99,19 @@ class RowSamples:
         before, after = (self._result(np.concatenate(held)) for held in columns)
         return before, after
 
-    def deviation(self, model: bytes, part: Part) -> float:
+    def deviation(self, model: bytes, part: Part) -> float | None:
         """Return the largest difference, relative to the largest number of the output.
 
         Of as many rows as a batch holds, spread over the part.
         """
+        if self._fixed is not None:
+            return None
         items = self.parts[part]
         places = np.unique(
             np.linspace(0, len(items) - 1, min(self.batch, 32, len(items))).astype(int)
         )
         chosen = [items[i] for i in places]
-        predict = onnx_predict(model, self.outputs)
+        predict = self._predict(model)
         together = predict(self.rows.feeds(chosen))
         worst = 0.0
         for i, item in enumerate(chosen):
@@ -118,6 +121,22 @@ class RowSamples:
                 worst = max(worst, float(np.abs(values[0] - together[name][i]).max()) / scale)
         return worst
 
+    @property
+    def _fixed(self) -> int | None:
+        """The only batch the model takes, where tracing it has fixed one."""
+        firsts = [spec.shape[0] for spec in self.source.specs if spec.shape]
+        return next((size for size in firsts if isinstance(size, int)), None)
+
+    def _predict(self, model: bytes) -> Predict:
+        run = onnx_predict(model, self.outputs)
+
+        def predict(feeds: Mapping[str, Array]) -> Outputs:
+            rows = len(next(iter(feeds.values())))
+            found = run(_filled(feeds, self._fixed))
+            return {name: values[:rows] for name, values in found.items()}
+
+        return predict
+
     def _result(self, per_row: Array) -> EvalResult:
         return EvalResult(metric_value(self.metric, per_row), per_row, len(per_row))
 
@@ -126,7 +145,7 @@ class RowSamples:
         labels = self.rows.labels(items)
         if labels is not None:
             rows["labels"] = labels
-        predict = functools.partial(_in_batches, model, size=self.batch)
+        predict = functools.partial(_in_batches, model, size=self._fixed or self.batch)
         value = call_user_function(function, predict, rows, source=self.user_source)
         return EvalResult(value, np.empty((0, 2)), len(items))
 
@@ -150,10 +169,14 @@ def probe(source: SourceModel, feeds: Mapping[str, Array]) -> list[Shape]:
     Raises:
         UsageError: it does not run on them, or an output does not have the rows first.
     """
-    tensors = _tensors({name: feeds[name] for name in source.inputs})
+    _check_sizes(source, feeds)
+    fixed = {spec.shape[0] for spec in source.specs if isinstance(spec.shape[0], int)}
+    batch = _filled(feeds, next(iter(fixed), None))
+    tensors = _tensors({name: batch[name] for name in source.inputs}, source)
     shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in tensors.items())
     try:
-        outputs = module_outputs(source.module, tensors, source.outputs)
+        with torch.inference_mode():
+            outputs = source.chosen(source.module(**tensors))
     except Exception as error:  # anything a model's own code raises
         first = (str(error).strip().splitlines() or [""])[0][:200]
         raise UsageError(
@@ -170,6 +193,38 @@ def probe(source: SourceModel, feeds: Mapping[str, Array]) -> list[Shape]:
             )
         found.append((name, tuple(output.shape[1:])))
     return found
+
+
+def _check_sizes(source: SourceModel, feeds: Mapping[str, Array]) -> None:
+    """Refuse rows of other sizes than the model is compiled for."""
+    for spec in source.specs:
+        row, wanted = feeds[spec.name].shape[1:], spec.shape[1:]
+        fits = len(row) == len(wanted) and all(
+            isinstance(size, str) or size == found for size, found in zip(wanted, row, strict=True)
+        )
+        if not fits:
+            told = "x".join(map(str, (1, *row)))
+            raise UsageError(
+                f"A row of '{spec.name}' in --data is {told[2:]}, and the model is compiled for "
+                f"{spec}. Compile it for the data's size with --input-shapes {spec.name}:{told}, "
+                "or bring the data to the model's."
+            )
+        whole = feeds[spec.name].dtype.kind != "f"
+        if whole != (not spec.dtype.startswith("float")):
+            raise UsageError(
+                f"'{spec.name}' in --data is {feeds[spec.name].dtype}, and the model takes "
+                f"{spec.dtype}. Save it in that type."
+            )
+
+
+def _filled(feeds: Mapping[str, Array], count: int | None) -> dict[str, Array]:
+    """Repeat the last row until there are `count`."""
+    if count is None:
+        return dict(feeds)
+    return {
+        name: np.concatenate([values, np.repeat(values[-1:], count - len(values), axis=0)])
+        for name, values in feeds.items()
+    }
 
 
 def _batch_size(feeds: Mapping[str, Array], shapes: Sequence[Shape]) -> int:
@@ -206,6 +261,7 @@ def row_samples(
         metric=request.metric,
     )
     return RowSamples(
+        source=source,
         rows=rows,
         parts=parts,
         judge=judge,
@@ -254,8 +310,12 @@ def _groups(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
     return (items[i : i + size] for i in range(0, len(items), size))
 
 
-def _tensors(feeds: Mapping[str, Array]) -> Feeds:
-    return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in feeds.items()}
+def _tensors(feeds: Mapping[str, Array], source: SourceModel) -> Feeds:
+    types = {spec.name: getattr(torch, spec.dtype) for spec in source.specs}
+    return {
+        name: torch.from_numpy(np.ascontiguousarray(value)).to(types.get(name))
+        for name, value in feeds.items()
+    }
 
 
 def _numbers(feeds: Mapping[str, Array]) -> int:
