@@ -17,7 +17,6 @@ from zipc.core.errors import ExportMismatch
 from zipc.core.types import Allocation, Workload
 from zipc.exporters.onnx_export import check_parity
 from zipc.exporters.specialise import Edit, Int8Weights, count_integer_kernels, specialise
-from zipc.model_source import build_module
 from zipc.numerics.int8 import STATIC
 from zipc.prepare import Prepared
 from zipc.profiler.runners.onnxruntime import OnnxRuntimeRunner
@@ -137,13 +136,14 @@ def checkpoint(
         tensors |= state.tensors
     for path, linear in linears.items():
         tensors |= _linear_tensors(path, linear)
-    module = rebuild(source.config, document, tensors)
+    document["source"] = source.recipe
+    module = rebuild(source.blank(), document, tensors)
     example = source.example(batch=1, length=min(32, source.max_length))
     expected, _ = prepared.executor.run(example, variant_of(allocation, states))
     with torch.no_grad():
         result = module(**example)
     check_parity(
-        [result[name].numpy() for _, name in source.outputs],
+        [t.numpy() for t in source.chosen(result)],
         [t.numpy() for t in expected],
         bound=FP32_BOUND if not any(s.integer for s in linears.values()) else INT8_BOUND,
         what="the rebuilt checkpoint against the simulation",
@@ -151,9 +151,10 @@ def checkpoint(
     return document, tensors, module
 
 
-def rebuild(config: Any, document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
-    """A module from a config, a structure document and its tensors."""
-    module = build_module(config)
+def rebuild(
+    module: nn.Module, document: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> nn.Module:
+    """A blank module, cut to a structure document and filled with its tensors."""
     apply_structure_(module, document)
     module.load_state_dict(dict(tensors), strict=True)
     return module.eval().requires_grad_(False)

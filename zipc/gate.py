@@ -23,6 +23,7 @@ from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 from zipc.core.errors import CorruptFile, UsageError
 from zipc.core.files import read_json
 from zipc.core.types import Progress, Runner, Silent, Workload
+from zipc.core.workload import read_workload, workload_document
 from zipc.profiler.runners.onnxruntime import OnnxRuntimeRunner
 from zipc.profiler.timing import interleave, warm_up
 from zipc.proof import MIN_PAIRS, Interval, batch_interval, log_ratio_interval, percentiles
@@ -85,7 +86,8 @@ class GateResult:
 
     def to_json(self) -> dict[str, Any]:
         """Return a document for `--format json`."""
-        return {**asdict(self), "exit_code": self.exit_code}
+        load = None if self.workload is None else workload_document(self.workload)
+        return {**asdict(self), "workload": load, "exit_code": self.exit_code}
 
 
 def check(
@@ -324,8 +326,8 @@ def _recorded_workload(artifact: Path) -> Workload | None:
     if not path.is_file():
         return None
     try:
-        return Workload(**read_json(path)["workload"])
-    except (KeyError, TypeError) as error:
+        return read_workload(read_json(path)["workload"])
+    except (KeyError, TypeError, ValueError) as error:
         raise CorruptFile(f"{path} has no usable workload ({error!r}). Compile again.") from error
 
 

@@ -12,7 +12,8 @@ import zipc
 from zipc.core.errors import CorruptFile
 from zipc.core.files import read_json, write_json
 from zipc.core.request import Request
-from zipc.core.types import Artifact, LeftAlone, Level, TableKind, VerdictName, Workload
+from zipc.core.types import Artifact, LeftAlone, Level, TableKind, VerdictName
+from zipc.core.workload import WorkloadField
 
 SCHEMA_VERSION = 1  # raised by every change of a field below
 FILE_NAME = "manifest.json"
@@ -49,6 +50,7 @@ class RequestRecord(BaseModel):
     def of(cls, request: Request) -> Self:
         fields = dataclasses.asdict(request)
         kept = {k: v for k, v in fields.items() if k not in ("output", "cache_dir")}
+        kept["input_shapes"] = [str(spec) for spec in request.input_shapes]
         return cls.model_validate({k: list(v) if type(v) is tuple else v for k, v in kept.items()})
 
 
@@ -112,7 +114,7 @@ class Manifest(Record):
     schema_version: int = SCHEMA_VERSION
     zipc_version: str = zipc.__version__
     target: str
-    workload: Workload
+    workload: WorkloadField
     model: ModelRecord
     request: RequestRecord
     allocation: tuple[AllocationRecord, ...]

@@ -95,7 +95,7 @@ def write_artifacts(
     reference: bytes | None,
     structure: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
-    source_folder: Path,
+    source_folder: Path | None,
     samples: Mapping[str, Any],
 ) -> tuple[Artifact, ...]:
     """Write everything but the manifest; returns the list of files for it."""
@@ -108,7 +108,8 @@ def write_artifacts(
     write_json(checkpoint / "structure.json", structure)
     separate = {n: t.contiguous().clone() for n, t in tensors.items()}  # tied ones twice
     write_atomic(checkpoint / "model.safetensors", save(separate, metadata={"format": "pt"}))
-    _copy_texts(source_folder, checkpoint)
+    if source_folder is not None:
+        _copy_texts(source_folder, checkpoint)
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     return tuple(
         Artifact(

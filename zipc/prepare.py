@@ -17,11 +17,11 @@ from zipc.core.request import Request
 from zipc.core.types import LeftAlone, Progress, Site
 from zipc.exporters.graph import OnnxGraph
 from zipc.exporters.onnx_export import check_parity, export_dense
-from zipc.model_source import SourceModel
+from zipc.model_source import SourceModel, trace_source
 from zipc.profiler.runners.onnxruntime import OnnxRuntimeRunner
 from zipc.pruner.graph.interpret import Executor, Variant
 from zipc.pruner.graph.sites import Structure, find_sites
-from zipc.pruner.graph.trace import Program, trace
+from zipc.pruner.graph.trace import Program
 from zipc.stage_cache import StageCache
 
 PARITY_BOUND = 1e-4  # norm of dense ONNX minus torch, relative to torch
@@ -62,9 +62,8 @@ def prepare(
         ExportMismatch: ONNX Runtime does not reproduce the torch module.
     """
     progress.stage("trace")
+    program = trace_source(source, batch=request.batch_size)
     example = source.example()
-    program = trace(source.module, example, dynamic=source.dynamic, limits=source.limits)
-    program.outputs = [program.outputs[i] for i, _ in source.outputs]
     structure = find_sites(program, include=request.include, exclude=request.exclude)
     if not structure.sites:
         reasons = "; ".join(f"{a.path}: {a.reason}" for a in structure.left_alone[:3])
@@ -77,7 +76,8 @@ def prepare(
     key = fingerprint(
         source.sha256,
         source.outputs,
-        source.inputs,
+        source.specs,
+        str(program.exported.graph),  # a factory's code may change under equal weights
         _versions(),
         dataclasses.asdict(request.workload),
     )

@@ -72,15 +72,15 @@ class Table:
         return [row[index] for row in self.rows]
 
 
-def find_files(path: Path) -> dict[str, Path]:
+def find_files(path: Path, suffixes: Sequence[str] = SUFFIXES) -> dict[str, Path]:
     """Map roles (train, dev, test, or "all" for a lone file) to the files at `path`.
 
     Raises:
         UsageError: nothing there, no file of a known kind, or two files for one role.
     """
     if path.is_file():
-        if _suffix(path) not in SUFFIXES:
-            raise UsageError(f"{path} is not one of {', '.join(SUFFIXES)} (or those with .gz).")
+        if _suffix(path) not in suffixes:
+            raise UsageError(f"{path} is not one of {', '.join(suffixes)} (or those with .gz).")
         return {"all": path}
     if not path.is_dir():
         raise UsageError(f"There is no file or folder {path}. Check --data.")
@@ -89,11 +89,11 @@ def find_files(path: Path) -> dict[str, Path]:
         for file in sorted(path.iterdir())
         if file.is_file()
         and not file.name.startswith(".")
-        and _suffix(file) in SUFFIXES
+        and _suffix(file) in suffixes
         and _stem(file).casefold() not in NOT_DATA
     ]
     if not found:
-        raise UsageError(f"The folder {path} has no data file ({', '.join(SUFFIXES)}).")
+        raise UsageError(f"The folder {path} has no data file ({', '.join(suffixes)}).")
     if len(found) == 1:
         return {"all": found[0]}
     roles: dict[str, Path] = {}
