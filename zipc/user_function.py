@@ -38,7 +38,7 @@ def load_user_function(source: str) -> UserFunction:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UsageError(f"--eval {source}: importing it raised {_told(error, path)}.") from error
     function = getattr(module, name, None)
     if not callable(function):
@@ -61,7 +61,7 @@ def call_user_function(
         value = function(predict, rows)
     except UsageError:  # from our own predict
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         path = Path(source.rpartition(":")[0])
         raise UsageError(f"--eval {source} raised {_told(error, path)}.") from error
     try:
@@ -73,7 +73,7 @@ def call_user_function(
     return number
 
 
-def _told(error: Exception, path: Path) -> str:
+def _told(error: BaseException, path: Path) -> str:
     text = f"{type(error).__name__}: {error}"
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if Path(frame.filename).name == path.name]
