@@ -70,12 +70,17 @@ def images(*, batch: int = 2, size: int = 32, seed: int = 0, name: str = "x") ->
 def tokens(
     *, batch: int = 2, length: int = 7, seed: int = 0, types: bool = False
 ) -> dict[str, Tensor]:
-    """Token ids whose last row is padded on the right; with `types`, token types as well."""
+    """Token ids with up to two of padding in the last row; with `types`, token types as well.
+
+    More padding than a sliding window reaches back over would leave tokens that see nothing, and
+    what comes out for those differs between torch and ONNX Runtime.
+    """
+    padding = min(2, length // 2)
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(4, VOCABULARY, (batch, length), generator=generator)
     mask = torch.ones(batch, length, dtype=torch.long)
-    mask[-1, length // 2 + 1 :] = 0
-    ids[-1, length // 2 + 1 :] = PAD
+    mask[-1, length - padding :] = 0
+    ids[-1, length - padding :] = PAD
     feeds = {"input_ids": ids, "attention_mask": mask}
     if types:
         feeds["token_type_ids"] = torch.randint(0, 2, ids.shape, generator=generator)
