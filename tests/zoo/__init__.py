@@ -56,11 +56,12 @@ _PAIR: Axes = _TEXT | {"decoder_input_ids": {0: "batch", 1: "target"}}
 
 def _image(name: str, make: Callable[[], nn.Module], *, size: int = 32) -> Family:
     """A plain torch model; its values are drawn after it is made."""
-    return Family(name, lambda: ready(make()), partial(images, size=size), _IMAGE, "image")
+    example = partial(images, size=size)
+    return Family(name, lambda: ready(make(), example()), example, _IMAGE, "image")
 
 
 def _pixels(name: str, build: Callable[[], nn.Module], *, size: int = 16) -> Family:
-    example = partial(images, size=size, name="pixel_values")
+    example = partial(huggingface.pixels, size=size)
     return Family(name, build, example, _PIXELS, "image")
 
 

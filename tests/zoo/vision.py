@@ -134,7 +134,7 @@ class GroupNormNet(nn.Module):
         self.blocks = nn.Sequential(
             GroupNormBlock(8, 12, groups=4), GroupNormBlock(8, 6, groups=1)
         )
-        self.down = nn.Conv2d(8, 6, 3, stride=2, padding=1)
+        self.down = nn.Conv2d(8, 6, 3, stride=2, padding=1, bias=False)  # the norm takes it out
         self.norm = nn.GroupNorm(6, 6)
         self.head = nn.Linear(6, classes)
 
