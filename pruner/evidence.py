@@ -97,9 +97,9 @@ def collect(
                 0.0,
                 0.0,
             )
-        for g, part in enumerate(rows.unflatten(1, (call.groups, -1)).unbind(1)):
+        for g, part in enumerate(rows.chunk(call.groups, dim=1)):
             held.gram[g] += second_moment(part)
-        held.total += rows.sum(0, dtype=torch.float64).unflatten(0, (call.groups, -1))
+        held.total += rows.sum(0, dtype=torch.float64).reshape(call.groups, -1)
         held.count += len(rows)
         low, high = torch.aminmax(rows)
         held.low, held.high = min(held.low, float(low)), max(held.high, float(high))

@@ -65,11 +65,10 @@ def _given(gram: Tensor, mine: Tensor, rest: Tensor) -> Tensor:
     own = gram[mine][:, mine]
     if not bool(rest.any()):
         return own
-    lower, _ = damped_cholesky(
-        gram[rest][:, rest], REFIT_DAMP, scale=float(gram.diagonal().mean())
-    )
+    lower, _ = damped_cholesky(gram[rest][:, rest], REFIT_DAMP, scale=float(gram.diagonal().mean()))
     half = torch.linalg.solve_triangular(lower, gram[rest][:, mine], upper=False)
-    return own - half.T @ half
+    left: Tensor = own - half.T @ half
+    return left
 
 
 def widths_of(site: Site, *, step: int) -> list[int]:

@@ -127,7 +127,9 @@ class Levels:
                 found.maps[module] = made
             else:
                 found.constants[module] = made
-        kept = self._kept_units(tuple(allocation.levels.items()))
+        kept = self._kept_units(
+            tuple((n, lv) for n, lv in allocation.levels.items() if not lv.removed)
+        )
         for name in self._others:
             cut = self.cuts.cut(self.weights[name], name, kept)
             if cut.shape != self.weights[name].shape:

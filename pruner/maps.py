@@ -17,10 +17,10 @@ from zipc.pruner.graph.trace import MapCall
 def matrices(call: MapCall, weight: Tensor) -> Tensor:
     """Weights in their own layout -> (groups, out, in)."""
     if call.transposed:
-        grouped = weight.unflatten(0, (call.groups, -1)).flatten(2)  # (groups, in, out x taps)
-        return grouped.transpose(1, 2)
+        grouped = weight.reshape(call.groups, len(weight) // call.groups, -1)
+        return grouped.transpose(1, 2)  # (groups, out x taps, in)
     if call.convolution:
-        return weight.flatten(1).unflatten(0, (call.groups, -1))
+        return weight.reshape(call.groups, len(weight) // call.groups, -1)
     return (weight if call.out_dim == 0 else weight.T)[None]
 
 
@@ -29,16 +29,17 @@ def own_layout(call: MapCall, matrix: Tensor, like: Tensor) -> Tensor:
     taps = like.shape[2:]
     if call.transposed:
         back = matrix.transpose(1, 2).flatten(0, 1)  # (in, out x taps)
-        return back.unflatten(1, (-1, *taps)).contiguous()
+        return back.reshape(len(back), -1, *taps)
     if call.convolution:
-        return matrix.flatten(0, 1).unflatten(1, (-1, *taps)).contiguous()
+        rows = matrix.flatten(0, 1)
+        return rows.reshape(len(rows), rows.shape[1] // taps.numel(), *taps)
     return matrix[0] if call.out_dim == 0 else matrix[0].T.contiguous()
 
 
 def bias_of_rows(call: MapCall, shift: Tensor, like: Tensor) -> Tensor:
     """A value per matrix row (groups, out) -> a bias (out,)."""
     if call.transposed:  # a bias serves all taps alike
-        return shift.unflatten(1, (like.shape[1], -1)).mean(-1).flatten()
+        return shift.reshape(len(shift), like.shape[1], -1).mean(-1).flatten()
     return shift.flatten()
 
 
@@ -65,9 +66,10 @@ def input_rows(call: MapCall, x: Tensor, pick: Tensor) -> Tensor:
         view = view.unfold(axis, d * (k - 1) + 1, s)  # windows of each axis behind all others
     spatial = x.dim() - 2
     places = torch.unravel_index(pick, [len(x), *view.shape[2 : 2 + spatial]])
-    taken = view[(places[0], slice(None), *places[1:])]  # (rows, channels, *spans)
-    steps = tuple(slice(None, None, d) for _, _, _, d in call.window or ())
-    return taken[(slice(None), slice(None), *steps)].flatten(1)
+    taken = view.movedim(1, spatial + 1)[places]  # (rows, channels, *spans)
+    for axis, (_, _, _, d) in enumerate(call.window or (), start=2):
+        taken = taken[(slice(None),) * axis + (slice(None, None, d),)]
+    return taken.flatten(1)
 
 
 def output_rows(call: MapCall, y: Tensor, pick: Tensor) -> Tensor:

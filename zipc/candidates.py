@@ -80,6 +80,7 @@ def gather(
     )
     levels = Levels(
         prepared.sites,
+        prepared.calls,
         prepared.weights,
         stats,
         sweeps,
@@ -120,11 +121,14 @@ def _evidence(
     *,
     unit: str,
 ) -> tuple[dict[str, InputStats], dict[str, Sweep]]:
-    modules = [
-        m
-        for s in prepared.structure.sites
-        for m in (*s.producers, *(c.module for c in s.consumers))
-    ]
+    modules = list(
+        dict.fromkeys(
+            m
+            for s in prepared.structure.sites
+            for m in (*s.producers, *(c.module for c in s.consumers))
+            if not prepared.calls[m].convolution or m in {c.module for c in s.consumers}
+        )
+    )
     folder = cache.get("evidence", key)
     if folder is not None:
         progress.stage("evidence")
@@ -152,7 +156,9 @@ def _evidence(
     progress.stage("order units", len(prepared.structure.sites))
     sweeps = {}
     for site in prepared.structure.sites:
-        sweeps[site.name] = sweep_site(site, prepared.weights, stats, seed=request.seed)
+        sweeps[site.name] = sweep_site(
+            site, prepared.weights, stats, prepared.calls, seed=request.seed
+        )
         progress.advance(1, site.name)
     progress.done()
     cache.put("evidence", key, _evidence_files(stats, sweeps))
@@ -230,10 +236,13 @@ def _numerics(
         )
     figures = {}
     for scheme in schemes:
-        full = {n: Level(s.units, scheme) for n, s in prepared.sites.items()}
+        full = {
+            n: Level(s.units, scheme if prepared.on_integers(s) else "fp32")
+            for n, s in prepared.sites.items()
+        }
         ms = prices.fixed_ms + sum(prices.ms(n, lv) for n, lv in full.items())
         figures[scheme] = (ms, scorer.score(Allocation(full, ms, 0.0)))
-    if not figures:
+    if not figures or not any(map(prepared.on_integers, prepared.sites.values())):
         return ("fp32",)
     fastest = min(ms for ms, _ in figures.values())
     close = [n for n, (ms, _) in figures.items() if ms <= fastest * STATIC_MARGIN]
@@ -255,6 +264,8 @@ def _ladder(
 ) -> Ladder:
     site = prepared.sites[name]
     widths = widths_of(site, step=target.width_step) if request.prune else [site.units]
+    if not prepared.on_integers(site):
+        numerics = ("fp32",)
     rungs = [
         Rung(level, prices.ms(name, level), sweep.errors[site.units - width])
         for width in widths

@@ -148,14 +148,14 @@ class Executor:
             if on_map is not None:
                 on_map(call, x)
             return self._map(node, call, x, variant, value)
-        args: list[Any] = list(fx.map_arg(node.args, value))  # type: ignore[arg-type]
+        args: list[Any] = list(fx.map_arg(node.args, value))
         kwargs = fx.map_arg(node.kwargs, value)
         if variant.widths:
             name = op_name(node)
             if name in _SPLITS and node.name in self.structure.pieces:
                 sizes = [extent_size(e, variant.widths) for e in self.structure.pieces[node.name]]
                 at = args[2] if len(args) > 2 else kwargs.get("dim", 0)
-                return torch.split(args[0], sizes, dim=at)  # type: ignore[arg-type,no-untyped-call]
+                return torch.split(args[0], sizes, dim=at)  # type: ignore[arg-type]
             if name == "group_norm":
                 args[1] = extent_size(self.structure.groups[node.name], variant.widths)
             if name == "layer_norm":
@@ -184,7 +184,7 @@ class Executor:
                 bias = variant.tensors.get(call.bias, self._values[call.bias])
         if not call.convolution:
             return linear(x, weight if call.out_dim == 0 else weight.T, bias)
-        args: list[Any] = list(fx.map_arg(node.args[3:], value))  # type: ignore[arg-type]
+        args: list[Any] = list(fx.map_arg(node.args[3:], value))
         if call.groups > 1 and variant.widths:
             args[3] = extent_size(self.structure.groups[node.name], variant.widths)
         result: Tensor = node.target(x, weight, bias, *args)  # type: ignore[operator]

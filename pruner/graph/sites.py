@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
@@ -65,6 +65,16 @@ class Structure:
     pieces: dict[str, tuple[Extent, ...]] = field(default_factory=dict)
     groups: dict[str, Extent] = field(default_factory=dict)
     attributes: tuple[Rewrite, ...] = ()  # of modules, see `verify`
+
+
+def sizes_at(structure: Structure, widths: Mapping[str, int]) -> Callable[[str, int], int | None]:
+    """The size of any axis of a traced node's result at the given widths; None: as it was."""
+
+    def size_of(node: str, axis: int) -> int | None:
+        extents = structure.shapes.get(node)
+        return None if extents is None else extent_size(extents[axis], widths)
+
+    return size_of
 
 
 @dataclass(slots=True)
@@ -308,4 +318,3 @@ def _common(paths: Sequence[str]) -> str:
             break
         common.append(parts[0])
     return ".".join(common) or "+".join(paths)
-

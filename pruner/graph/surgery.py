@@ -46,25 +46,19 @@ UNIT_COUNTS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "num_key
 TOTAL_WIDTHS = tuple("all_head_size inner_dim embed_dim dim intermediate_size split_size".split())
 
 
+Window = Sequence[Sequence[int]]  # (kernel, stride, padding, dilation) of each spatial axis
+
+
 class ConstantMap(nn.Module):
-    """What a map becomes when nothing of its input is left: its bias.
+    """What a map becomes when nothing of its input is left: its bias."""
 
-    `window` holds (kernel, stride, padding, dilation) of each spatial axis of a convolution.
-    """
-
-    def __init__(self, features: int, window: Sequence[Sequence[int]] = ()) -> None:
+    def __init__(self, features: int, window: Window = ()) -> None:
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(features))
-        self.window = [tuple(int(v) for v in axis) for axis in window]
+        self.window = window
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.window:
-            return self.bias.expand(*x.shape[:-1], -1)
-        sizes = [
-            (n + 2 * p - d * (k - 1) - 1) // s + 1
-            for n, (k, s, p, d) in zip(x.shape[2:], self.window, strict=True)
-        ]
-        return self.bias.view(-1, *[1] * len(sizes)).expand(len(x), -1, *sizes)
+        return _spread(self.bias, x, self.window)
 
 
 class EmptyMap(nn.Module):
@@ -73,15 +67,24 @@ class EmptyMap(nn.Module):
     The shapes between the two, and whatever else carries the units, stay as they were.
     """
 
-    def __init__(self, features: int, window: Sequence[Sequence[int]] = ()) -> None:
+    def __init__(self, features: int, window: Window = ()) -> None:
         super().__init__()
-        self.zeros = ConstantMap(features, window)
-        self.zeros.bias = None  # type: ignore[assignment]
         self.features = features
+        self.window = window
 
     def forward(self, x: Tensor) -> Tensor:
-        self.zeros.bias = x.new_zeros(self.features)  # type: ignore[assignment]
-        return self.zeros(x)  # type: ignore[no-any-return]
+        return _spread(x.new_zeros(self.features), x, self.window)
+
+
+def _spread(values: Tensor, x: Tensor, window: Window) -> Tensor:
+    """A value per output channel at every position that a map of `x` has."""
+    if not window:
+        return values.expand(*x.shape[:-1], -1)
+    sizes = [
+        (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, (k, s, p, d) in zip(x.shape[2:], window, strict=True)
+    ]
+    return values.view(-1, *[1] * len(sizes)).expand(len(x), -1, *sizes)
 
 
 def describe(

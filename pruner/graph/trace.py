@@ -12,7 +12,6 @@ from torch import Tensor, fx, nn
 from zipc.core.errors import UnsupportedModel
 from zipc.core.quiet import hush
 
-
 # Modules whose whole forward pass is one map with `weight` and `bias`.
 MAP_MODULES = frozenset(
     "Linear Conv1D Conv1d Conv2d Conv3d ConvTranspose1d ConvTranspose2d ConvTranspose3d".split()

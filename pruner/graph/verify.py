@@ -109,9 +109,7 @@ def _failure(
         first = str(error).strip().splitlines()[0] if str(error).strip() else ""
         return f"{type(error).__name__}: {first[:160]}"
     with torch.no_grad():
-        want, _ = Executor(program, structure).run(
-            example, Variant(tensors=tensors, widths=widths)
-        )
+        want, _ = Executor(program, structure).run(example, Variant(tensors=tensors, widths=widths))
     if [t.shape for t in got] != [t.shape for t in want]:
         return "its outputs have other shapes"
     if any(t.is_meta for t in got):

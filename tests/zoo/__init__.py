@@ -47,9 +47,7 @@ class Family:
 
 _IMAGE: Axes = {"x": {0: "batch"}}
 _PIXELS: Axes = {"pixel_values": {0: "batch"}}
-_TEXT: Axes = {
-    name: {0: "batch", 1: "sequence"} for name in ("input_ids", "attention_mask")
-}
+_TEXT: Axes = {name: {0: "batch", 1: "sequence"} for name in ("input_ids", "attention_mask")}
 _TYPED: Axes = _TEXT | {"token_type_ids": {0: "batch", 1: "sequence"}}
 _PAIR: Axes = _TEXT | {"decoder_input_ids": {0: "batch", 1: "target"}}
 
@@ -84,7 +82,11 @@ ZOO: dict[str, Family] = {
         _image("yolo", dense_prediction.Yolo),
         Family("bert", huggingface.bert, partial(tokens, types=True), _TYPED, "text"),
         Family(
-            "bert-masked-lm", huggingface.bert_masked_lm, partial(tokens, types=True), _TYPED, "text"
+            "bert-masked-lm",
+            huggingface.bert_masked_lm,
+            partial(tokens, types=True),
+            _TYPED,
+            "text",
         ),
         Family("roberta", huggingface.roberta, tokens, _TEXT, "text"),
         Family("distilbert", huggingface.distilbert, tokens, _TEXT, "text"),

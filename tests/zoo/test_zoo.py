@@ -112,9 +112,11 @@ def test_no_unit_is_idle(name: str) -> None:
         assert parameter.grad is not None, key
         moved = parameter.grad.abs() > 1e-9
         axes = range(min(2, moved.dim()))
-        dead = [int((~moved.transpose(0, axis).flatten(1).any(1)).sum()) for axis in axes] if (
-            moved.dim() > 1
-        ) else [int((~moved).sum())]
+        dead = (
+            [int((~moved.transpose(0, axis).flatten(1).any(1)).sum()) for axis in axes]
+            if (moved.dim() > 1)
+            else [int((~moved).sum())]
+        )
         if any(dead):
             idle[key] = dead
     assert idle == {}
