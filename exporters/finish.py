@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 import onnx
 from onnx import NodeProto, helper
 
-from zipc.exporters.graph import OnnxGraph, node
-
-T = TypeVar("T")
+from zipc.exporters.graph import OnnxGraph, attribute, node
 
 ATTENTION_OPSET = 23  # the first with Attention as one operator
 REDEFINED = frozenset({"GroupNormalization"})  # other meaning between the export's opset and it
@@ -88,7 +85,7 @@ class _Match:
         self.consumers = graph.consumers()
 
     def block(self, softmax: NodeProto) -> _Block | None:
-        if _attribute(softmax, "axis", -1) not in (-1, 3):
+        if attribute(softmax, "axis", -1) not in (-1, 3):
             return None
         head, mask = self._scores(softmax.input[0])
         after = self._only(softmax, "MatMul")
@@ -96,7 +93,7 @@ class _Match:
         flat = self._only(merge, "Reshape")
         if head is None or mask is None or not after or not merge or not flat:
             return None
-        if after.input[0] != softmax.output[0] or _attribute(merge, "perm", []) != [0, 2, 1, 3]:
+        if after.input[0] != softmax.output[0] or attribute(merge, "perm", []) != [0, 2, 1, 3]:
             return None
         if self._constant(flat.input[1]) != [0, 0, -1]:
             return None
@@ -158,8 +155,8 @@ class _Match:
         """Walk up through transposes and scalar factors: (value, joint perm, factor, nodes)."""
         perm, scale, nodes = [0, 1, 2, 3], 1.0, list[NodeProto]()
         while (at := self.producers.get(name)) is not None:
-            if at.op_type == "Transpose" and len(_attribute(at, "perm", [])) == 4:
-                perm = [_attribute(at, "perm", [])[p] for p in perm]
+            if at.op_type == "Transpose" and len(attribute(at, "perm", [])) == 4:
+                perm = [attribute(at, "perm", [])[p] for p in perm]
             elif at.op_type in ("Mul", "Div") and self._is_scalar(at.input[1]):
                 factor = float(self.graph.arrays[at.input[1]].reshape(()))
                 scale = scale * factor if at.op_type == "Mul" else scale / factor
@@ -181,7 +178,7 @@ class _Match:
                 weight = maker.input[0]
             if weight not in arrays or arrays[weight].ndim != 2:
                 return None
-            return int(arrays[weight].shape[0 if _attribute(at, "transB", 0) else 1])
+            return int(arrays[weight].shape[0 if attribute(at, "transB", 0) else 1])
         if at.op_type not in ("Add", "Mul", "Cast"):
             return None
         for source in at.input:
@@ -216,10 +213,3 @@ def _raise_opset_(graph: OnnxGraph) -> None:
     proto.ir_version = max(proto.ir_version, lowest)
     graph.proto = proto
 
-
-def _attribute(owner: NodeProto, name: str, default: T) -> T:
-    for attribute in owner.attribute:
-        if attribute.name == name:
-            value: T = helper.get_attribute_value(attribute)
-            return value
-    return default

@@ -6,12 +6,14 @@ import copy
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import onnx
 from onnx import NodeProto, helper, numpy_helper
 
+T = TypeVar("T")
 Array = npt.NDArray[np.generic]
 
 
@@ -20,7 +22,8 @@ class OnnxGraph:
     """Nodes, initialisers and what the exporter knew about them.
 
     `weights` maps a torch parameter to (initialiser, whether it is stored transposed);
-    `shapes` gives the symbolic shape of every value of the dense graph.
+    `shapes` gives the symbolic shape of every value of the dense graph. `origin` maps a value to the
+    traced node it was made from, `results` a traced node to the value that holds its result.
     """
 
     proto: onnx.ModelProto  # header, inputs and outputs; its nodes and initialisers are ignored
@@ -29,6 +32,8 @@ class OnnxGraph:
     weights: dict[str, tuple[str, bool]] = field(default_factory=dict)
     shapes: dict[str, list[int | str]] = field(default_factory=dict)
     types: dict[str, int] = field(default_factory=dict)
+    origin: dict[str, str] = field(default_factory=dict)
+    results: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, proto: onnx.ModelProto) -> OnnxGraph:
@@ -54,6 +59,8 @@ class OnnxGraph:
             dict(self.weights),
             self.shapes,
             self.types,
+            self.origin,
+            self.results,
         )
 
     def producers(self) -> dict[str, NodeProto]:
@@ -136,6 +143,15 @@ def _ordered(nodes: list[NodeProto], given: set[str]) -> list[NodeProto]:
                     if i not in given and state[made[i]] == 0
                 ]
     return order
+
+
+def attribute(owner: NodeProto, name: str, default: T) -> T:
+    """The value of an attribute, or `default` where the node has none of that name."""
+    for held in owner.attribute:
+        if held.name == name:
+            value: T = helper.get_attribute_value(held)
+            return value
+    return default
 
 
 def node(
