@@ -14,6 +14,7 @@ import onnx
 from onnx import NodeProto, helper, numpy_helper
 
 T = TypeVar("T")
+REDEFINED = frozenset({"GroupNormalization"})  # means another thing after opset 20
 Array = npt.NDArray[np.generic]
 
 
@@ -85,6 +86,22 @@ class OnnxGraph:
             n for n in self.nodes if n.op_type in ("MatMul", "Gemm") and held[0] in n.input[1:2]
         ]
 
+    def can_raise_opset(self, version: int) -> bool:
+        """Whether all operators mean the same in the standard opset of that version."""
+        held = [e.version for e in self.proto.opset_import if e.domain in ("", "ai.onnx")]
+        return all(v >= version for v in held) or not any(n.op_type in REDEFINED for n in self.nodes)
+
+    def raise_opset_(self, version: int) -> None:
+        """Declare at least this version of the standard opset."""
+        proto = onnx.ModelProto()
+        proto.CopyFrom(self.proto)
+        for entry in proto.opset_import:
+            if entry.domain in ("", "ai.onnx"):
+                entry.version = max(entry.version, version)
+        lowest = helper.find_min_ir_version_for(list(proto.opset_import))
+        proto.ir_version = max(proto.ir_version, lowest)
+        self.proto = proto
+
     def op_counts(self) -> Counter[str]:
         return Counter(n.op_type for n in self.nodes)
 
@@ -104,6 +121,10 @@ class OnnxGraph:
 
     def to_bytes(self) -> bytes:
         return bytes(self.to_proto().SerializeToString())
+
+    def ordered(self) -> list[NodeProto]:
+        """The nodes, each after those that make what it reads."""
+        return _ordered(self.nodes, self._given())
 
     def _given(self) -> set[str]:
         return {"", *self.arrays, *(i.name for i in self.proto.graph.input)}
@@ -155,7 +176,7 @@ def attribute(owner: NodeProto, name: str, default: T) -> T:
 
 
 def node(
-    op: str, inputs: list[str], outputs: list[str], **attributes: int | float | list[int]
+    op: str, inputs: list[str], outputs: list[str], **attributes: int | float | str | list[int]
 ) -> NodeProto:
     """A node of the standard domain, named after its first output."""
     made = helper.make_node(op, inputs, outputs, name=f"{op}/{outputs[0]}")

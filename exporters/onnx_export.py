@@ -16,7 +16,7 @@ from zipc.core.quiet import hush
 from zipc.exporters.graph import Array, OnnxGraph, attribute
 from zipc.exporters.origin import origin_of
 from zipc.exporters.passes import clean
-from zipc.exporters.translate import translations
+from zipc.exporters.translate import repair_, translations
 
 OPSET = 20  # the first with Gelu as one operator
 
@@ -49,8 +49,8 @@ def export_dense(
             assert program is not None
             assert program.exported_program is not None
             origin = origin_of(program.exported_program, exported)
-            names = _editable(exported)
-            parameters = _set_aside_(program, names)
+            parameters, names = _set_aside_(program, _editable(exported))
+            repair_(program.model)
             program.optimize()
             proto = program.model_proto
     except Exception as error:  # the exporter raises many unrelated types
@@ -74,67 +74,67 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0].strip() if lines else ''}"
 
 
-def _editable(exported: torch.export.ExportedProgram) -> dict[str, str]:
-    """Tensors that pruning may edit, each with the first name of what it shares memory with.
+def _editable(exported: torch.export.ExportedProgram) -> list[list[str]]:
+    """Names of the tensors that pruning may edit, the floating-point state of a checkpoint.
 
-    They are the floating-point state of a checkpoint.
+    Those of one tensor (a tied weight) come together.
     """
     signature = exported.graph_signature
     named = {*signature.inputs_to_parameters.values(), *signature.inputs_to_buffers.values()}
-    first: dict[tuple[Any, ...], str] = {}
-    names: dict[str, str] = {}
+    groups: dict[tuple[Any, ...], list[str]] = {}
     for name, tensor in exported.state_dict.items():
         if name in named and tensor.is_floating_point():
             same = tensor.data_ptr(), tensor.shape, tensor.stride()
-            names[name] = first.setdefault(same, name)
-    return names
+            groups.setdefault(same, []).append(name)
+    return list(groups.values())
 
 
-def _set_aside_(program: torch.onnx.ONNXProgram, names: Mapping[str, str]) -> dict[str, Array]:
+def _set_aside_(
+    program: torch.onnx.ONNXProgram, groups: list[list[str]]
+) -> tuple[dict[str, Array], dict[str, str]]:
     """Make parameters inputs of the graph, so that the optimiser can neither fold nor merge them.
 
     Folded into a constant, or merged with another of equal value, a parameter could not be edited
-    alone.
+    alone. Returns one array per tensor and, for every name, that of the array.
     """
-    held: dict[str, Array] = {}
     graph = program.model.graph
-    for name in [n for n in graph.initializers if n in names]:
-        value = graph.initializers.pop(name)
-        assert value.const_value is not None
-        held[name] = value.const_value.numpy()
-        value.const_value = None
-        graph.inputs.append(value)
-    return held
+    held: dict[str, Array] = {}
+    names: dict[str, str] = {}
+    for group in groups:
+        present = [n for n in group if n in graph.initializers]
+        for name in present:
+            value = graph.initializers.pop(name)
+            assert value.const_value is not None
+            held.setdefault(present[0], value.const_value.numpy())
+            value.const_value = None
+            graph.inputs.append(value)
+        if present:
+            names |= dict.fromkeys(group, present[0])
+    return held, names
 
 
 def _put_back_(
     graph: OnnxGraph, parameters: Mapping[str, Array], names: Mapping[str, str]
 ) -> None:
     """Make the parameters initialisers again, transposed where every use of one transposes it."""
-    given = [i for i in graph.proto.graph.input if i.name not in parameters]
+    given = [i for i in graph.proto.graph.input if i.name not in names]
     del graph.proto.graph.input[:]
     graph.proto.graph.input.extend(given)
     for node in graph.nodes:
         for i, source in enumerate(node.input):
-            if source in names:
-                node.input[i] = names[source]
+            node.input[i] = names.get(source, source)
     consumers = graph.consumers()
-    for name, stored in names.items():
-        if name not in parameters:
-            continue
-        users = consumers.get(stored, [])
-        turned = bool(users) and all(_transposes(n) for n in users)
-        graph.weights[name] = (stored, turned)
-        if stored not in graph.arrays:
-            value = parameters[name]
-            graph.arrays[stored] = value.T if turned else value
-    stored_turned = {stored for stored, turned in graph.weights.values() if turned}
-    gone = {n.output[0]: n.input[0] for n in graph.nodes if _transposes(n) and n.input[0] in stored_turned}
+    turned: set[str] = set()
+    for name, value in parameters.items():
+        if all(_transposes(n) for n in consumers.get(name, [])) and name in consumers:
+            turned.add(name)
+        graph.arrays[name] = value.T if name in turned else value
+    graph.weights = {n: (stored, stored in turned) for n, stored in names.items()}
+    gone = {n.output[0]: n.input[0] for n in graph.nodes if n.input[:1] and n.input[0] in turned}
     graph.nodes = [n for n in graph.nodes if n.output[0] not in gone]
     for node in graph.nodes:
         for i, source in enumerate(node.input):
-            if source in gone:
-                node.input[i] = gone[source]
+            node.input[i] = gone.get(source, source)
 
 
 def _transposes(node: NodeProto) -> bool:

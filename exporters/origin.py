@@ -13,16 +13,20 @@ from torch import fx
 _FX_NODE = "pkg.torch.onnx.fx_node"  # where the exporter keeps the text of a node
 
 
+# operations that hand their input on; the optimiser drops them
+_NOTHING = ("contiguous", "clone", "dropout", "alias", "detach", "to", "feature_dropout")
+
+
 @dataclass(frozen=True, slots=True)
 class Origin:
     """`back`: node of the decomposed program -> node of the traced program it was made from.
 
     The exporter takes operations apart and numbers their nodes anew, so that equal names in the two
-    programs need not mean the same node. `order` is the position in the decomposed program.
+    programs need not mean the same node. Nodes of the decomposed program come in its order.
     """
 
     back: dict[str, str]
-    order: dict[str, int]
+    traced: fx.Graph
 
     def of(self, nodes: Iterable[NodeProto]) -> dict[str, str]:
         """ONNX value -> traced node, for all values that the exporter made from one."""
@@ -37,12 +41,15 @@ class Origin:
         return found
 
     def results(self, nodes: Iterable[NodeProto]) -> dict[str, str]:
-        """Traced node -> the ONNX value that holds its result.
-
-        A node without one was merged into another or did nothing.
-        """
-        values = [o for n in nodes for o in n.output if o in self.back]
-        return {self.back[v]: v for v in sorted(values, key=self.order.__getitem__)}
+        """Traced node -> the ONNX value that holds its result, where one value does."""
+        values = {o for n in nodes for o in n.output}
+        found = {name: value for value, name in self.back.items() if value in values}
+        for node in self.traced.nodes:
+            if node.op == "call_function" and node.name not in found and _does_nothing(node):
+                before = node.all_input_nodes[0].name
+                if before in found:
+                    found[node.name] = found[before]
+        return found
 
 
 def origin_of(
@@ -62,8 +69,7 @@ def origin_of(
         if node.op == "call_function" and _is_item(node):
             name = items.get((name, node.args[1]), name)
         back[node.name] = name
-    order = {n.name: i for i, n in enumerate(decomposed.graph.nodes)}
-    return Origin(back, order)
+    return Origin(back, traced.graph)
 
 
 def _items(graph: fx.Graph) -> dict[tuple[str, object], str]:
@@ -73,3 +79,13 @@ def _items(graph: fx.Graph) -> dict[tuple[str, object], str]:
 
 def _is_item(node: fx.Node) -> bool:
     return getattr(node.target, "__name__", "") == "getitem"
+
+
+def _does_nothing(node: fx.Node) -> bool:
+    name = str(node.target).removeprefix("aten.").split(".")[0]
+    if name not in _NOTHING or not node.all_input_nodes:
+        return False
+    new, old = node.meta.get("val"), node.all_input_nodes[0].meta.get("val")
+    if not isinstance(new, torch.Tensor) or not isinstance(old, torch.Tensor):
+        return False
+    return new.dtype == old.dtype and new.shape == old.shape
