@@ -14,6 +14,7 @@ import onnx
 from onnx import NodeProto, helper, numpy_helper
 
 T = TypeVar("T")
+MAPS = ("MatMul", "Gemm", "Conv", "ConvTranspose")
 REDEFINED = frozenset({"GroupNormalization"})  # means another thing after opset 20
 Array = npt.NDArray[np.generic]
 
@@ -77,13 +78,13 @@ class OnnxGraph:
     def outputs(self) -> list[str]:
         return [o.name for o in self.proto.graph.output]
 
-    def linear_nodes(self, parameter: str) -> list[NodeProto]:
-        """MatMul/Gemm nodes that use a torch weight."""
+    def map_nodes(self, parameter: str) -> list[NodeProto]:
+        """The products and convolutions that use a torch weight."""
         held = self.weights.get(parameter)
         if held is None:
             return []
         return [
-            n for n in self.nodes if n.op_type in ("MatMul", "Gemm") and held[0] in n.input[1:2]
+            n for n in self.nodes if n.op_type in MAPS and held[0] in n.input[1:2]
         ]
 
     def can_raise_opset(self, version: int) -> bool:
