@@ -8,19 +8,23 @@ from typing import Literal
 
 from zipc.core.errors import UsageError
 from zipc.core.request import Request
+from zipc.core.types import ModelTask
 from zipc.model_source import SourceModel
 from zipc.read_table import find_files
 from zipc.samples.arrays import SUFFIX, array_samples, describe_arrays
 from zipc.samples.base import Drawn, Feeds, Part, Samples
+from zipc.samples.documents import describe_documents, document_samples
 from zipc.samples.text import describe_texts, text_samples
 
-Kind = Literal["arrays", "text"]
+Kind = Literal["arrays", "documents", "text"]
 OPEN: dict[Kind, Callable[[SourceModel, Request], Samples]] = {
     "arrays": array_samples,
+    "documents": document_samples,
     "text": text_samples,
 }
 DESCRIBE: dict[Kind, Callable[[Request], str]] = {
     "arrays": describe_arrays,
+    "documents": describe_documents,
     "text": describe_texts,
 }
 
@@ -31,7 +35,7 @@ def open_samples(source: SourceModel, request: Request) -> Samples:
     Raises:
         UsageError: there is nothing usable, or it does not fit the model.
     """
-    return OPEN[kind_of(request)](source, request)
+    return OPEN[kind_of(request, source.task)](source, request)
 
 
 def describe_data(request: Request) -> str:
@@ -43,8 +47,8 @@ def describe_data(request: Request) -> str:
     return DESCRIBE[kind_of(request)](request)
 
 
-def kind_of(request: Request) -> Kind:
-    """What kind of data lies at `request.data`.
+def kind_of(request: Request, task: ModelTask | None = None) -> Kind:
+    """What kind of data lies at `request.data`; a model's task tells how it reads text.
 
     Raises:
         UsageError: no data was named, or there is none of a known kind.
@@ -59,7 +63,7 @@ def kind_of(request: Request) -> Kind:
     if path.suffix == SUFFIX or (path.is_dir() and any(path.glob(f"*{SUFFIX}"))):
         return "arrays"
     find_files(path)
-    return "text"
+    return "documents" if task == "causal_lm" else "text"
 
 
 __all__ = ["Drawn", "Feeds", "Part", "Samples", "describe_data", "kind_of", "open_samples"]
