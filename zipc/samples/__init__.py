@@ -14,17 +14,20 @@ from zipc.read_table import find_files
 from zipc.samples.arrays import SUFFIX, array_samples, describe_arrays
 from zipc.samples.base import Drawn, Feeds, Part, Samples
 from zipc.samples.documents import describe_documents, document_samples
+from zipc.samples.images import describe_images, holds_images, image_samples
 from zipc.samples.text import describe_texts, text_samples
 
-Kind = Literal["arrays", "documents", "text"]
+Kind = Literal["arrays", "documents", "images", "text"]
 OPEN: dict[Kind, Callable[[SourceModel, Request], Samples]] = {
     "arrays": array_samples,
     "documents": document_samples,
+    "images": image_samples,
     "text": text_samples,
 }
 DESCRIBE: dict[Kind, Callable[[Request], str]] = {
     "arrays": describe_arrays,
     "documents": describe_documents,
+    "images": describe_images,
     "text": describe_texts,
 }
 
@@ -55,13 +58,16 @@ def kind_of(request: Request, task: ModelTask | None = None) -> Kind:
     """
     if request.data is None:
         raise UsageError(
-            "--data is needed: unlabelled texts like those the model will see decide which parts "
-            "can go, and held-out ones read the quality. A csv, tsv, jsonl or txt file will do, "
-            "for example: --data examples/stsb"
+            "--data is needed: unlabelled texts or images like those the model will see decide "
+            "which parts can go, and held-out ones read the quality. A csv, tsv, jsonl or txt "
+            "file, a folder of images, or arrays in an .npz file will do, for example: "
+            "--data examples/stsb"
         )
     path = Path(request.data).expanduser()
     if path.suffix == SUFFIX or (path.is_dir() and any(path.glob(f"*{SUFFIX}"))):
         return "arrays"
+    if path.is_dir() and holds_images(path):
+        return "images"
     find_files(path)
     return "documents" if task == "causal_lm" else "text"
 
