@@ -13,20 +13,22 @@ from zipc.model_source import SourceModel
 from zipc.read_table import find_files
 from zipc.samples.arrays import SUFFIX, array_samples, describe_arrays
 from zipc.samples.base import Drawn, Feeds, Part, Samples
-from zipc.samples.documents import describe_documents, document_samples
+from zipc.samples.documents import document_samples
 from zipc.samples.images import describe_images, holds_images, image_samples
 from zipc.samples.text import describe_texts, text_samples
+from zipc.samples.tokens import token_samples
 
-Kind = Literal["arrays", "documents", "images", "text"]
+Kind = Literal["arrays", "documents", "images", "text", "tokens"]
+READERS: dict[ModelTask, Kind] = {"causal_lm": "documents", "tensors": "tokens"}  # of text
 OPEN: dict[Kind, Callable[[SourceModel, Request], Samples]] = {
     "arrays": array_samples,
     "documents": document_samples,
     "images": image_samples,
     "text": text_samples,
+    "tokens": token_samples,
 }
 DESCRIBE: dict[Kind, Callable[[Request], str]] = {
     "arrays": describe_arrays,
-    "documents": describe_documents,
     "images": describe_images,
     "text": describe_texts,
 }
@@ -43,6 +45,8 @@ def open_samples(source: SourceModel, request: Request) -> Samples:
 
 def describe_data(request: Request) -> str:
     """One line on `request.data` and how it is cut, as far as that is known without the model.
+
+    Text is described as the table it is; a language model joins its rows to windows.
 
     Raises:
         UsageError: there is nothing usable.
@@ -69,7 +73,7 @@ def kind_of(request: Request, task: ModelTask | None = None) -> Kind:
     if path.is_dir() and holds_images(path):
         return "images"
     find_files(path)
-    return "documents" if task == "causal_lm" else "text"
+    return "text" if task is None else READERS.get(task, "text")
 
 
 __all__ = ["Drawn", "Feeds", "Part", "Samples", "describe_data", "kind_of", "open_samples"]

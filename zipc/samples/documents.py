@@ -26,6 +26,7 @@ from zipc.samples.arrays import ArrayRows
 from zipc.samples.base import PARTS, Part
 from zipc.samples.judges import IGNORED
 from zipc.samples.rows import Item, RowSamples, probe, row_samples, user_function
+from zipc.samples.text import require_tokenizer
 from zipc.splitting import MIN_ROWS, Cut, cut
 
 Ids = npt.NDArray[np.int64]
@@ -44,11 +45,7 @@ def document_samples(source: SourceModel, request: Request) -> RowSamples:
         UsageError: the model has no tokenizer, or there is too little text.
     """
     user = user_function(request.evaluator, request.metric)
-    if source.tokenizer is None:
-        raise UsageError(
-            f"{source.source} has no tokenizer: the text of --data cannot be read. Pass token ids "
-            "as the array 'input_ids' in an .npz file instead."
-        )
+    require_tokenizer(source)
     made, how = _cut(request)
     length = request.sequence_length or min(128, source.max_length)
     streams = {p: _stream(source.tokenizer, docs) for p, docs in _apart(made.parts).items()}
@@ -73,12 +70,6 @@ def document_samples(source: SourceModel, request: Request) -> RowSamples:
         sha256=_digest(streams, length),
         notes=[],
     )
-
-
-def describe_documents(request: Request) -> str:
-    """One line on the documents and parts of the text at `request.data`."""
-    made, how = _cut(request)
-    return f"documents: {how} · {made.description}"
 
 
 def _cut(request: Request) -> tuple[Cut[str], str]:

@@ -269,9 +269,10 @@ def _processor(source: SourceModel) -> tuple[Any, str]:
         )
     from transformers import AutoImageProcessor
 
+    load: Any = AutoImageProcessor.from_pretrained
     try:
         with hush():
-            return AutoImageProcessor.from_pretrained(path.parent, backend="pil"), repr(document)
+            return load(path.parent, backend="pil"), repr(document)
     except Exception as error:  # unrelated types from many processors
         first = (str(error).strip().splitlines() or [""])[0][:200]
         raise UsageError(f"The preprocessing in {path} cannot be loaded: {first}") from error
