@@ -124,8 +124,6 @@ def read_table(path: Path, wanted: Collection[str] = ()) -> Table:
         UsageError: it is empty, not UTF-8, or not what its suffix says.
     """
     content = _read_text(path)
-    if not content.strip():
-        raise UsageError(f"{path} is empty.")
     suffix = _suffix(path)
     if suffix == ".txt":
         lines = _lines(content)
@@ -148,6 +146,15 @@ def read_table(path: Path, wanted: Collection[str] = ()) -> Table:
     if len(set(names)) < len(names):
         raise UsageError(f"{path} names a column twice: {', '.join(names)}.")
     return Table(path, names, even, ragged)
+
+
+def read_plain(path: Path) -> str:
+    """Read a text file as it is, its line ends as newlines.
+
+    Raises:
+        UsageError: it is empty or not UTF-8.
+    """
+    return "\n".join(_lines(_read_text(path)))
 
 
 def is_missing(value: Any) -> bool:
@@ -260,6 +267,8 @@ def _read_text(path: Path) -> str:
         ) from error
     if "\0" in content:
         raise UsageError(f"{path} contains zero bytes: it is binary, or UTF-16 and not UTF-8.")
+    if not content.strip():
+        raise UsageError(f"{path} is empty.")
     return content
 
 

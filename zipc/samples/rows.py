@@ -311,10 +311,12 @@ def _groups(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
 
 
 def _tensors(feeds: Mapping[str, Array], source: SourceModel) -> Feeds:
+    """The model's inputs in its types, and the mask that says what is padding."""
     types = {spec.name: getattr(torch, spec.dtype) for spec in source.specs}
     return {
         name: torch.from_numpy(np.ascontiguousarray(value)).to(types.get(name))
         for name, value in feeds.items()
+        if name in types or name.endswith("attention_mask")
     }
 
 

@@ -104,13 +104,9 @@ def text_samples(source: SourceModel, request: Request) -> TextSamples:
     Raises:
         UsageError: nothing usable there, or the model does not take texts.
     """
-    if source.tokenizer is None or "input_ids" not in source.inputs or source.folder is None:
-        why = "has no tokenizer" if "input_ids" in source.inputs else "takes no texts"
-        raise UsageError(
-            f"{source.source} {why}: the texts of --data cannot be read. Pass the model's inputs "
-            f"({', '.join(source.inputs)}) as arrays in an .npz file instead."
-        )
-    splits = _splits(request)
+    require_tokenizer(source)
+    assert source.folder is not None  # tokenizers come with folders
+    splits = read_splits(request)
     evaluator = make_evaluator(
         source.folder,
         source.tokenizer,
@@ -123,12 +119,31 @@ def text_samples(source: SourceModel, request: Request) -> TextSamples:
     return TextSamples(evaluator, splits, tuple(source.inputs))
 
 
+def require_tokenizer(source: SourceModel) -> None:
+    """Refuse a model that texts cannot be fed to.
+
+    Raises:
+        UsageError: it takes no token ids, or its folder has no tokenizer.
+    """
+    if source.tokenizer is None or "input_ids" not in source.inputs:
+        why = "has no tokenizer" if "input_ids" in source.inputs else "takes no texts"
+        raise UsageError(
+            f"{source.source} {why}: the texts of --data cannot be read. Pass the model's inputs "
+            f"({', '.join(source.inputs)}) as arrays in an .npz file instead."
+        )
+
+
 def describe_texts(request: Request) -> str:
     """One line on the columns and parts of the table at `request.data`."""
-    return _splits(request).description
+    return read_splits(request).description
 
 
-def _splits(request: Request) -> Splits:
+def read_splits(request: Request) -> Splits:
+    """Read and cut the table at `request.data`.
+
+    Raises:
+        UsageError: see `data.load_splits`.
+    """
     return load_splits(
         str(request.data),
         text_columns=request.text_columns,
