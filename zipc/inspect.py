@@ -12,9 +12,10 @@ import onnx
 
 from zipc.build import integer_kernels
 from zipc.core.errors import UsageError
+from zipc.core.request import Request
 from zipc.core.types import InputSpec, Site
 from zipc.gate import bytes_of
-from zipc.model_source import load_source, trace_source
+from zipc.model_source import load_source, settle, trace_source
 from zipc.pruner.graph.sites import find_sites
 from zipc.pruner.ladder import widths_of
 from zipc.targets import load_target
@@ -38,8 +39,9 @@ def inspect_model(
         UnsupportedModel: it cannot be traced.
     """
     step = load_target(target).width_step
+    request = Request(model=model, weights=weights, input_shapes=tuple(input_shapes))
     source = load_source(model, weights=weights, input_shapes=input_shapes)
-    program = trace_source(source)
+    program = trace_source(source, batch=settle(request, source).batch_size)
     structure = find_sites(program, include=include, exclude=exclude)
     sizes = {name: tensor.numel() for name, tensor in program.tensors.values()}
     return {
