@@ -153,7 +153,7 @@ def checkpoint(
 
 def rebuild(config: Any, document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
     """A module from a config, a structure document and its tensors."""
-    module = build_module(config)
+    module = build_module(config).float()  # a config may name a half precision
     apply_structure_(module, document)
     module.load_state_dict(dict(tensors), strict=True)
     return module.eval().requires_grad_(False)

@@ -14,6 +14,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+import transformers
 
 import zipc
 from tests.tiny_project import (
@@ -298,6 +299,20 @@ def test_classifier_is_compiled_for_its_logits_and_read_by_accuracy(tmp_path: Pa
     compiled = run_onnx(tmp_path / "out" / "model.onnx", feeds)
     assert compiled.shape == (2, 3)
     assert distance(run_torch(zipc.load(tmp_path / "out"), feeds), compiled) < INT8_BOUND
+
+
+def test_model_stored_in_half_precision_is_compiled_in_fp32(
+    project: Project, tmp_path: Path
+) -> None:
+    model = shutil.copytree(project.model, tmp_path / "model")
+    module = transformers.AutoModel.from_pretrained(model, dtype=torch.bfloat16)
+    module.save_pretrained(model)
+    project.compile(tmp_path / "out", model=model, cache=tmp_path / "cache")
+    loaded = zipc.load(tmp_path / "out")
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+    feeds = padded_batch()
+    compiled = run_onnx(tmp_path / "out" / "model.onnx", feeds)
+    assert distance(run_torch(loaded, feeds), compiled) < INT8_BOUND
 
 
 def test_unlabelled_text_of_another_domain_will_do(project: Project, tmp_path: Path) -> None:
