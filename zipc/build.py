@@ -20,7 +20,7 @@ from zipc.exporters.specialise import Edit, Int8Weights, count_integer_kernels, 
 from zipc.model_source import build_module
 from zipc.numerics.int8 import STATIC
 from zipc.prepare import Prepared
-from zipc.profiler.runners.onnxruntime import OnnxRuntimeRunner
+from zipc.profiler.runners.onnxruntime import OnnxRuntimeRunner, one_line
 from zipc.pruner.graph.surgery import apply_structure_, describe
 from zipc.pruner.levels import LinearState, SiteState, variant_of
 
@@ -103,7 +103,7 @@ def integer_kernels(model: bytes | Path) -> int:
         except Exception as error:  # ONNX Runtime's errors share no base
             name = str(model) if isinstance(model, Path) else "the graph"
             raise ExportMismatch(
-                f"ONNX Runtime {onnxruntime.__version__} cannot load {name}: {error}. "
+                f"ONNX Runtime {onnxruntime.__version__} cannot load {name}: {one_line(error)}. "
                 "Export it again, or install the ONNX Runtime it was made for."
             ) from error
         return count_integer_kernels(onnx.load(path, load_external_data=False).graph.node)

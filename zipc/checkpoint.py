@@ -28,7 +28,7 @@ def load(out: str | Path) -> nn.Module:
     for name in ("structure.json", "model.safetensors", "config.json"):
         if not (folder / name).is_file():
             raise CorruptFile(f"{out} is not a zipc output: checkpoint/{name} is missing.")
-    document = read_json(folder / "structure.json")
+    document = read_json(folder / "structure.json", advice="Compile again.")
     config = load_config(folder)
     try:
         tensors = load_file(folder / "model.safetensors")

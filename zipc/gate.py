@@ -335,7 +335,7 @@ def _recorded_workload(artifact: Path) -> Workload | None:
     if not path.is_file():
         return None
     try:
-        return Workload(**read_json(path)["workload"])
+        return Workload(**read_json(path, advice="Compile again.")["workload"])
     except (KeyError, TypeError) as error:
         raise CorruptFile(f"{path} has no usable workload ({error!r}). Compile again.") from error
 
