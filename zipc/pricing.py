@@ -20,7 +20,7 @@ from zipc.exporters.graph import OnnxGraph
 from zipc.exporters.site_graph import block_ends, extract
 from zipc.exporters.specialise import Edit, Int8Weights, specialise
 from zipc.latency_tables import correction
-from zipc.latency_tables.store import TableStore
+from zipc.latency_tables.store import TableStore, differences
 from zipc.latency_tables.table import Entry, LatencyTable
 from zipc.numerics.int8 import STATIC, quantize_weight
 from zipc.prepare import Prepared
@@ -93,8 +93,10 @@ def price(
 ) -> Prices:
     """Load the table of this model's sites, or measure what is missing in it.
 
+    A table that was measured on another device is measured anew, unless the request allows it.
+
     Raises:
-        TableMissing: a stored table was measured on another device (see --allow-table-mismatch).
+        TableMissing: an allowed table of another device lacks prices.
     """
     workload = request.workload
     parts: dict[str, OnnxGraph] = {}
@@ -113,7 +115,15 @@ def price(
     )
     path = store.path(target.name, workload, target.runtime, key)
     prints = device_fingerprint(runtime=target.runtime)
-    stored = store.load(path, fingerprint=prints, allow_mismatch=request.allow_table_mismatch)
+    stored = store.load(path, fingerprint=None)
+    changed = differences(stored.fingerprint, prints) if stored else []
+    if changed and request.allow_table_mismatch:
+        stored = store.load(path, fingerprint=prints, allow_mismatch=True)
+    elif changed:
+        progress.info(
+            f"the latency table is of another device or state ({'; '.join(changed)}): measured anew"
+        )
+        stored = None
     graphs = [PricedGraph(WHOLE, DENSE, lambda: specialise(prepared.dense, Edit()).to_bytes())]
     narrow = _narrowest(prepared, target) if _overlapping(prepared) else None
     if narrow is not None:
@@ -143,7 +153,7 @@ def price(
         if stored is not None and stored.fingerprint != prints:
             raise TableMissing(
                 f"The table {path} lacks {len(missing)} entries and was measured on another device;"
-                f" it cannot be extended here. Run: zipc profile {request.model}"
+                " it cannot be extended here. Run the same command without --allow-table-mismatch."
             )
         if len(missing) < len(graphs):
             progress.info(f"{len(graphs) - len(missing)} prices reused from the latency table")
