@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tests.zoo import dense_prediction, huggingface, vision
 from tests.zoo.values import images, ready, tokens
 
+LONGEST = 28  # tokens; the position tables of some families begin a few rows later
 Axes = dict[str, dict[int, str]]
 
 
@@ -38,7 +39,7 @@ class Family:
     def shapes(self) -> dict[str, dict[int, Any]]:
         """The `dynamic_shapes` of torch.export for the example."""
         sizes = {s for axes in self.dynamic.values() for s in axes.values()}
-        dims = {s: torch.export.Dim(s, max=64 if s == "batch" else 32) for s in sizes}
+        dims = {s: torch.export.Dim(s, max=64 if s == "batch" else LONGEST) for s in sizes}
         return {
             name: {axis: dims[size] for axis, size in axes.items()}
             for name, axes in self.dynamic.items()
@@ -47,9 +48,7 @@ class Family:
 
 _IMAGE: Axes = {"x": {0: "batch"}}
 _PIXELS: Axes = {"pixel_values": {0: "batch"}}
-_TEXT: Axes = {
-    name: {0: "batch", 1: "sequence"} for name in ("input_ids", "attention_mask")
-}
+_TEXT: Axes = {name: {0: "batch", 1: "sequence"} for name in ("input_ids", "attention_mask")}
 _TYPED: Axes = _TEXT | {"token_type_ids": {0: "batch", 1: "sequence"}}
 _PAIR: Axes = _TEXT | {"decoder_input_ids": {0: "batch", 1: "target"}}
 
@@ -84,7 +83,11 @@ ZOO: dict[str, Family] = {
         _image("yolo", dense_prediction.Yolo),
         Family("bert", huggingface.bert, partial(tokens, types=True), _TYPED, "text"),
         Family(
-            "bert-masked-lm", huggingface.bert_masked_lm, partial(tokens, types=True), _TYPED, "text"
+            "bert-masked-lm",
+            huggingface.bert_masked_lm,
+            partial(tokens, types=True),
+            _TYPED,
+            "text",
         ),
         Family("roberta", huggingface.roberta, tokens, _TEXT, "text"),
         Family("distilbert", huggingface.distilbert, tokens, _TEXT, "text"),

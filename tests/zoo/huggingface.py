@@ -196,9 +196,7 @@ def t5() -> nn.Module:
 
 def t5_gated() -> nn.Module:
     """The later form: a gated FFN and a head of its own."""
-    config = transformers.T5Config(
-        **_T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False
-    )
+    config = transformers.T5Config(**_T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
     return _made("T5ForConditionalGeneration", config, feeds=pairs())
 
 

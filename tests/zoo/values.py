@@ -84,9 +84,7 @@ def settle_(module: nn.Module, feeds: Mapping[str, Tensor], *, seed: int = 0) ->
         return type(owner).forward(owner, *args)  # type: ignore[no-any-return]
 
     kinds = (_ConvNd, nn.Linear, _NormBase)
-    handles = [
-        m.register_forward_hook(settle) for m in module.modules() if isinstance(m, kinds)
-    ]
+    handles = [m.register_forward_hook(settle) for m in module.modules() if isinstance(m, kinds)]
     try:
         with torch.no_grad():
             module(**feeds)
