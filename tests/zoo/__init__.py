@@ -80,7 +80,7 @@ ZOO: dict[str, Family] = {
         _image("shufflenet", vision.ShuffleNet, size=16),
         _image("unet", dense_prediction.UNet, size=16),
         _image("unet-upsample", partial(dense_prediction.UNet, transposed=False), size=16),
-        _image("yolo", dense_prediction.Yolo),
+        Family("yolo", dense_prediction.detector, images, _IMAGE, "image"),
         Family("bert", huggingface.bert, partial(tokens, types=True), _TYPED, "text"),
         Family(
             "bert-masked-lm",
