@@ -4,18 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
-import onnx
-from onnx import NodeProto, helper
+from onnx import NodeProto
 
-from zipc.exporters.graph import OnnxGraph, node
-
-T = TypeVar("T")
-
-ATTENTION_OPSET = 23  # the first with Attention as one operator
-REDEFINED = frozenset({"GroupNormalization"})  # other meaning between the export's opset and it
+from zipc.exporters.fusions import FUSED_OPSET, Finder
+from zipc.exporters.graph import OnnxGraph, attribute, node
 
 
 def finish(graph: OnnxGraph) -> None:
@@ -25,20 +19,28 @@ def finish(graph: OnnxGraph) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Heads:
-    """A (batch, sequence, heads x size) value and the nodes that split it into heads."""
+    """A (batch, sequence, heads x size) value and the nodes that split it into heads.
+
+    `tables` are the cosines and sines it is turned by, if it is; `groups` how often in a row every
+    head is repeated.
+    """
 
     source: str
     heads: int
     size: int
     scale: float
+    tables: tuple[str, ...]
+    groups: int
     nodes: tuple[NodeProto, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    inputs: list[str]
+    query: _Heads
+    key: _Heads
+    value: _Heads
+    mask: list[str]
     output: str
-    heads: int
     scale: float
     nodes: tuple[NodeProto, ...]  # the last first
 
@@ -47,36 +49,50 @@ def fuse_attention_(graph: OnnxGraph) -> None:
     """Write softmax(q k' scale + mask) v with its head splits and merge as one `Attention`.
 
     ONNX Runtime's CPU kernel reads and writes (batch, sequence, heads x size) without the four
-    transposes and adds the mask while multiplying. Attention of another shape (a second bias on
-    the scores, say) stays as it is.
+    transposes, adds the mask while multiplying, and reads one key and value for several queries
+    without repeating them. Rotary embeddings move in front of the splits. Attention of another
+    shape (a second bias on the scores, say) stays as it is.
     """
-    if any(n.op_type in REDEFINED for n in graph.nodes):
+    if not graph.can_raise_opset(FUSED_OPSET):
         return
     match = _Match(graph)
     blocks = [b for n in graph.nodes if n.op_type == "Softmax" for b in [match.block(n)] if b]
     if not blocks:
         return
-    _raise_opset_(graph)
+    graph.raise_opset_(FUSED_OPSET)
     uses = Counter(i for n in graph.nodes for i in n.input)
     uses.update(graph.outputs())
     dead: set[int] = set()
     for block in blocks:
         uses[block.output] = 0
         for old in block.nodes:
-            if not any(uses[o] for o in old.output):
+            if not any(uses[o] for o in old.output) and id(old) not in dead:
                 dead.add(id(old))
                 uses.subtract(old.input)
-    graph.nodes = [n for n in graph.nodes if id(n) not in dead] + [
-        node(
-            "Attention",
-            b.inputs,
-            [b.output],
-            q_num_heads=b.heads,
-            kv_num_heads=b.heads,
-            scale=b.scale,
+    graph.nodes = [n for n in graph.nodes if id(n) not in dead]
+    for block in blocks:
+        inputs = [_turned(graph, heads) for heads in (block.query, block.key, block.value)]
+        graph.nodes.append(
+            node(
+                "Attention",
+                [*inputs, *block.mask],
+                [block.output],
+                q_num_heads=block.query.heads,
+                kv_num_heads=block.key.heads,
+                scale=block.scale,
+            )
         )
-        for b in blocks
-    ]
+
+
+def _turned(graph: OnnxGraph, heads: _Heads) -> str:
+    """The value that `Attention` reads: the source, or what a rotary embedding makes of it."""
+    if not heads.tables:
+        return heads.source
+    name = f"{heads.source}_turned"
+    if all(name not in n.output for n in graph.nodes):
+        inputs = [heads.source, *heads.tables]
+        graph.nodes.append(node("RotaryEmbedding", inputs, [name], num_heads=heads.heads))
+    return name
 
 
 class _Match:
@@ -84,11 +100,11 @@ class _Match:
 
     def __init__(self, graph: OnnxGraph) -> None:
         self.graph = graph
-        self.producers = graph.producers()
-        self.consumers = graph.consumers()
+        self.find = Finder(graph)
+        self.outputs = set(graph.outputs())
 
     def block(self, softmax: NodeProto) -> _Block | None:
-        if _attribute(softmax, "axis", -1) not in (-1, 3):
+        if attribute(softmax, "axis", -1) not in (-1, 3):
             return None
         head, mask = self._scores(softmax.input[0])
         after = self._only(softmax, "MatMul")
@@ -96,22 +112,26 @@ class _Match:
         flat = self._only(merge, "Reshape")
         if head is None or mask is None or not after or not merge or not flat:
             return None
-        if after.input[0] != softmax.output[0] or _attribute(merge, "perm", []) != [0, 2, 1, 3]:
+        if after.input[0] != softmax.output[0] or attribute(merge, "perm", []) != [0, 2, 1, 3]:
             return None
-        if self._constant(flat.input[1]) != [0, 0, -1]:
+        if self.find.numbers(flat.input[1]) != [0, 0, -1]:
             return None
         product, scale, nodes = head
         query = self._split(product.input[0], [0, 2, 1, 3])
         key = self._split(product.input[1], [0, 2, 3, 1])
         value = self._split(after.input[1], [0, 2, 1, 3])
-        if not query or not key or not value or query.size != key.size or value.scale != 1.0:
+        if not query or not key or not value or query.size != key.size:
             return None
-        if not query.heads == key.heads == value.heads:
+        if value.scale != 1.0 or value.tables or query.groups != 1 or key.groups != value.groups:
+            return None
+        if not query.heads == key.heads * key.groups == value.heads * value.groups:
             return None
         return _Block(
-            [query.source, key.source, value.source, *mask],
+            query,
+            key,
+            value,
+            mask,
             flat.output[0],
-            query.heads,
             scale * query.scale * key.scale,
             (flat, merge, after, softmax, *nodes, product, *query.nodes, *key.nodes, *value.nodes),
         )
@@ -120,7 +140,7 @@ class _Match:
         self, name: str
     ) -> tuple[tuple[NodeProto, float, list[NodeProto]] | None, list[str] | None]:
         """(q k' product, factor on it, nodes after it) and the mask as a list of none or one."""
-        last = self.producers.get(name)
+        last = self.find.producers.get(name)
         if last is None:
             return None, None
         if last.op_type != "Add":
@@ -133,55 +153,46 @@ class _Match:
         return None, None
 
     def _product(self, name: str) -> tuple[NodeProto, float, list[NodeProto]] | None:
-        source, perm, scale, nodes = self._unwind(name)
-        found = self.producers.get(source)
-        if found is None or found.op_type != "MatMul" or perm != [0, 1, 2, 3]:
+        way = _Way(self.find, name)
+        found = self.find.made_by(way.at, "MatMul")
+        if found is None or way.perm != [0, 1, 2, 3] or way.tables or way.groups != 1:
             return None
-        return found, scale, nodes
+        return found, way.scale, way.nodes
 
     def _split(self, name: str, perm: list[int]) -> _Heads | None:
         """`name` as a transposed split into heads of a three-dimensional value."""
-        source, found, scale, nodes = self._unwind(name)
-        reshape = self.producers.get(source)
-        if found != perm or reshape is None or reshape.op_type != "Reshape":
+        way = _Way(self.find, name)
+        reshape = self.find.made_by(way.at, "Reshape")
+        if way.perm != perm or reshape is None:
             return None
-        target = self._constant(reshape.input[1])
+        target = self.find.numbers(reshape.input[1])
         width = self._width(reshape.input[0])
         if target is None or len(target) != 4 or target[:3] != [0, 0, -1] or width is None:
             return None
         if len(self.graph.shapes.get(reshape.input[0], [])) != 3 or width % target[3]:
             return None
-        size = target[3]
-        return _Heads(reshape.input[0], width // size, size, scale, (*nodes, reshape))
-
-    def _unwind(self, name: str) -> tuple[str, list[int], float, list[NodeProto]]:
-        """Walk up through transposes and scalar factors: (value, joint perm, factor, nodes)."""
-        perm, scale, nodes = [0, 1, 2, 3], 1.0, list[NodeProto]()
-        while (at := self.producers.get(name)) is not None:
-            if at.op_type == "Transpose" and len(_attribute(at, "perm", [])) == 4:
-                perm = [_attribute(at, "perm", [])[p] for p in perm]
-            elif at.op_type in ("Mul", "Div") and self._is_scalar(at.input[1]):
-                factor = float(self.graph.arrays[at.input[1]].reshape(()))
-                scale = scale * factor if at.op_type == "Mul" else scale / factor
-            else:
-                break
-            nodes.append(at)
-            name = at.input[0]
-        return name, perm, scale, nodes
+        heads = width // target[3]
+        nodes = (*way.nodes, reshape)
+        return _Heads(
+            reshape.input[0], heads, target[3], way.scale, way.tables, way.groups, nodes
+        )
 
     def _width(self, name: str) -> int | None:
         """Size of the last axis of a linear map's output, read from its weight or bias."""
-        at, arrays = self.producers.get(name), self.graph.arrays
+        at, arrays = self.find.producers.get(name), self.graph.arrays
         if at is None:
             return None
         if at.op_type in ("MatMul", "MatMulInteger", "Gemm"):
             weight = at.input[1]
-            maker = self.producers.get(weight)
+            maker = self.find.producers.get(weight)
             if maker is not None and maker.op_type == "DequantizeLinear":
                 weight = maker.input[0]
             if weight not in arrays or arrays[weight].ndim != 2:
                 return None
-            return int(arrays[weight].shape[0 if _attribute(at, "transB", 0) else 1])
+            return int(arrays[weight].shape[0 if attribute(at, "transB", 0) else 1])
+        if at.op_type == "Split":
+            parts = self.find.numbers(at.input[1]) if len(at.input) > 1 else None
+            return None if parts is None else parts[list(at.output).index(name)]
         if at.op_type not in ("Add", "Mul", "Cast"):
             return None
         for source in at.input:
@@ -192,34 +203,68 @@ class _Match:
 
     def _only(self, before: NodeProto | None, op: str) -> NodeProto | None:
         """The one consumer of a node, if it is an `op` and the value is no graph output."""
-        if before is None or before.output[0] in self.graph.outputs():
+        if before is None or before.output[0] in self.outputs:
             return None
-        after = self.consumers.get(before.output[0], [])
+        after = self.find.consumers.get(before.output[0], [])
         return after[0] if len(after) == 1 and after[0].op_type == op else None
 
-    def _constant(self, name: str) -> list[int] | None:
-        held = self.graph.arrays.get(name)
-        return None if held is None else [int(v) for v in np.ravel(held)]
 
-    def _is_scalar(self, name: str) -> bool:
-        return name in self.graph.arrays and self.graph.arrays[name].size == 1
+class _Way:
+    """The way up from a value through what moves its elements or scales them all.
 
+    `at` is where it ends, `perm` the joint transposition; a rotary embedding and a repetition of
+    heads are passed where they see (batch, heads, sequence, size).
+    """
 
-def _raise_opset_(graph: OnnxGraph) -> None:
-    """Declare the opset that has Attention; the operators we emit mean the same there."""
-    proto = onnx.ModelProto()
-    proto.CopyFrom(graph.proto)
-    for entry in proto.opset_import:
-        if entry.domain in ("", "ai.onnx"):
-            entry.version = max(entry.version, ATTENTION_OPSET)
-    lowest = helper.find_min_ir_version_for(list(proto.opset_import))
-    proto.ir_version = max(proto.ir_version, lowest)
-    graph.proto = proto
+    def __init__(self, find: Finder, value: str) -> None:
+        self.find = find
+        self.at = value
+        self.perm, self.scale = [0, 1, 2, 3], 1.0
+        self.tables: tuple[str, ...] = ()
+        self.groups = 1
+        self.nodes: list[NodeProto] = []
+        while self._step():
+            pass
 
+    def _step(self) -> bool:
+        """Go one node up, if it is one of those."""
+        at = self.find.producers.get(self.at)
+        if at is None:
+            return False
+        if at.op_type == "Transpose" and len(attribute(at, "perm", [])) == 4:
+            self.perm = [attribute(at, "perm", [])[p] for p in self.perm]
+        elif at.op_type in ("Mul", "Div") and self.find.scalar(at.input[1]) is not None:
+            factor = self.find.scalar(at.input[1])
+            assert factor is not None
+            self.scale = self.scale * factor if at.op_type == "Mul" else self.scale / factor
+        elif at.op_type == "RotaryEmbedding" and not self.tables and self._heads_in_place():
+            self.tables = at.input[1], at.input[2]
+        elif at.op_type == "Reshape" and self.groups == 1 and self._heads_in_place():
+            return self._repetition(at)
+        else:
+            return False
+        self.nodes.append(at)
+        self.at = at.input[0]
+        return True
 
-def _attribute(owner: NodeProto, name: str, default: T) -> T:
-    for attribute in owner.attribute:
-        if attribute.name == name:
-            value: T = helper.get_attribute_value(attribute)
-            return value
-    return default
+    def _heads_in_place(self) -> bool:
+        """Whether nothing below moved the axes of batch and heads."""
+        return self.perm[:2] == [0, 1]
+
+    def _repetition(self, merge: NodeProto) -> bool:
+        """Pass Unsqueeze, Expand and Reshape that write every head `groups` times in a row."""
+        copies = self.find.made_by(merge.input[0], "Expand")
+        apart = self.find.made_by(copies.input[0], "Unsqueeze") if copies is not None else None
+        if copies is None or apart is None or self.find.numbers(apart.input[1]) != [2]:
+            return False
+        target = self.find.numbers(copies.input[1])
+        merged = self.find.graph.shapes.get(merge.output[0], [])
+        shape = self.find.graph.shapes.get(apart.input[0], [])
+        if target is None or len(shape) != 4 or target[:2] + target[3:] != [1, 1, 1, 1]:
+            return False
+        if len(merged) != 4 or merged[0] != shape[0] or merged[2:] != shape[2:]:
+            return False
+        self.groups = target[2]
+        self.nodes += [merge, copies, apart]
+        self.at = apart.input[0]
+        return True

@@ -6,12 +6,16 @@ import copy
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import onnx
 from onnx import NodeProto, helper, numpy_helper
 
+T = TypeVar("T")
+MAPS = ("MatMul", "Gemm", "Conv", "ConvTranspose")
+REDEFINED = frozenset({"GroupNormalization"})  # means another thing after opset 20
 Array = npt.NDArray[np.generic]
 
 
@@ -20,7 +24,8 @@ class OnnxGraph:
     """Nodes, initialisers and what the exporter knew about them.
 
     `weights` maps a torch parameter to (initialiser, whether it is stored transposed);
-    `shapes` gives the symbolic shape of every value of the dense graph.
+    `shapes` gives the symbolic shape of every value of the dense graph. `origin` maps a value to the
+    traced node it was made from, `results` a traced node to the value that holds its result.
     """
 
     proto: onnx.ModelProto  # header, inputs and outputs; its nodes and initialisers are ignored
@@ -29,6 +34,8 @@ class OnnxGraph:
     weights: dict[str, tuple[str, bool]] = field(default_factory=dict)
     shapes: dict[str, list[int | str]] = field(default_factory=dict)
     types: dict[str, int] = field(default_factory=dict)
+    origin: dict[str, str] = field(default_factory=dict)
+    results: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, proto: onnx.ModelProto) -> OnnxGraph:
@@ -54,6 +61,8 @@ class OnnxGraph:
             dict(self.weights),
             self.shapes,
             self.types,
+            self.origin,
+            self.results,
         )
 
     def producers(self) -> dict[str, NodeProto]:
@@ -69,14 +78,30 @@ class OnnxGraph:
     def outputs(self) -> list[str]:
         return [o.name for o in self.proto.graph.output]
 
-    def linear_nodes(self, parameter: str) -> list[NodeProto]:
-        """MatMul/Gemm nodes that use a torch weight."""
+    def map_nodes(self, parameter: str) -> list[NodeProto]:
+        """The products and convolutions that use a torch weight."""
         held = self.weights.get(parameter)
         if held is None:
             return []
         return [
-            n for n in self.nodes if n.op_type in ("MatMul", "Gemm") and held[0] in n.input[1:2]
+            n for n in self.nodes if n.op_type in MAPS and held[0] in n.input[1:2]
         ]
+
+    def can_raise_opset(self, version: int) -> bool:
+        """Whether all operators mean the same in the standard opset of that version."""
+        held = [e.version for e in self.proto.opset_import if e.domain in ("", "ai.onnx")]
+        return all(v >= version for v in held) or not any(n.op_type in REDEFINED for n in self.nodes)
+
+    def raise_opset_(self, version: int) -> None:
+        """Declare at least this version of the standard opset."""
+        proto = onnx.ModelProto()
+        proto.CopyFrom(self.proto)
+        for entry in proto.opset_import:
+            if entry.domain in ("", "ai.onnx"):
+                entry.version = max(entry.version, version)
+        lowest = helper.find_min_ir_version_for(list(proto.opset_import))
+        proto.ir_version = max(proto.ir_version, lowest)
+        self.proto = proto
 
     def op_counts(self) -> Counter[str]:
         return Counter(n.op_type for n in self.nodes)
@@ -97,6 +122,10 @@ class OnnxGraph:
 
     def to_bytes(self) -> bytes:
         return bytes(self.to_proto().SerializeToString())
+
+    def ordered(self) -> list[NodeProto]:
+        """The nodes, each after those that make what it reads."""
+        return _ordered(self.nodes, self._given())
 
     def _given(self) -> set[str]:
         return {"", *self.arrays, *(i.name for i in self.proto.graph.input)}
@@ -138,8 +167,17 @@ def _ordered(nodes: list[NodeProto], given: set[str]) -> list[NodeProto]:
     return order
 
 
+def attribute(owner: NodeProto, name: str, default: T) -> T:
+    """The value of an attribute, or `default` where the node has none of that name."""
+    for held in owner.attribute:
+        if held.name == name:
+            value: T = helper.get_attribute_value(held)
+            return value
+    return default
+
+
 def node(
-    op: str, inputs: list[str], outputs: list[str], **attributes: int | float | list[int]
+    op: str, inputs: list[str], outputs: list[str], **attributes: int | float | str | list[int]
 ) -> NodeProto:
     """A node of the standard domain, named after its first output."""
     made = helper.make_node(op, inputs, outputs, name=f"{op}/{outputs[0]}")

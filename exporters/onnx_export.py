@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import onnx
 import torch
-from onnx import numpy_helper
+from onnx import NodeProto
 from torch import Tensor
 
 from zipc.core.errors import ExportMismatch, UnsupportedModel
 from zipc.core.quiet import hush
-from zipc.exporters.graph import OnnxGraph
+from zipc.exporters.graph import Array, OnnxGraph, attribute
+from zipc.exporters.origin import origin_of
 from zipc.exporters.passes import clean
+from zipc.exporters.translate import repair_, translations
 
 OPSET = 20  # the first with Gelu as one operator
 
@@ -34,9 +35,6 @@ def export_dense(
     Raises:
         UnsupportedModel: an operation has no ONNX translation; names it.
     """
-    table: dict[Callable[..., Any], Callable[..., Any]] = {
-        torch.ops.aten.scaled_dot_product_attention.default: _attention
-    }
     try:
         with hush():
             program = torch.onnx.export(
@@ -46,106 +44,102 @@ def export_dense(
                 optimize=False,
                 opset_version=OPSET,
                 verbose=False,
-                custom_translation_table=table,
+                custom_translation_table=translations(),
             )
             assert program is not None
-            raw = program.model_proto
-            transposed = _transposed_weights(raw)
+            assert program.exported_program is not None
+            origin = origin_of(program.exported_program, exported)
+            parameters, names = _set_aside_(program, _editable(exported))
+            repair_(program.model)
             program.optimize()
             proto = program.model_proto
     except Exception as error:  # the exporter raises many unrelated types
-        first = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        raise UnsupportedModel(
-            f"The model cannot be exported to ONNX: {type(error).__name__}: {first}"
-        ) from error
+        raise UnsupportedModel(f"The model cannot be exported to ONNX: {_reason(error)}") from error
     _name_axes(proto, dynamic)
     graph = OnnxGraph.of(proto)
-    _part_equal_weights_(graph, raw, transposed)
+    graph.origin, graph.results = origin.of(graph.nodes), origin.results(graph.nodes)
+    for node in graph.nodes:
+        del node.metadata_props[:]  # stack traces
+    _put_back_(graph, parameters, names)
     _keep_outputs(graph, outputs)
-    for initializer in graph.arrays:
-        parameter = transposed.get(initializer, initializer)
-        graph.weights[parameter] = (initializer, initializer in transposed)
     clean(graph)
     return graph
 
 
-def _attention(
-    query: Any,
-    key: Any,
-    value: Any,
-    attn_mask: Any = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Any:
-    """softmax(q k' scale + mask) v, as the five operators every runtime has kernels for."""
-    from onnxscript import opset20
-
-    op: Any = opset20  # its type variables know no traced values
-
-    if is_causal or enable_gqa:
-        raise UnsupportedModel("causal and grouped-query attention are not exported yet")
-    factor = float(scale) if scale is not None else 1.0 / math.sqrt(query.shape[-1])
-    scores = op.MatMul(
-        op.Mul(query, op.Constant(value_float=factor)), op.Transpose(key, perm=[0, 1, 3, 2])
-    )
-    if attn_mask is not None:
-        if attn_mask.dtype is not None and int(attn_mask.dtype) == onnx.TensorProto.BOOL:
-            attn_mask = op.Where(
-                attn_mask, op.Constant(value_float=0.0), op.Constant(value_float=-1e9)
-            )
-        scores = op.Add(scores, attn_mask)
-    return op.MatMul(op.Softmax(scores, axis=-1), value)
+def _reason(error: BaseException) -> str:
+    """The innermost cause: the exporter wraps it in advice that names its own files."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0].strip() if lines else ''}"
 
 
-def _transposed_weights(proto: onnx.ModelProto) -> dict[str, str]:
-    """Value name -> parameter, for `Transpose(parameter)` nodes the optimiser will fold."""
-    known = {t.name for t in proto.graph.initializer}
-    return {
-        n.output[0]: n.input[0]
-        for n in proto.graph.node
-        if n.op_type == "Transpose" and n.input[0] in known
-    }
+def _editable(exported: torch.export.ExportedProgram) -> list[list[str]]:
+    """Names of the tensors that pruning may edit, the floating-point state of a checkpoint.
 
-
-def _part_equal_weights_(
-    graph: OnnxGraph, raw: onnx.ModelProto, transposed: Mapping[str, str]
-) -> None:
-    """Give each parameter one initialiser of its own, so that it can be edited alone.
-
-    The optimiser merges initialisers of equal value (fresh biases, say), and stores a weight twice
-    where it is used by a MatMul and by a Gemm.
+    Those of one tensor (a tied weight) come together.
     """
-    values = {t.name: t for t in raw.graph.initializer}
-    before = {n.output[0]: n for n in raw.graph.node}
-    names = {_parameter(n, transposed): n for n in graph.arrays}
-    for node in graph.nodes:
-        was = before.get(node.output[0])
-        if was is None or was.op_type != node.op_type:
-            continue
-        for i, (new, old) in enumerate(zip(node.input, was.input, strict=False)):
-            wanted = _parameter(old, transposed)
-            if new not in graph.arrays or wanted[0] not in values:
-                continue
-            if wanted == _parameter(new, transposed):
-                continue
-            value = numpy_helper.to_array(values[wanted[0]])
-            if np.array_equal(graph.arrays[new], value.T if wanted[1] else value):
-                node.input[i] = names.setdefault(wanted, old)
-                graph.arrays[node.input[i]] = graph.arrays[new]
-    stored = {p: i for i, p in transposed.items() if i in graph.arrays and p in graph.arrays}
-    for node in graph.nodes:
-        if node.op_type == "Gemm" and node.input[1] in stored:
-            node.input[1] = stored[node.input[1]]
-            for attribute in node.attribute:
-                if attribute.name == "transB":
-                    attribute.i = 1 - attribute.i
+    signature = exported.graph_signature
+    named = {*signature.inputs_to_parameters.values(), *signature.inputs_to_buffers.values()}
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for name, tensor in exported.state_dict.items():
+        if name in named and tensor.is_floating_point():
+            same = tensor.data_ptr(), tensor.shape, tensor.stride()
+            groups.setdefault(same, []).append(name)
+    return list(groups.values())
 
 
-def _parameter(name: str, transposed: Mapping[str, str]) -> tuple[str, bool]:
-    """The parameter an initialiser stands for, and whether it is stored transposed."""
-    return transposed.get(name, name), name in transposed
+def _set_aside_(
+    program: torch.onnx.ONNXProgram, groups: list[list[str]]
+) -> tuple[dict[str, Array], dict[str, str]]:
+    """Make parameters inputs of the graph, so that the optimiser can neither fold nor merge them.
+
+    Folded into a constant, or merged with another of equal value, a parameter could not be edited
+    alone. Returns one array per tensor and, for every name, that of the array.
+    """
+    graph = program.model.graph
+    held: dict[str, Array] = {}
+    names: dict[str, str] = {}
+    for group in groups:
+        present = [n for n in group if n in graph.initializers]
+        for name in present:
+            value = graph.initializers.pop(name)
+            assert value.const_value is not None
+            held.setdefault(present[0], value.const_value.numpy())
+            value.const_value = None
+            graph.inputs.append(value)
+        if present:
+            names |= dict.fromkeys(group, present[0])
+    return held, names
+
+
+def _put_back_(
+    graph: OnnxGraph, parameters: Mapping[str, Array], names: Mapping[str, str]
+) -> None:
+    """Make the parameters initialisers again, transposed where every use of one transposes it."""
+    given = [i for i in graph.proto.graph.input if i.name not in names]
+    del graph.proto.graph.input[:]
+    graph.proto.graph.input.extend(given)
+    for node in graph.nodes:
+        for i, source in enumerate(node.input):
+            node.input[i] = names.get(source, source)
+    consumers = graph.consumers()
+    turned: set[str] = set()
+    for name, value in parameters.items():
+        if all(_transposes(n) for n in consumers.get(name, [])) and name in consumers:
+            turned.add(name)
+        graph.arrays[name] = value.T if name in turned else value
+    graph.weights = {n: (stored, stored in turned) for n, stored in names.items()}
+    gone = {n.output[0]: n.input[0] for n in graph.nodes if n.input[:1] and n.input[0] in turned}
+    graph.nodes = [n for n in graph.nodes if n.output[0] not in gone]
+    for node in graph.nodes:
+        for i, source in enumerate(node.input):
+            node.input[i] = gone.get(source, source)
+
+
+def _transposes(node: NodeProto) -> bool:
+    """Whether a node swaps the axes of a matrix."""
+    return node.op_type == "Transpose" and attribute(node, "perm", [1, 0]) == [1, 0]
 
 
 def _name_axes(proto: onnx.ModelProto, dynamic: Mapping[str, Mapping[int, str]]) -> None:

@@ -1,47 +1,88 @@
-"""Passes over the dense graph: shapes that survive pruning, residual sums, dead code."""
+"""Passes over the dense graph, in the order they run; each leaves its outputs as they were."""
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Mapping
 
+import numpy as np
+from onnx import NodeProto
+
+from zipc.exporters.fusions import fuse
 from zipc.exporters.graph import OnnxGraph, live
 from zipc.exporters.graph import node as new_node
+from zipc.exporters.shapes import (
+    flat_linears_,
+    relative_expands_,
+    relative_reshapes_,
+    sizes_from_inputs_,
+)
+
+SMALL = 64  # elements up to which constants are compared
 
 
 def clean(graph: OnnxGraph) -> None:
-    """Run all passes, in order. Each leaves the outputs of the graph as they were."""
+    """Run all passes. What remains says the same at other widths, in operators that run fast."""
+    flat_linears_(graph)
+    idle_reshapes_(graph)
+    sizes_from_inputs_(graph)
     relative_reshapes_(graph)
+    relative_expands_(graph)
+    merge_equal_(graph)
+    drop_dead_(graph)
+    fuse(graph)
     residual_sums_(graph)
     full_masks_(graph)
     drop_dead_(graph)
 
 
-def relative_reshapes_(graph: OnnxGraph) -> None:
-    """Write head splits and merges as [0, 0, -1, d] and [0, 0, -1].
-
-    The graph then says the same for any number of heads, and the shape arithmetic that computed
-    batch and sequence at run time becomes dead.
-    """
+def idle_reshapes_(graph: OnnxGraph) -> None:
+    """Drop a Reshape to the shape that is there already."""
+    outputs = set(graph.outputs())
+    same: dict[str, str] = {}
     for node in graph.nodes:
-        if node.op_type != "Reshape":
-            continue
-        before, after = graph.shapes.get(node.input[0]), graph.shapes.get(node.output[0])
-        if not before or not after:
-            continue
-        same = 0
-        while same < min(len(before), len(after)) and before[same] == after[same] and before[same]:
-            same += 1
-        old, new = before[same:], after[same:]
-        if len(old) == 1 and len(new) == 2 and isinstance(new[1], int):
-            target = [0] * same + [-1, new[1]]
-        elif len(old) == 2 and len(new) == 1:
-            target = [0] * same + [-1]
+        if node.op_type == "Reshape" and node.output[0] not in outputs:
+            before, after = graph.shapes.get(node.input[0]), graph.shapes.get(node.output[0])
+            if before and before == after and all(before):
+                same[node.output[0]] = node.input[0]
+    graph.nodes = [n for n in graph.nodes if n.output[0] not in same]
+    _rename_(graph, same)
+
+
+def merge_equal_(graph: OnnxGraph) -> None:
+    """Compute once what several nodes compute from the same values: a mask for all layers, say."""
+    outputs = set(graph.outputs())
+    numbers: dict[tuple[object, ...], str] = {}
+    first: dict[tuple[object, ...], NodeProto] = {}
+    same: dict[str, str] = {}
+    kept: list[NodeProto] = []
+    for name, held in graph.arrays.items():
+        if name not in graph.weights and held.size <= SMALL:
+            key = (held.dtype.str, held.shape, held.tobytes())
+            same[name] = numbers.setdefault(key, name)
+    for node in graph.ordered():
+        for i, source in enumerate(node.input):
+            node.input[i] = same.get(source, source)
+        attributes = sorted(a.SerializeToString() for a in node.attribute)
+        found = first.setdefault((node.op_type, *node.input, *attributes), node)
+        if found is node or outputs.intersection(node.output):
+            kept.append(node)
         else:
-            continue
-        name = "shape_" + "_".join(str(t) for t in target)
-        graph.arrays[name] = np.array(target, dtype=np.int64)
-        node.input[1] = name
-        del node.attribute[:]  # allowzero
+            same |= dict(zip(node.output, found.output, strict=True))
+    graph.nodes = kept
+    _rename_(graph, same)
+
+
+def _rename_(graph: OnnxGraph, names: Mapping[str, str]) -> None:
+    """Read other values in the place of those that are keys of `names`."""
+    def last(name: str) -> str:
+        while name in names and names[name] != name:
+            name = names[name]
+        return name
+
+    for node in graph.nodes:
+        for i, source in enumerate(node.input):
+            node.input[i] = last(source)
+    graph.results = {k: last(v) for k, v in graph.results.items()}
 
 
 def residual_sums_(graph: OnnxGraph) -> None:

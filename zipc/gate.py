@@ -119,7 +119,7 @@ def check(
     timed = [rule for rule in rules if rule.metric in QUANTILES]
     decided = {r: _compare_sizes(r, new=new, base=base) for r in rules if r.metric == "size"}
     if timed and runners is None:
-        workload = workload or _recorded_workload(base) or _recorded_workload(new) or Workload()
+        workload = workload or workload_of(new, base)
         runners = (
             OnnxRuntimeRunner(graph_of(new), workload=workload),
             OnnxRuntimeRunner(graph_of(base), workload=workload),
@@ -144,6 +144,15 @@ def check(
         elapsed_s=trial.elapsed_s,
         workload=workload,
     )
+
+
+def workload_of(new: Path, base: Path) -> Workload:
+    """What the baseline was compiled for, else the new artifact, else the usual workload.
+
+    Raises:
+        CorruptFile: a manifest has no usable workload.
+    """
+    return _recorded_workload(base) or _recorded_workload(new) or Workload()
 
 
 def parse_rules(text: str) -> tuple[Rule, ...]:
@@ -310,6 +319,8 @@ def bytes_of(graph: Path) -> int:
         model = onnx.load(str(graph), load_external_data=False)
     except Exception as error:  # protobuf's errors share no base
         raise UsageError(f"{graph} is not an ONNX file: {error}") from error
+    if not model.HasField("graph"):
+        raise UsageError(f"{graph} is not an ONNX file: it holds no graph.")
     files = {
         graph.parent / ExternalDataInfo(tensor).location
         for tensor in model.graph.initializer

@@ -17,9 +17,7 @@ from zipc.core.errors import UsageError
 from zipc.core.memory import release
 from zipc.core.request import Request
 from zipc.core.types import Allocation, LeftAlone, Progress, Site, Target
-from zipc.data import Splits, load_splits
 from zipc.effort import effort_of
-from zipc.evaluate import Evaluator, make_evaluator
 from zipc.latency_tables.store import TableStore, default_cache_dir
 from zipc.manifest import Manifest
 from zipc.model_source import SourceModel, load_source, settle
@@ -30,6 +28,7 @@ from zipc.profiler.runners.onnxruntime import OnnxRuntimeRunner
 from zipc.profiler.timing import warm_up
 from zipc.proof import default_pairs, paired_speedup
 from zipc.record import make_manifest, read_quality, samples_of
+from zipc.samples import Samples, kind_of, open_samples
 from zipc.stage_cache import StageCache
 from zipc.targets import load_target
 
@@ -67,8 +66,7 @@ def compile_model(request: Request, *, progress: Progress) -> Manifest:
         timing = paired_speedup(reference, compiled, pairs=pairs, progress=clock)
         clock.stage("quality on test")
         quality = read_quality(
-            setup.evaluator,
-            setup.splits,
+            setup.samples,
             dense=dense,
             compiled=found.built.model,
             seed=request.seed,
@@ -91,7 +89,7 @@ def compile_model(request: Request, *, progress: Progress) -> Manifest:
                 prepared=setup.prepared,
                 prices=setup.prices,
                 candidates=setup.candidates,
-                splits=setup.splits,
+                samples=setup.samples,
                 found=found,
                 timing=timing,
                 quality=quality,
@@ -179,8 +177,8 @@ def plan_model(request: Request, *, progress: Progress) -> Plan:
             predicted_ms=ratio * setup.prices.dense_ms,
             predicted_speedup=1 / ratio,
             oracle_loss=loss,
-            split=split_sizes(setup.splits),
-            notes=[setup.splits.description, *setup.evaluator.notes, *setup.candidates.notes],
+            split={str(part): count for part, count in setup.samples.sizes.items()},
+            notes=[setup.samples.description, *setup.samples.notes, *setup.candidates.notes],
         )
 
 
@@ -230,8 +228,7 @@ class Setup:
 
     request: Request  # with every size filled in
     target: Target
-    splits: Splits
-    evaluator: Evaluator
+    samples: Samples
     prepared: Prepared
     prices: Prices
     candidates: Candidates
@@ -239,44 +236,21 @@ class Setup:
 
 def _set_up(request: Request, progress: Progress) -> Setup:
     target = load_target(request.target)
-    if request.data is None:
-        raise UsageError(
-            "--data is needed: unlabelled texts like those the model will see decide which parts "
-            "can go, and held-out ones read the quality. A csv, tsv, jsonl or txt file will do, "
-            "for example: --data examples/stsb"
-        )
+    kind_of(request)
     if request.recover != "none":
         raise UsageError(f"--recover {request.recover} is not available; the only choice is none.")
     effort = effort_of(request.effort)
-    splits = load_splits(
-        request.data,
-        text_columns=request.text_columns,
-        label_column=request.label_column,
-        seed=request.seed,
-    )
-    progress.info(f"data: {splits.description}")
     cache = _cache(request)
     source, request = _load(request, progress)
-    if source.folder is None or source.tokenizer is None:
-        raise UsageError(f"{source.source} has no tokenizer: the texts of --data cannot be read.")
-    evaluator = make_evaluator(
-        source.folder,
-        source.tokenizer,
-        splits,
-        metric=request.metric,
-        user_function=request.evaluator,
-        has_logits=source.has_logits,
-        max_length=source.max_length,
-    )
-    for note in evaluator.notes:
-        progress.info(note)
+    samples = open_samples(source, request)
+    for line in (f"data: {samples.description}", *samples.notes):
+        progress.info(line)
     prepared, prices = _price(source, request, target, progress)
     candidates = gather(
         prepared,
         prices,
         target,
-        splits,
-        evaluator,
+        samples,
         request,
         effort=effort,
         cache=cache,
@@ -285,7 +259,7 @@ def _set_up(request: Request, progress: Progress) -> Setup:
     _tell_discarded(cache, progress)
     for note in candidates.notes:
         progress.info(note)
-    return Setup(request, target, splits, evaluator, prepared, prices, candidates)
+    return Setup(request, target, samples, prepared, prices, candidates)
 
 
 def _load(request: Request, progress: Progress) -> tuple[SourceModel, Request]:
@@ -336,11 +310,6 @@ def target_speedup(request: Request, reference: OnnxRuntimeRunner) -> float | No
     raise UsageError(
         "Give a goal: --speedup 2x or --latency 5ms (or --no-prune for numerics only)."
     )
-
-
-def split_sizes(splits: Splits) -> dict[str, int]:
-    parts = ("calibration", "search", "dev", "test")
-    return {part: len(getattr(splits, part)) for part in parts}
 
 
 def _output(request: Request) -> Path:

@@ -20,8 +20,9 @@ from zipc.exporters.onnx_export import check_parity, export_dense
 from zipc.model_source import SourceModel, trace_source
 from zipc.profiler.runners.onnxruntime import OnnxRuntimeRunner
 from zipc.pruner.graph.interpret import Executor, Variant
-from zipc.pruner.graph.sites import Structure, find_sites
-from zipc.pruner.graph.trace import Program
+from zipc.pruner.graph.sites import Structure, find_sites, without
+from zipc.pruner.graph.trace import MapCall, Program
+from zipc.pruner.graph.verify import verify
 from zipc.stage_cache import StageCache
 
 PARITY_BOUND = 1e-4  # norm of dense ONNX minus torch, relative to torch
@@ -48,6 +49,15 @@ class Prepared:
         return self.structure.left_alone
 
     @property
+    def calls(self) -> dict[str, MapCall]:
+        return {c.module: c for c in reversed(self.program.maps)}
+
+    def on_integers(self, site: Site) -> bool:
+        """Whether all maps of a site have integer kernels here: linear maps do."""
+        maps = (*site.producers, *(c.module for c in site.consumers))
+        return not any(self.calls[m].convolution for m in maps)
+
+    @property
     def weights(self) -> dict[str, Tensor]:
         return dict(self.program.tensors.values())
 
@@ -65,6 +75,7 @@ def prepare(
     program = trace_source(source, batch=request.batch_size)
     example = source.example()
     structure = find_sites(program, include=request.include, exclude=request.exclude)
+    structure = _searched(verify(source.module, program, structure, example))
     if not structure.sites:
         reasons = "; ".join(f"{a.path}: {a.reason}" for a in structure.left_alone[:3])
         raise UnsupportedModel(
@@ -94,6 +105,12 @@ def prepare(
     return Prepared(source, program, structure, executor, dense, parity, key)
 
 
+def _searched(structure: Structure) -> Structure:
+    """The sites a search may change. The residual width reprices all others: it stays."""
+    reason = "the residual width is not searched: it would change the price of every other site"
+    return without(structure, {s.name: reason for s in structure.sites if s.kind == "width"})
+
+
 def _check(executor: Executor, dense: OnnxGraph, source: SourceModel, request: Request) -> float:
     example = source.example(batch=3, length=min(24, source.max_length))
     expected, _ = executor.run(example, Variant())
@@ -115,7 +132,13 @@ def _versions() -> list[str]:
 
 
 def _save_graph(cache: StageCache, key: str, graph: OnnxGraph) -> None:
-    side = {"weights": graph.weights, "shapes": graph.shapes, "types": graph.types}
+    side = {
+        "weights": graph.weights,
+        "shapes": graph.shapes,
+        "types": graph.types,
+        "origin": graph.origin,
+        "results": graph.results,
+    }
     cache.put(
         "export", key, {"dense.onnx": graph.to_bytes(), "names.json": json.dumps(side).encode()}
     )
@@ -129,4 +152,5 @@ def _load_graph(cache: StageCache, key: str) -> OnnxGraph | None:
     side = json.loads((folder / "names.json").read_text())
     graph.weights = {k: (str(v[0]), bool(v[1])) for k, v in side["weights"].items()}
     graph.shapes, graph.types = side["shapes"], side["types"]
+    graph.origin, graph.results = side["origin"], side["results"]
     return graph

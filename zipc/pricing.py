@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,10 @@ from zipc.profiler.fingerprint import device_fingerprint, device_state
 from zipc.profiler.runners.onnxruntime import OnnxRuntimeRunner
 from zipc.profiler.sweep import PricedGraph, sweep
 from zipc.profiler.timing import interleave, warm_up
-from zipc.pruner.graph.surgery import cut
+from zipc.pruner.graph.cuts import Cuts
+from zipc.pruner.graph.sites import sizes_at
 from zipc.pruner.ladder import widths_of
+from zipc.pruner.maps import matrices
 
 WHOLE = "model"
 DENSE = Level(1, "fp32")  # the level under which the whole dense model stands in a table
@@ -66,10 +68,12 @@ class Prices:
         return max(raw, 0.0) * self.dense_ms
 
 
-def offered_levels(site: Site, target: Target) -> list[Level]:
+def offered_levels(site: Site, target: Target, *, on_integers: bool = True) -> list[Level]:
     """Every level the table prices for a site, the dense one included."""
     widths = widths_of(site, step=target.width_step)
-    return [Level(0), *(Level(w, n) for n in target.numerics for w in widths if w)]
+    numerics = [n for n in target.numerics if on_integers or not n.startswith("int8")]
+    removed = [Level(0)] if site.removable else []
+    return [*removed, *(Level(w, n) for n in numerics for w in widths if w)]
 
 
 def price(
@@ -92,7 +96,8 @@ def price(
     for site in prepared.structure.sites:
         part = extract(prepared.dense, block_ends(prepared.dense, site))
         ops = [n.op_type for n in specialise(part, Edit()).nodes]
-        signature = f"{site.kind}-{site.units}-{short_hash(site.signature, ops)[:10]}"
+        fed = [part.shapes[i.name] for i in part.proto.graph.input]
+        signature = f"{site.kind}-{site.units}-{short_hash(site.signature, ops, fed)[:10]}"
         signatures[site.name] = signature
         parts.setdefault(signature, part)
         examples.setdefault(signature, site)
@@ -107,7 +112,7 @@ def price(
         site = examples[signature]
         graphs += [
             PricedGraph(signature, level, _builder(part, site, level, prepared))
-            for level in offered_levels(site, target)
+            for level in offered_levels(site, target, on_integers=prepared.on_integers(site))
         ]
     largest = max(parts, key=lambda s: sum(a.size for a in parts[s].arrays.values()))
     anchor_bytes = specialise(parts[largest], Edit()).to_bytes()
@@ -141,9 +146,14 @@ def price(
         table.price(signatures[s.name], Level(s.units, "fp32")) * s.calls
         for s in prepared.structure.sites
     )
-    prices = Prices(
-        table, path, signatures, calls, dense_ms, dense_ms - sites, seconds, not missing
-    )
+    # No whole is faster than one of its parts. Prices of a busy machine can say so; the check on
+    # whole models below then finds them out.
+    least = [
+        s.calls * min(table.price(signatures[s.name], lv) for lv in offered_levels(s, target))
+        for s in prepared.structure.sites
+    ]
+    fixed_ms = max(dense_ms - sites, max(least) - sum(least))
+    prices = Prices(table, path, signatures, calls, dense_ms, fixed_ms, seconds, not missing)
     if table.correction is None:
         fitted = _fit_correction(prepared, target, prices, workload, progress)
         prices.table = table.with_correction(fitted)
@@ -203,29 +213,37 @@ def plain_edit(
     prepared: Prepared, levels: dict[str, Level], kept: dict[str, tuple[int, ...]]
 ) -> Edit:
     """An edit with the right shapes and unrepaired weights: latency does not depend on values."""
-    weights = prepared.weights
-    tensors: dict[str, np.ndarray[Any, Any]] = {}
+    weights, calls = prepared.weights, prepared.calls
+    cut = [prepared.sites[n] for n, lv in levels.items() if not lv.removed]
+    cuts = Cuts(cut)
+    tensors = {p: cuts.cut(weights[p], p, kept).numpy() for p in cuts.pieces}
     removed: dict[str, np.ndarray[Any, Any]] = {}
     integers: dict[str, Int8Weights] = {}
     for name, level in levels.items():
         site = prepared.sites[name]
         if level.removed:
             for consumer in site.consumers:
-                rows = weights[consumer.module + ".weight"].shape[0]
-                removed[consumer.module] = np.zeros(rows, dtype=np.float32)
+                call = calls[consumer.module]
+                shape = cuts.shape(call.weight, weights[call.weight].shape, widths_in(levels))
+                removed[consumer.module] = np.zeros(shape[call.out_dim], dtype=np.float32)
             continue
-        for parameter in {s.parameter for s in site.slices}:
-            tensors[parameter] = cut(weights[parameter], site, parameter, kept[name]).numpy()
         if level.numeric == "fp32":
             continue
         for module in (*site.producers, *(c.module for c in site.consumers)):
-            rounded = quantize_weight(torch.from_numpy(tensors[module + ".weight"]))
+            call = calls[module]
+            matrix = matrices(call, torch.from_numpy(tensors[call.weight]))[0]
+            rounded = quantize_weight(matrix)
             integers[module] = Int8Weights(
                 rounded.values.numpy(),
                 rounded.scale.numpy(),
                 (0.05, 128) if level.numeric == STATIC else None,
             )
-    return Edit(tensors, removed, integers)
+    size_of = sizes_at(prepared.structure, widths_in(levels))
+    return Edit(tensors, removed, integers, size_of)
+
+
+def widths_in(levels: Mapping[str, Level]) -> dict[str, int]:
+    return {n: lv.width for n, lv in levels.items()}
 
 
 def random_levels(prepared: Prepared, target: Target, rng: np.random.Generator) -> dict[str, Level]:
@@ -239,6 +257,8 @@ def random_levels(prepared: Prepared, target: Target, rng: np.random.Generator) 
         wanted = float(np.clip(density + rng.normal(0, 0.2), 0, 1)) * site.units
         width = int(widths[np.abs(widths - wanted).argmin()])
         numeric = policy or mixed[int(rng.integers(len(mixed)))]
+        if not prepared.on_integers(site):
+            numeric = "fp32"
         levels[site.name] = Level(width, numeric) if width else Level(0)
     return levels
 

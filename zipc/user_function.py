@@ -1,4 +1,9 @@
-"""`--eval file.py:function`: the user's own figure of quality, f(predict, rows) -> float."""
+"""`--eval file.py:function`: the user's own figure of quality, f(predict, rows) -> float.
+
+Of a text table, `rows` are its rows and `predict` takes texts and gives embeddings or logits. Of
+any other data, `rows` are arrays by name (the model's inputs and `labels`), and `predict` takes
+such arrays and gives the outputs by name.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +11,13 @@ import difflib
 import importlib.util
 import math
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy.typing as npt
-
-from zipc.batches import Texts
 from zipc.core.errors import UsageError
-from zipc.data import Row
 
-Predict = Callable[[Sequence[Texts]], npt.NDArray[Any]]  # embeddings or logits (n, d)
-UserFunction = Callable[[Predict, Sequence[Row]], float]
+UserFunction = Callable[[Any, Any], float]  # predict, rows
 
 
 def load_user_function(source: str) -> UserFunction:
@@ -38,7 +38,7 @@ def load_user_function(source: str) -> UserFunction:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UsageError(f"--eval {source}: importing it raised {_told(error, path)}.") from error
     function = getattr(module, name, None)
     if not callable(function):
@@ -50,7 +50,7 @@ def load_user_function(source: str) -> UserFunction:
 
 
 def call_user_function(
-    function: UserFunction, predict: Predict, rows: Sequence[Row], *, source: str
+    function: UserFunction, predict: Callable[..., Any], rows: Any, *, source: str
 ) -> float:
     """Call the user's function and check that it gives a finite number.
 
@@ -61,7 +61,7 @@ def call_user_function(
         value = function(predict, rows)
     except UsageError:  # from our own predict
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         path = Path(source.rpartition(":")[0])
         raise UsageError(f"--eval {source} raised {_told(error, path)}.") from error
     try:
@@ -73,7 +73,7 @@ def call_user_function(
     return number
 
 
-def _told(error: Exception, path: Path) -> str:
+def _told(error: BaseException, path: Path) -> str:
     text = f"{type(error).__name__}: {error}"
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if Path(frame.filename).name == path.name]

@@ -38,10 +38,12 @@ from zipc.manifest import (
     RequestRecord,
     SizeRecord,
 )
-from zipc.targets import load_target, target_names
+from zipc.numerics.int8 import DYNAMIC, STATIC
+from zipc.targets import SUPPORTED, load_target, target_names
 
 ROOT = Path(__file__).parents[2]
 SHA = "ab" * 32
+OWN = 'runtime = "onnxruntime"\n'
 COMPILE = ["compile", "minilm", "--speedup", "2x", "--data", "d", "-o", "OUT"]
 
 Run = Callable[..., tuple[int, str, str]]
@@ -413,6 +415,28 @@ class TestOtherVerbs:
             "workload": Workload(threads=2),
         }
 
+    def test_check_keeps_what_the_baseline_was_compiled_for_beside_the_flags_given(
+        self, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from zipc import gate
+
+        seen: dict[str, Any] = {}
+
+        def check(new: Path, base: Path, **keywords: Any) -> FakeGate:
+            seen.update(keywords)
+            return FakeGate()
+
+        monkeypatch.setattr(gate, "check", check)
+        manifest(workload=Workload(8, 32, 1)).write(tmp_path)
+        run("check", "NEW", "--baseline", str(tmp_path), "--threads", "2")
+        assert seen["workload"] == Workload(8, 32, 2)
+
+    @pytest.mark.parametrize("delta", ["-1ms", "0", "soon"])
+    def test_bad_delta_is_told_under_its_own_name(self, run: Run, delta: str) -> None:
+        code, _, err = run("check", "NEW", "--baseline", "BASE", f"--min-delta={delta}")
+        assert code == 2
+        assert f"--min-delta '{delta}'" in err
+
     def test_bench_of_nothing_is_bad_usage(self, run: Run, tmp_path: Path) -> None:
         code, _, err = run("bench", str(tmp_path))
         assert code == 2
@@ -447,6 +471,9 @@ class TestOtherVerbs:
 
 
 class TestTargets:
+    def test_supported_numerics_are_the_implemented_ones(self) -> None:
+        assert SUPPORTED["numerics"] == ("fp32", DYNAMIC, STATIC)
+
     def test_cpu_is_built_in(self) -> None:
         target = load_target("cpu")
         assert (target.name, target.runtime) == ("cpu", "onnxruntime")
@@ -470,6 +497,13 @@ class TestTargets:
             ('runtime = "x"\nnumerics = ["fp32"]\nwidth = 3', "unknown keys: width"),
             ('runtime = "x"\nnumerics = ["fp32"]\nwidth_step = 0', "width_step"),
             ('runtime = "x"\nnumerics = ["int8-static"]', "reference numeric"),
+            ('runtime = "openvino"\nnumerics = ["fp32"]', "runtime 'openvino'.*onnxruntime"),
+            (f'{OWN}numerics = ["fp32", "int3"]', "numerics 'int3'.*int8-static"),
+            (f'{OWN}numerics = ["fp32"]\nconnection = "ssh"', "connection 'ssh'.*local"),
+            (
+                f'{OWN}numerics = ["int8-static"]\nreference_numeric = "int8-static"',
+                "reference_numeric 'int8-static'.*fp32",
+            ),
         ],
     )
     def test_bad_target_file_says_what_is_wrong(self, tmp_path: Path, text: str, said: str) -> None:

@@ -434,10 +434,19 @@ def test_user_function_that_is_not_there_is_refused(
         evaluator_of(model_folder(tmp_path), tokenizer, splits, user_function=source)
 
 
-def test_user_file_that_does_not_import_is_refused(tmp_path: Path, tokenizer: Any) -> None:
-    (tmp_path / "bad.py").write_text("x = 1\nimport nothing_of_this_name\n")
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("import nothing_of_this_name", r"ModuleNotFoundError.*\(line 2\)"),
+        ("raise SystemExit(0)", r"SystemExit: 0 \(line 2\)"),
+    ],
+)
+def test_user_file_that_does_not_import_is_refused(
+    tmp_path: Path, tokenizer: Any, line: str, message: str
+) -> None:
+    (tmp_path / "bad.py").write_text(f"x = 1\n{line}\n")
     splits = splits_of(pairs(9), "similarity")
-    with pytest.raises(UsageError, match=r"ModuleNotFoundError.*\(line 2\)"):
+    with pytest.raises(UsageError, match=message):
         evaluator_of(
             model_folder(tmp_path), tokenizer, splits, user_function=f"{tmp_path}/bad.py:f"
         )

@@ -29,6 +29,8 @@ from tests.tiny_project import (
 from zipc.build import FP32_BOUND, INT8_BOUND
 from zipc.core.errors import TargetUnreachable, UsageError
 from zipc.core.files import read_json, sha256_file
+from zipc.core.types import Level
+from zipc.latency_tables.store import TableStore
 from zipc.manifest import Manifest
 from zipc.model_source import load_source
 from zipc.pipeline import compile_model, plan_model, profile_model
@@ -331,6 +333,24 @@ def test_profile_measures_once(project: Project, tmp_path: Path) -> None:
     assert (first.from_cache, again.from_cache) == (False, True)
     assert again.table_path == first.table_path
     assert again.entries == first.entries > 20
+
+
+def test_sites_priced_above_the_whole_model_serve_one_run_and_are_not_kept(
+    project: Project, tmp_path: Path
+) -> None:
+    cache = shutil.copytree(project.cache, tmp_path / "cache")
+    asked = request(project.model, None, None, cache)
+    path = profile_model(asked, progress=Told()).table_path
+    store = TableStore(cache / "tables")
+    table = store.load(path, fingerprint=None)
+    assert table is not None
+    whole = table.entry("model", Level(1))
+    busy = whole.model_copy(update={"samples_ms": tuple(ms / 3 for ms in whole.samples_ms)})
+    store.save(table.with_entries([busy]).with_correction(None), path)
+    told = Told()
+    assert profile_model(asked, progress=told).correction_error is not None
+    assert any("the machine was busy" in info for info in told.infos)
+    assert not path.exists()
 
 
 @pytest.mark.parametrize(

@@ -290,12 +290,12 @@ def parse_speedup(text: str) -> float:
     return factor
 
 
-def parse_latency(text: str) -> float:
+def parse_latency(text: str, flag: str = "--latency") -> float:
     """Read "5ms", "5", "800us" or "0.1s" as milliseconds."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)\s*(us|µs|ms|s)?", text.strip().lower())
     value = float(found[1]) * _MS_PER[found[2] or "ms"] if found else 0.0
     if value <= 0:
-        raise UsageError(f"--latency '{text}' is not a time above 0. Write milliseconds, e.g. 5ms.")
+        raise UsageError(f"{flag} '{text}' is not a time above 0. Write milliseconds, e.g. 5ms.")
     return value
 
 

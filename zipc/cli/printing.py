@@ -149,19 +149,24 @@ def _facts(manifest: Manifest) -> Iterable[tuple[str, str]]:
 
 
 def _quality(manifest: Manifest) -> str:
+    from zipc.metrics import lower_is_better  # brings scipy, which no other verb waits for
+
     quality = manifest.quality
     assert quality is not None
     text = f"{quality.metric} on {quality.split}"
     text += f" ({quality.rows:,} rows)" if quality.rows is not None else ""
-    text += f": dense {quality.dense:.2f}"
+    places = 4 if quality.metric == "loss" else 2  # the others are x100, or larger
+    text += f": dense {quality.dense:.{places}f}"
     if quality.compiled is not None:
-        text += f", compiled {quality.compiled:.2f} ({quality.compiled - quality.dense:+.2f}"
+        change = quality.compiled - quality.dense
+        text += f", compiled {quality.compiled:.{places}f} ({change:+.{places}f}"
         if quality.interval is not None:
-            text += f", 95 % {quality.interval[0]:+.2f} to {quality.interval[1]:+.2f}"
+            low, high = quality.interval
+            text += f", 95 % {low:+.{places}f} to {high:+.{places}f}"
         text += ")"
     if quality.recovered is not None and quality.one_shot is not None:
-        text += f", one-shot {quality.one_shot:.2f}"
-    return text
+        text += f", one-shot {quality.one_shot:.{places}f}"
+    return text + (", lower is better" if lower_is_better(quality.metric) else "")
 
 
 def _sizes(dense_mb: float, mb: float, dense_params: int | None, params: int | None) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -123,26 +123,36 @@ class Level:
         return f"{self.width}@{self.numeric}{tail}"
 
 
+Index = tuple[tuple[int, ...], ...]  # unit -> its positions along a dimension, ascending
+
+
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """How one tensor dimension is cut into the units of a site.
-
-    The dimension is read as `(outer, units, inner)`, row-major; unit `u` owns all `[:, u, :]`.
-    """
+    """What the units of a site own along one dimension of one tensor."""
 
     parameter: str  # qualified name, e.g. "encoder.layer.0.attention.self.query.weight"
     dim: int
-    outer: int
-    inner: int
+    index: Index
 
 
 @dataclass(frozen=True, slots=True)
 class Consumer:
-    """A linear map that contracts over the units: evidence is taken at its input."""
+    """A map that contracts over the units: evidence is taken at its input.
+
+    `index` are channels of that input; a channel stands for `kernel` columns of the map's matrix.
+    """
 
     module: str
-    outer: int
-    inner: int
+    index: Index
+    kernel: int = 1
+
+    def columns(self, units: Iterable[int]) -> list[int]:
+        """Columns of the map's matrix (out, channels x kernel) that `units` own."""
+        k = self.kernel
+        return [c * k + j for u in units for c in self.index[u] for j in range(k)]
+
+
+Kind = Literal["heads", "ffn", "channels", "width"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,13 +160,14 @@ class Site:
     """One decision point: `units` removable groups of coupled slices."""
 
     name: str
-    kind: Literal["heads", "ffn"]
+    kind: Kind
     units: int
     slices: tuple[Slice, ...]
     consumers: tuple[Consumer, ...]
     producers: tuple[str, ...]  # module paths whose output carries the units
     signature: str  # equal for sites that cost the same at equal levels
     calls: int = 1  # how often the shared modules run in one forward pass
+    removable: bool = True  # its consumers read nothing else: without units they are constants
 
 
 @dataclass(frozen=True, slots=True)

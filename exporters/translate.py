@@ -1,0 +1,156 @@
+"""ONNX translations of our own for torch operations whose stock translation prunes or runs badly."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from onnx import TensorProto
+
+MASKED = -1e9  # added to a score that must not count; its exponential is 0 in every precision
+
+
+def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """The table that `torch.onnx.export` takes."""
+    aten = torch.ops.aten
+    return {
+        aten.scaled_dot_product_attention.default: _attention,
+        aten.linear.default: _linear,
+        aten.group_norm.default: _group_norm,
+        aten.split.Tensor: _split,
+        aten.split_with_sizes.default: _split_with_sizes,
+    }
+
+
+def _ops() -> Any:
+    """Operators of the opset we export to; Any, for its type variables know no traced values."""
+    from onnxscript import opset20
+
+    return opset20
+
+
+def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
+    """x w' + b; the weight is transposed by a node of its own, which is stored away later."""
+    op = _ops()
+    transposed = op.Transpose(weight, perm=[1, 0])
+    if len(x.shape) == 2:
+        return op.Gemm(x, transposed, bias)
+    product = op.MatMul(x, transposed)
+    return product if bias is None else op.Add(product, bias)
+
+
+def _attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """softmax(q k' scale + mask) v, as the operators every runtime has kernels for.
+
+    Repeated keys and values of grouped queries and the causal mask are written out; they go where
+    all of it becomes one operator (`finish.fuse_attention_`).
+    """
+    op = _ops()
+    factor = float(scale) if scale is not None else 1.0 / math.sqrt(query.shape[-1])
+    if enable_gqa and query.shape[-3] != key.shape[-3]:
+        groups = query.shape[-3] // key.shape[-3]
+        key, value = _repeated(key, groups), _repeated(value, groups)
+    swapped = [*range(len(key.shape) - 2), len(key.shape) - 1, len(key.shape) - 2]
+    scores = op.MatMul(
+        op.Mul(query, op.Constant(value_float=factor)), op.Transpose(key, perm=swapped)
+    )
+    if is_causal:
+        attn_mask = _lower_triangle(query, key)
+    if attn_mask is not None:
+        if attn_mask.dtype is not None and int(attn_mask.dtype) == TensorProto.BOOL:
+            attn_mask = op.Where(
+                attn_mask, op.Constant(value_float=0.0), op.Constant(value_float=MASKED)
+            )
+        scores = op.Add(scores, attn_mask)
+    return op.MatMul(op.Softmax(scores, axis=-1), value)
+
+
+def _repeated(x: Any, groups: int) -> Any:
+    """(batch, heads, keys, size) with every head `groups` times in a row."""
+    op = _ops()
+    apart = op.Unsqueeze(x, op.Constant(value_ints=[2]))
+    copies = op.Expand(apart, op.Constant(value_ints=[1, 1, groups, 1, 1]))
+    rest = op.Shape(x, start=2)
+    return op.Reshape(copies, op.Concat(op.Constant(value_ints=[0, -1]), rest, axis=0))
+
+
+def _lower_triangle(query: Any, key: Any) -> Any:
+    """(1, 1, queries, keys) bool: no query sees a later key."""
+    op = _ops()
+    rows, columns = (
+        op.Unsqueeze(_counted(_size(x)), op.Constant(value_ints=[axis]))
+        for x, axis in ((query, 1), (key, 0))
+    )
+    return op.Unsqueeze(op.LessOrEqual(columns, rows), op.Constant(value_ints=[0, 1]))
+
+
+def _size(x: Any) -> Any:
+    """The size of the axis before the last, as a scalar."""
+    op = _ops()
+    at = len(x.shape) - 2
+    return op.Squeeze(op.Shape(x, start=at, end=at + 1))
+
+
+def _counted(size: Any) -> Any:
+    """0, 1, ..., size - 1."""
+    op = _ops()
+    return op.Range(op.Constant(value_int=0), size, op.Constant(value_int=1))
+
+
+def _group_norm(
+    x: Any,
+    num_groups: int,
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> Any:
+    """Instance norm over (batch, groups, the rest), whose shapes name no number of channels."""
+    op = _ops()
+    ones = op.Constant(value_floats=[1.0] * num_groups)
+    zeros = op.Constant(value_floats=[0.0] * num_groups)
+    grouped = op.Reshape(x, op.Constant(value_ints=[0, num_groups, -1]))
+    normal = op.Reshape(op.InstanceNormalization(grouped, ones, zeros, epsilon=eps), op.Shape(x))
+    axes = op.Constant(value_ints=list(range(1, len(x.shape) - 1)))
+    if weight is not None:
+        normal = op.Mul(normal, op.Unsqueeze(weight, axes))
+    if bias is not None:
+        normal = op.Add(normal, op.Unsqueeze(bias, axes))
+    return normal
+
+
+def _split(x: Any, split_size: int, dim: int = 0) -> Any:
+    width = x.shape[dim]
+    if not isinstance(width, int) or not isinstance(split_size, int):
+        op = _ops()
+        return op.SplitToSequence(x, split_size, axis=dim)
+    full, rest = divmod(width, split_size)
+    return _split_with_sizes(x, [split_size] * full + [rest] * (rest > 0), dim)
+
+
+def _split_with_sizes(x: Any, split_sizes: Sequence[int], dim: int = 0) -> Any:
+    """One node whose outputs bear the names of the parts, instead of a sequence to pick from."""
+    op = _ops()
+    if len(split_sizes) == 1:
+        return (op.Identity(x),)
+    parts = op.Constant(value_ints=list(split_sizes))
+    # the recorder counts outputs by an attribute that explicit sizes rule out: `repair_` drops it
+    return op.Split(x, parts, axis=dim, num_outputs=len(split_sizes))
+
+
+def repair_(model: Any) -> None:
+    """Make valid ONNX of what the recorder cannot be told otherwise."""
+    for node in model.graph:
+        if node.op_type == "Split" and len(node.inputs) == 2:
+            node.attributes.pop("num_outputs", None)

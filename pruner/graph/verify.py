@@ -1,0 +1,128 @@
+"""Try out whether a module of the user's own code follows when its sites shrink.
+
+The traced graph says exactly what removing units must give. The module's code may say otherwise: a
+number of heads kept in an attribute, a width written into a `split`. Attributes that hold such
+sizes are found by trying, and a site at which the module still disagrees with the graph is left
+alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from zipc.core.errors import CorruptFile
+from zipc.core.types import Site
+from zipc.pruner.graph.cuts import Cuts
+from zipc.pruner.graph.interpret import Executor, Variant
+from zipc.pruner.graph.sites import Rewrite, Structure, without
+from zipc.pruner.graph.surgery import attribute_candidates, describe, reshaped
+from zipc.pruner.graph.trace import Program
+
+AGREES = 1e-4  # norm of the difference of the outputs, relative to the norm
+
+
+def verify(
+    model: nn.Module, program: Program, structure: Structure, example: Mapping[str, Tensor]
+) -> Structure:
+    """Return the structure with the attributes to rewrite, and without sites that do not follow.
+
+    A model on the meta device has no values: there only the shapes are compared.
+    """
+    if not structure.sites:
+        return structure
+    named = _with_attributes(model, structure, structure.sites, every=False)
+    if _failure(model, program, named, named.sites, example) is None:
+        return named
+    reasons: dict[str, str] = {}
+    rewrites: list[Rewrite] = []
+    for site in structure.sites:
+        first = None
+        for every in (False, True):
+            tried = _with_attributes(model, structure, [site], every=every)
+            failure = _failure(model, program, tried, [site], example)
+            first = first or failure
+            if failure is None:
+                rewrites += tried.attributes
+                break
+        else:
+            reasons[site.name] = f"the code of the module does not follow its width: {first}"
+    found = without(replace(structure, attributes=tuple(dict.fromkeys(rewrites))), reasons)
+    failure = _failure(model, program, found, found.sites, example)
+    if failure is None:
+        return found
+    return _one_by_one(model, program, found, example)
+
+
+def _one_by_one(
+    model: nn.Module, program: Program, structure: Structure, example: Mapping[str, Tensor]
+) -> Structure:
+    """Sites that follow alone but not together: keep those that do, in order."""
+    kept: list[Site] = []
+    reasons: dict[str, str] = {}
+    for site in structure.sites:
+        failure = _failure(model, program, structure, [*kept, site], example)
+        if failure is None:
+            kept.append(site)
+        else:
+            reasons[site.name] = f"its module does not follow beside other sites: {failure}"
+    return without(structure, reasons)
+
+
+def _with_attributes(
+    model: nn.Module, structure: Structure, sites: Sequence[Site], *, every: bool
+) -> Structure:
+    rewrites = tuple(
+        Rewrite(module, attribute, site.name, factor)
+        for site in sites
+        for module, attribute, factor in attribute_candidates(model, site, every=every)
+    )
+    return replace(structure, attributes=rewrites)
+
+
+def _failure(
+    model: nn.Module,
+    program: Program,
+    structure: Structure,
+    sites: Sequence[Site],
+    example: Mapping[str, Tensor],
+) -> str | None:
+    """What goes wrong when the first unit of each of `sites` is removed; None: nothing."""
+    kept = {s.name: range(1, s.units) for s in sites if s.units > 1}
+    if not kept:
+        return None
+    widths = {name: len(units) for name, units in kept.items()}
+    cuts = Cuts(s for s in structure.sites if s.name in kept)
+    weights = dict(program.tensors.values())
+    tensors = {n: cuts.cut(weights[n], n, kept) for n in cuts.pieces}
+    only = replace(structure, attributes=tuple(a for a in structure.attributes if a.site in kept))
+    try:
+        made = reshaped(model, describe(model, program, only, widths=widths))
+        _assign_(made, tensors)
+        with torch.no_grad():
+            got = [t for t in tree_leaves(made(**example)) if isinstance(t, Tensor)]
+    except (CorruptFile, Exception) as error:  # whatever the code of a module raises
+        first = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        return f"{type(error).__name__}: {first[:160]}"
+    with torch.no_grad():
+        want, _ = Executor(program, structure).run(example, Variant(tensors=tensors, widths=widths))
+    if [t.shape for t in got] != [t.shape for t in want]:
+        return "its outputs have other shapes"
+    if any(t.is_meta for t in got):
+        return None
+    for a, b in zip(got, want, strict=True):
+        apart = float(torch.linalg.vector_norm((a - b).double()))
+        if not apart <= AGREES * float(torch.linalg.vector_norm(b.double())) + 1e-12:
+            return "it computes something else"
+    return None
+
+
+def _assign_(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, value in tensors.items():
+            owner, _, leaf = name.rpartition(".")
+            getattr(module.get_submodule(owner), leaf).data = value
