@@ -40,7 +40,7 @@ def load_function(source: str) -> tuple[Callable[..., Any], ModuleType]:
     path, name = reference
     if not path.is_file():
         raise UsageError(f"{source}: there is no file {path}.")
-    alias = f"zipc_user_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
+    alias = f"user_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(alias, path)
     if spec is None or spec.loader is None:
         raise UsageError(f"{source}: {path.name} is not a Python file.")
