@@ -44,10 +44,10 @@ class TableStore:
         if not path.exists():
             return None
         table = _parse(path)
-        differences = _differences(table.fingerprint, fingerprint) if fingerprint else []
-        if not differences:
+        found = differences(table.fingerprint, fingerprint) if fingerprint else []
+        if not found:
             return table
-        changed = "; ".join(differences)
+        changed = "; ".join(found)
         if allow_mismatch:
             return table.with_note(f"prices of a different device or state were used: {changed}")
         raise TableMissing(
@@ -70,6 +70,15 @@ def default_cache_dir() -> Path:
     """`$ZIPC_CACHE_DIR`, else the user's cache folder."""
     chosen = os.environ.get("ZIPC_CACHE_DIR")
     return Path(chosen).expanduser() if chosen else platformdirs.user_cache_path("zipc")
+
+
+def differences(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """Fields of two fingerprints that differ, as `name: stored → current`."""
+    return [
+        f"{name}: {stored.get(name, 'absent')!r} → {current.get(name, 'absent')!r}"
+        for name in sorted({*stored, *current})
+        if stored.get(name) != current.get(name)
+    ]
 
 
 def _parse(path: Path) -> LatencyTable:
@@ -109,15 +118,6 @@ def _describe(entry: Mapping[str, Any]) -> str:
     if isinstance(level, dict):
         level = f"{level.get('width')}@{level.get('numeric')}"
     return f"{entry['signature']} at {level}"
-
-
-def _differences(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """Fields that differ, as `name: stored → current`."""
-    return [
-        f"{name}: {stored.get(name, 'absent')!r} → {current.get(name, 'absent')!r}"
-        for name in sorted({*stored, *current})
-        if stored.get(name) != current.get(name)
-    ]
 
 
 def _safe(name: str) -> str:

@@ -19,7 +19,7 @@ from zipc.exporters.shapes import SizeOf
 from zipc.exporters.specialise import Edit, Int8Weights, count_integer_kernels, specialise
 from zipc.numerics.int8 import STATIC
 from zipc.prepare import Prepared
-from zipc.profiler.runners.onnxruntime import OnnxRuntimeRunner
+from zipc.profiler.runners.onnxruntime import OnnxRuntimeRunner, one_line
 from zipc.pruner.graph.sites import sizes_at
 from zipc.pruner.graph.surgery import apply_structure_, describe
 from zipc.pruner.levels import MapState, States, variant_of
@@ -101,7 +101,7 @@ def integer_kernels(model: bytes | Path) -> int:
         except Exception as error:  # ONNX Runtime's errors share no base
             name = str(model) if isinstance(model, Path) else "the graph"
             raise ExportMismatch(
-                f"ONNX Runtime {onnxruntime.__version__} cannot load {name}: {error}. "
+                f"ONNX Runtime {onnxruntime.__version__} cannot load {name}: {one_line(error)}. "
                 "Export it again, or install the ONNX Runtime it was made for."
             ) from error
         return count_integer_kernels(onnx.load(path, load_external_data=False).graph.node)
@@ -153,6 +153,7 @@ def rebuild(
     module: nn.Module, document: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> nn.Module:
     """A blank module, cut to a structure document and filled with its tensors."""
+    module.float()  # a config may name a half precision
     apply_structure_(module, document)
     module.load_state_dict(dict(tensors), strict=True)
     return module.eval().requires_grad_(False)

@@ -33,7 +33,7 @@ def load(out: str | Path, *, factory: str | Callable[[], nn.Module] | None = Non
     folder = Path(out)
     folder = folder / "checkpoint" if (folder / "checkpoint").is_dir() else folder
     _require(folder, "structure.json", "model.safetensors", out=out)
-    document = read_json(folder / "structure.json")
+    document = read_json(folder / "structure.json", advice="Compile again.")
     recipe = document.get("source") if isinstance(document, dict) else None
     recipe = recipe if isinstance(recipe, dict) else {}
     blank = _blank(folder, recipe, factory, out=out)

@@ -337,7 +337,7 @@ def _recorded_workload(artifact: Path) -> Workload | None:
     if not path.is_file():
         return None
     try:
-        return read_workload(read_json(path)["workload"])
+        return read_workload(read_json(path, advice="Compile again.")["workload"])
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptFile(f"{path} has no usable workload ({error!r}). Compile again.") from error
 

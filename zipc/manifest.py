@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 import zipc
 from zipc.core.errors import CorruptFile
-from zipc.core.files import read_json, write_json
+from zipc.core.files import read_json, sha256_file, write_json
 from zipc.core.request import Request
 from zipc.core.types import Artifact, LeftAlone, Level, TableKind, VerdictName
 from zipc.core.workload import WorkloadField
@@ -137,6 +137,14 @@ class Manifest(Record):
     def to_json(self) -> dict[str, Any]:
         return self.model_dump(mode="json")
 
+    def changed_files(self, out: Path) -> list[str]:
+        """Files of `out` that are missing or not those the manifest describes."""
+        return [
+            file.path
+            for file in self.files
+            if not (out / file.path).is_file() or sha256_file(out / file.path) != file.sha256
+        ]
+
     @classmethod
     def read(cls, out: Path) -> Self:
         """Read the manifest of a finished compile.
@@ -150,7 +158,7 @@ class Manifest(Record):
                 f"{out} is not a finished compile: it has no {FILE_NAME}. "
                 f"Run: zipc compile MODEL --data DATA -o {out}"
             )
-        document = read_json(path)
+        document = read_json(path, advice=_AGAIN)
         _check_schema(document, path)
         try:
             return cls.model_validate_json(path.read_bytes(), strict=True)

@@ -191,7 +191,7 @@ def _manifest(out: Path) -> Any:
     ):
         if not (out / name).is_file():
             raise UsageError(f"{out} has no {name}, which the measurement needs. {command}")
-    return read_json(out / "manifest.json")
+    return read_json(out / "manifest.json", advice="Compile again.")
 
 
 def _workload(manifest: Any, *, threads: int | None, path: Path) -> Workload:

@@ -97,7 +97,20 @@ class OnnxRuntimeRunner:
         return {name: feeds[name] for name in wanted}
 
     def _cannot_run(self, error: Exception) -> ExportMismatch:
-        return ExportMismatch(f"ONNX Runtime {ort.__version__} cannot run {self._name}: {error}")
+        return ExportMismatch(
+            f"ONNX Runtime {ort.__version__} cannot run {self._name}: {one_line(error)}. "
+            "A sequence may be longer than the graph takes: give a smaller --sequence-length."
+        )
+
+
+def one_line(error: Exception, *, longest: int = 300) -> str:
+    """What ONNX Runtime says, without line breaks, and without the middle where it is long.
+
+    It begins with the node and ends with the reason; between them lie signatures of its own code.
+    """
+    text = " ".join(str(error).split()).rstrip(". ")
+    half = longest // 2
+    return text if len(text) <= longest else f"{text[:half]} … {text[-half:]}"
 
 
 def default_feeds(session: Any, workload: Workload, seed: int = 0) -> dict[str, np.ndarray]:
@@ -206,6 +219,6 @@ def _load(model: Path | bytes, *, options: Mapping[str, Any], name: str) -> Any:
         return ort.InferenceSession(source, session_options, providers=PROVIDERS)
     except Exception as error:  # ONNX Runtime's errors share no base
         raise ExportMismatch(
-            f"ONNX Runtime {ort.__version__} cannot load {name}: {error}. "
+            f"ONNX Runtime {ort.__version__} cannot load {name}: {one_line(error)}. "
             "Export it again, or install the ONNX Runtime it was made for."
         ) from error

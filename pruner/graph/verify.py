@@ -8,14 +8,14 @@ alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from zipc.core.errors import CorruptFile
 from zipc.core.types import Site
 from zipc.pruner.graph.cuts import Cuts
 from zipc.pruner.graph.interpret import Executor, Variant
@@ -26,17 +26,29 @@ from zipc.pruner.graph.trace import Program
 AGREES = 1e-4  # norm of the difference of the outputs, relative to the norm
 
 
+def all_tensors(result: Any) -> list[Tensor]:
+    """The tensors in what a module gives, in the order the traced program gives them."""
+    return [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+
+
 def verify(
-    model: nn.Module, program: Program, structure: Structure, example: Mapping[str, Tensor]
+    model: nn.Module,
+    program: Program,
+    structure: Structure,
+    example: Mapping[str, Tensor],
+    *,
+    chosen: Callable[[Any], Sequence[Tensor]] = all_tensors,
 ) -> Structure:
     """Return the structure with the attributes to rewrite, and without sites that do not follow.
 
-    A model on the meta device has no values: there only the shapes are compared.
+    `chosen` picks from what the module gives the outputs that the program has. A model on the meta
+    device has no values: there only the shapes are compared.
     """
     if not structure.sites:
         return structure
+    trial = _Trial(model, program, example, chosen)
     named = _with_attributes(model, structure, structure.sites, every=False)
-    if _failure(model, program, named, named.sites, example) is None:
+    if trial.failure(named, named.sites) is None:
         return named
     reasons: dict[str, str] = {}
     rewrites: list[Rewrite] = []
@@ -44,7 +56,7 @@ def verify(
         first = None
         for every in (False, True):
             tried = _with_attributes(model, structure, [site], every=every)
-            failure = _failure(model, program, tried, [site], example)
+            failure = trial.failure(tried, [site])
             first = first or failure
             if failure is None:
                 rewrites += tried.attributes
@@ -52,20 +64,17 @@ def verify(
         else:
             reasons[site.name] = f"the code of the module does not follow its width: {first}"
     found = without(replace(structure, attributes=tuple(dict.fromkeys(rewrites))), reasons)
-    failure = _failure(model, program, found, found.sites, example)
-    if failure is None:
+    if trial.failure(found, found.sites) is None:
         return found
-    return _one_by_one(model, program, found, example)
+    return _one_by_one(trial, found)
 
 
-def _one_by_one(
-    model: nn.Module, program: Program, structure: Structure, example: Mapping[str, Tensor]
-) -> Structure:
+def _one_by_one(trial: _Trial, structure: Structure) -> Structure:
     """Sites that follow alone but not together: keep those that do, in order."""
     kept: list[Site] = []
     reasons: dict[str, str] = {}
     for site in structure.sites:
-        failure = _failure(model, program, structure, [*kept, site], example)
+        failure = trial.failure(structure, [*kept, site])
         if failure is None:
             kept.append(site)
         else:
@@ -84,41 +93,47 @@ def _with_attributes(
     return replace(structure, attributes=rewrites)
 
 
-def _failure(
-    model: nn.Module,
-    program: Program,
-    structure: Structure,
-    sites: Sequence[Site],
-    example: Mapping[str, Tensor],
-) -> str | None:
-    """What goes wrong when the first unit of each of `sites` is removed; None: nothing."""
-    kept = {s.name: range(1, s.units) for s in sites if s.units > 1}
-    if not kept:
-        return None
-    widths = {name: len(units) for name, units in kept.items()}
-    cuts = Cuts(s for s in structure.sites if s.name in kept)
-    weights = dict(program.tensors.values())
-    tensors = {n: cuts.cut(weights[n], n, kept) for n in cuts.pieces}
-    only = replace(structure, attributes=tuple(a for a in structure.attributes if a.site in kept))
-    try:
-        made = reshaped(model, describe(model, program, only, widths=widths))
-        _assign_(made, tensors)
+@dataclass(frozen=True, slots=True)
+class _Trial:
+    """What a module is tried out with."""
+
+    model: nn.Module
+    program: Program
+    example: Mapping[str, Tensor]
+    chosen: Callable[[Any], Sequence[Tensor]]
+
+    def failure(self, structure: Structure, sites: Sequence[Site]) -> str | None:
+        """What goes wrong when the first unit of each of `sites` is removed; None: nothing."""
+        kept = {s.name: range(1, s.units) for s in sites if s.units > 1}
+        if not kept:
+            return None
+        widths = {name: len(units) for name, units in kept.items()}
+        cuts = Cuts(s for s in structure.sites if s.name in kept)
+        weights = dict(self.program.tensors.values())
+        tensors = {n: cuts.cut(weights[n], n, kept) for n in cuts.pieces}
+        own = tuple(a for a in structure.attributes if a.site in kept)
+        document = describe(
+            self.model, self.program, replace(structure, attributes=own), widths=widths
+        )
         with torch.no_grad():
-            got = [t for t in tree_leaves(made(**example)) if isinstance(t, Tensor)]
-    except (CorruptFile, Exception) as error:  # whatever the code of a module raises
-        first = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        return f"{type(error).__name__}: {first[:160]}"
-    with torch.no_grad():
-        want, _ = Executor(program, structure).run(example, Variant(tensors=tensors, widths=widths))
-    if [t.shape for t in got] != [t.shape for t in want]:
-        return "its outputs have other shapes"
-    if any(t.is_meta for t in got):
+            try:
+                made = reshaped(self.model, document)
+                _assign_(made, tensors)
+                got = self.chosen(made(**self.example))
+            except Exception as error:  # whatever the code of a module raises
+                first = str(error).strip().splitlines()[0] if str(error).strip() else ""
+                return f"{type(error).__name__}: {first[:160]}"
+            variant = Variant(tensors=tensors, widths=widths)
+            want, _ = Executor(self.program, structure).run(self.example, variant)
+        if [t.shape for t in got] != [t.shape for t in want]:
+            return "its outputs have other shapes"
+        if any(t.is_meta for t in got):
+            return None
+        for a, b in zip(got, want, strict=True):
+            apart = float(torch.linalg.vector_norm((a - b).double()))
+            if not apart <= AGREES * float(torch.linalg.vector_norm(b.double())) + 1e-12:
+                return "it computes something else"
         return None
-    for a, b in zip(got, want, strict=True):
-        apart = float(torch.linalg.vector_norm((a - b).double()))
-        if not apart <= AGREES * float(torch.linalg.vector_norm(b.double())) + 1e-12:
-            return "it computes something else"
-    return None
 
 
 def _assign_(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from zipc.core.errors import ExportMismatch, UsageError
 from zipc.core.types import Workload
-from zipc.profiler.runners.onnxruntime import OnnxRuntimeRunner, default_feeds
+from zipc.profiler.runners.onnxruntime import OnnxRuntimeRunner, default_feeds, one_line
 
 SHAPE = ["batch", "sequence"]
 
@@ -197,3 +197,12 @@ def test_a_workload_that_does_not_fit_the_graph_is_refused(
 ):
     with pytest.raises(UsageError, match=message):
         default_feeds(_sized(shape), workload)
+
+
+def test_what_the_runtime_says_is_told_in_one_line_with_its_reason() -> None:
+    said = "[E] : 1 : FAIL : running Sum node.\n" + "void f(ptrdiff_t) " * 60 + "256 by 2000.\n\n"
+    line = one_line(RuntimeError(said))
+    assert len(line) < 310
+    assert line.startswith("[E] : 1 : FAIL : running Sum node. void")
+    assert line.endswith("256 by 2000")
+    assert one_line(RuntimeError("no graph.\n")) == "no graph"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,10 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+import transformers
 
 import zipc
+import zipc.pricing as pricing
 from tests.tiny_project import (
     Killed,
     Told,
@@ -300,6 +302,20 @@ def test_classifier_is_compiled_for_its_logits_and_read_by_accuracy(tmp_path: Pa
     assert distance(run_torch(zipc.load(tmp_path / "out"), feeds), compiled) < INT8_BOUND
 
 
+def test_model_stored_in_half_precision_is_compiled_in_fp32(
+    project: Project, tmp_path: Path
+) -> None:
+    model = shutil.copytree(project.model, tmp_path / "model")
+    module = transformers.AutoModel.from_pretrained(model, dtype=torch.bfloat16)
+    module.save_pretrained(model)
+    project.compile(tmp_path / "out", model=model, cache=tmp_path / "cache")
+    loaded = zipc.load(tmp_path / "out")
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+    feeds = padded_batch()
+    compiled = run_onnx(tmp_path / "out" / "model.onnx", feeds)
+    assert distance(run_torch(loaded, feeds), compiled) < INT8_BOUND
+
+
 def test_unlabelled_text_of_another_domain_will_do(project: Project, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     lines = ["".join(rng.choice(list("ACGT"), 9)) + f" {i}" for i in range(80)]
@@ -333,6 +349,27 @@ def test_profile_measures_once(project: Project, tmp_path: Path) -> None:
     assert (first.from_cache, again.from_cache) == (False, True)
     assert again.table_path == first.table_path
     assert again.entries == first.entries > 20
+
+
+def test_table_of_another_device_is_measured_anew_and_said(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pricing, "TRUSTED_ERROR", 1e9)
+    cache = shutil.copytree(project.cache, tmp_path / "cache")
+    asked = request(project.model, None, None, cache)
+    first = profile_model(asked, progress=Told())
+    store = TableStore(cache / "tables")
+    table = store.load(first.table_path, fingerprint=None)
+    assert table is not None
+    other = table.model_copy(update={"fingerprint": {**table.fingerprint, "cpu": "Abacus"}})
+    store.save(other, first.table_path)
+    allowed = profile_model(replace(asked, allow_table_mismatch=True), progress=Told())
+    assert allowed.from_cache
+    told = Told()
+    again = profile_model(asked, progress=told)
+    assert not again.from_cache
+    assert any("another device" in info and "Abacus" in info for info in told.infos)
+    assert profile_model(asked, progress=Told()).from_cache
 
 
 def test_sites_priced_above_the_whole_model_serve_one_run_and_are_not_kept(

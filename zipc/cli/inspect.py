@@ -42,9 +42,14 @@ def inspect_verb(
             return Outcome(document, lambda console: show_fields(console, document))
         if _is_compiled(path):
             manifest = Manifest.read(path)
+            out = path.parent if path.name == FILE_NAME else path
+            for name in manifest.changed_files(out):
+                progress.info(
+                    f"{name} is missing or was changed after the compile: what follows is not of it"
+                )
             return Outcome(
                 manifest.to_json(),
-                lambda console: show_manifest(console, manifest, out=path, every_site=True),
+                lambda console: show_manifest(console, manifest, out=out, every_site=True),
             )
         from zipc.inspect import inspect_model
 
