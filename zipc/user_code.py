@@ -16,6 +16,7 @@ from typing import Any
 from zipc.core.errors import UsageError
 
 LAST_FRAMES = 3
+FAILURES = (Exception, SystemExit)  # whatever code of the user's may raise
 
 
 def split_reference(source: str) -> tuple[Path, str] | None:
@@ -26,38 +27,40 @@ def split_reference(source: str) -> tuple[Path, str] | None:
     return Path(file).expanduser(), name
 
 
-def load_function(source: str) -> tuple[Callable[..., Any], ModuleType]:
+def load_function(source: str, *, flag: str = "") -> tuple[Callable[..., Any], ModuleType]:
     """The function that `path/to/file.py:function` names, and its module.
 
     While the file is imported, its folder can be imported from, as if it were run as a script.
+    `flag` is where the user named it, for messages.
 
     Raises:
         UsageError: no such file or function, or importing the file fails.
     """
+    where = f"{flag} {source}".strip()
     reference = split_reference(source)
     if reference is None:
-        raise UsageError(f"{source}: give it as path/to/file.py:function.")
+        raise UsageError(f"{where}: give it as path/to/file.py:function.")
     path, name = reference
     if not path.is_file():
-        raise UsageError(f"{source}: there is no file {path}.")
-    alias = f"zipc_user_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
+        raise UsageError(f"{where}: there is no file {path}.")
+    alias = f"user_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(alias, path)
     if spec is None or spec.loader is None:
-        raise UsageError(f"{source}: {path.name} is not a Python file.")
+        raise UsageError(f"{where}: {path.name} is not a Python file.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[alias] = module  # dataclasses look their module up there
     try:
         with importable(path.parent):
             spec.loader.exec_module(module)
-    except Exception as error:
+    except FAILURES as error:
         del sys.modules[alias]
-        raise UsageError(f"{source}: importing it raised {told(error, path)}") from error
+        raise UsageError(f"{where}: importing it raised {told(error, path)}") from error
     function = getattr(module, name, None)
     if not callable(function):
         names = [n for n, value in vars(module).items() if callable(value) and n[0] != "_"]
         close = difflib.get_close_matches(name, names, n=1)
         hint = f" Did you mean '{close[0]}'?" if close else ""
-        raise UsageError(f"{source}: {path.name} has no function '{name}'.{hint}")
+        raise UsageError(f"{where}: {path.name} has no function '{name}'.{hint}")
     return function, module
 
 
@@ -75,7 +78,7 @@ def importable(folder: Path) -> Iterator[None]:
 
 def told(error: BaseException, path: Path) -> str:
     """An error in words, and the last lines of the user's own code that led to it."""
-    folder = path.resolve().parent
+    folder = path.expanduser().resolve().parent
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)

@@ -16,7 +16,7 @@ from zipc.core.errors import CorruptFile, UsageError
 from zipc.core.shapes import parse_input_shapes
 from zipc.model_source import SourceModel, load_source
 from zipc.output import _copy_texts
-from zipc.pruner.graph.surgery import describe
+from zipc.pruner.graph.surgery import SCHEMA_VERSION
 
 NETS = """
 from torch import nn
@@ -30,7 +30,9 @@ def written(source: SourceModel, out: Path) -> Path:
     """The checkpoint of a model that nothing was removed from."""
     folder = out / "checkpoint"
     folder.mkdir(parents=True)
-    document = describe(source.module, [], widths={}, numerics={}) | {"source": source.recipe}
+    untouched: dict[str, Any] = {"tensors": {}, "numerics": {}, "biased": [], "stubs": {}}
+    document = {"schema_version": SCHEMA_VERSION, **untouched, "attributes": {}}
+    document["source"] = source.recipe
     (folder / "structure.json").write_text(json.dumps(document))
     tensors = {n: t.detach().clone() for n, t in source.module.state_dict().items()}
     save_file(tensors, folder / "model.safetensors")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +11,7 @@ from zipc.cli.flags import FormatFlag, parse_latency, parse_seconds
 from zipc.cli.printing import show_fields
 from zipc.cli.running import Outcome, run_verb
 from zipc.core.types import Progress
+from zipc.core.workload import resized
 
 
 def check_verb(
@@ -51,16 +51,18 @@ def check_verb(
     def body(progress: Progress) -> Outcome:
         from zipc import gate
 
-        flags = {"batch_size": batch_size, "sequence_length": sequence_length, "threads": threads}
-        given = {name: value for name, value in flags.items() if value is not None}
-
         result = gate.check(
             new,
             baseline,
             fail_on=fail_on,
             max_time_s=parse_seconds(max_time, "--max-time"),
             min_delta_ms=0.0 if min_delta is None else parse_latency(min_delta, "--min-delta"),
-            workload=replace(gate.workload_of(new, baseline), **given),
+            workload=resized(
+                gate.workload_of(new, baseline),
+                batch_size=batch_size,
+                sequence_length=sequence_length,
+                threads=threads,
+            ),
             progress=progress,
         )
         document = result.to_json()

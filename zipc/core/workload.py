@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, PlainSerializer
 
+from zipc.core.errors import UsageError
 from zipc.core.types import Workload
 
 
@@ -41,6 +42,34 @@ def read_workload(document: Any) -> Workload:
         threads=_size(document, "threads"),
         input_shapes={str(n): _shape(n, shape) for n, shape in shapes.items()},
         past_length=_optional(document, "past_length"),
+    )
+
+
+def resized(
+    workload: Workload,
+    *,
+    batch_size: int | None = None,
+    sequence_length: int | None = None,
+    threads: int | None = None,
+) -> Workload:
+    """The workload with some sizes changed; None keeps one.
+
+    Raises:
+        UsageError: a length is given for inputs that have no sequence axis.
+    """
+    if sequence_length is not None and workload.sequence_length is None:
+        raise UsageError(f"--sequence-length: nothing in this workload is a sequence ({workload}).")
+    batch = batch_size or workload.batch_size
+    shapes = {
+        name: (batch, *shape[1:]) if shape[:1] == (workload.batch_size,) else shape
+        for name, shape in workload.input_shapes.items()
+    }
+    return dataclasses.replace(
+        workload,
+        batch_size=batch,
+        sequence_length=sequence_length or workload.sequence_length,
+        threads=threads or workload.threads,
+        input_shapes=shapes,
     )
 
 

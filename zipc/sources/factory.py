@@ -27,7 +27,7 @@ from zipc.sources.common import (
     named_outputs,
     public_outputs,
 )
-from zipc.user_code import importable, load_function, split_reference, told
+from zipc.user_code import FAILURES, importable, load_function, split_reference, told
 
 KIND = "factory"
 EXAMPLES = "example_inputs"  # what the user's file may define beside the factory
@@ -124,7 +124,7 @@ def make_blank(factory: Factory) -> nn.Module:
         torch.manual_seed(SEED)
         try:
             module = factory.make()
-        except Exception as error:  # anything the user's code raises
+        except FAILURES as error:
             raise UsageError(
                 f"{factory.source}, called without arguments, raised {told(error, factory.path)}"
             ) from error
@@ -244,7 +244,7 @@ def _examples(factory: Factory, accepted: Sequence[str]) -> list[InputSpec]:
             with torch.random.fork_rng(devices=[]), importable(factory.path.parent):
                 torch.manual_seed(SEED)
                 found = found()
-        except Exception as error:  # anything the user's code raises
+        except FAILURES as error:
             raise UsageError(
                 f"{factory.path}:{EXAMPLES} raised {told(error, factory.path)}"
             ) from error
@@ -275,13 +275,13 @@ def _forward_(source: SourceModel, factory: Factory, *, batch: int) -> Any:
         return _run(source, source.example())
     except UnsupportedModel:
         raise
-    except Exception as error:  # anything the user's code raises
+    except FAILURES as error:
         first = error
     try:
         result = _run(source, make_example(source.specs, {BATCH: batch}))
     except UnsupportedModel:
         raise
-    except Exception as error:  # anything the user's code raises
+    except FAILURES as error:
         raise UnsupportedModel(
             f"{source.source}: {type(source.module).__name__} fails on "
             f"{', '.join(map(str, source.specs))}: {told(error, factory.path)}"

@@ -12,7 +12,7 @@ from zipc.core.errors import UsageError
 from zipc.core.request import Request
 from zipc.core.shapes import parse_input_shapes
 from zipc.core.types import InputSpec, Workload
-from zipc.core.workload import read_workload, workload_document
+from zipc.core.workload import read_workload, resized, workload_document
 from zipc.model_source import SourceModel, load_source, settle
 
 
@@ -129,6 +129,16 @@ def test_workload_is_read_back_as_it_was_written(workload: Workload) -> None:
     assert read_workload(document) == workload
     assert ("sequence_length" in document) == (workload.sequence_length is not None)
     assert None not in document.values()
+
+
+def test_sizes_of_a_workload_are_changed_in_its_shapes_too() -> None:
+    shapes = {"x": (2, 3, 8, 8), "grid": (5, 2)}
+    changed = resized(Workload(2, None, 1, shapes), batch_size=4, threads=3)
+    assert changed == Workload(4, None, 3, {"x": (4, 3, 8, 8), "grid": (5, 2)})
+    assert resized(Workload(2, 64, 4), sequence_length=32) == Workload(2, 32, 4)
+    assert all(resized(workload) == workload for workload in WORKLOADS)
+    with pytest.raises(UsageError, match="nothing in this workload is a sequence"):
+        resized(changed, sequence_length=32)
 
 
 def test_every_workload_has_a_key_of_its_own_that_can_name_a_folder() -> None:
