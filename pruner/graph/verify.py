@@ -104,7 +104,8 @@ def _failure(
         made = reshaped(model, describe(model, program, only, widths=widths))
         _assign_(made, tensors)
         with torch.no_grad():
-            got = [t for t in tree_leaves(made(**example)) if isinstance(t, Tensor)]
+            given = [t for t in tree_leaves(made(**example)) if isinstance(t, Tensor)]
+        got = [given[i] for i in _asked_for(program)]
     except (CorruptFile, Exception) as error:  # whatever the code of a module raises
         first = str(error).strip().splitlines()[0] if str(error).strip() else ""
         return f"{type(error).__name__}: {first[:160]}"
@@ -119,6 +120,13 @@ def _failure(
         if not apart <= AGREES * float(torch.linalg.vector_norm(b.double())) + 1e-12:
             return "it computes something else"
     return None
+
+
+def _asked_for(program: Program) -> list[int]:
+    """Which of the tensors that the module gives are the program's outputs."""
+    given = program.exported.graph_signature.user_outputs
+    tensors = [name for name in given if isinstance(name, str)]
+    return [tensors.index(output.name) for output in program.outputs]
 
 
 def _assign_(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
