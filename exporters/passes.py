@@ -98,6 +98,7 @@ def merge_equal_(graph: OnnxGraph) -> None:
 
 def _rename_(graph: OnnxGraph, names: Mapping[str, str]) -> None:
     """Read other values in the place of those that are keys of `names`."""
+
     def last(name: str) -> str:
         while name in names and names[name] != name:
             name = names[name]

@@ -45,9 +45,7 @@ def made(family: str) -> tuple[nn.Module, Program, OnnxGraph]:
     module, example = member.build(), member.example()
     limits = {"sequence": 32, "target": 32, "batch": 64}
     program = trace(module, example, dynamic=member.dynamic, limits=limits)
-    graph = export_dense(
-        program.exported, example, outputs=[(0, "result")], dynamic=member.dynamic
-    )
+    graph = export_dense(program.exported, example, outputs=[(0, "result")], dynamic=member.dynamic)
     return module, program, graph
 
 
