@@ -239,6 +239,14 @@ class TestCompile:
         assert "noise of a library" in err
         assert "noise" not in out
 
+    def test_report_says_where_less_is_better(self, run: Run, pipeline: Any) -> None:
+        quality = QualityRecord(
+            metric="loss", split="test", dense=1.2664, compiled=1.3001, interval=(0.03, 0.0401)
+        )
+        pipeline.compile_model = answer(pipeline, lambda: manifest(quality=quality))
+        expected = "dense 1.2664, compiled 1.3001 (+0.0337, 95 % +0.0300 to +0.0401), lower is"
+        assert expected in run(*COMPILE)[1]
+
     def test_brackets_in_names_are_printed_as_they_are(self, run: Run, pipeline: Any) -> None:
         model = ModelRecord(source="models/[v2]", sha256=SHA)
         pipeline.compile_model = answer(pipeline, lambda: manifest(model=model))

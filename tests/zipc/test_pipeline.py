@@ -19,6 +19,7 @@ import transformers
 import zipc
 import zipc.pricing as pricing
 from tests.tiny_project import (
+    SETTINGS,
     Killed,
     Told,
     fake_clock,
@@ -324,6 +325,23 @@ def test_unlabelled_text_of_another_domain_will_do(project: Project, tmp_path: P
     assert manifest.verdict == "validated"
     assert manifest.quality is not None
     assert np.isfinite(manifest.quality.compiled)
+
+
+def test_arrays_of_token_ids_will_do(project: Project, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    ids = rng.integers(4, SETTINGS["vocab_size"], (120, 12))
+    mask = (np.arange(12) < rng.integers(3, 13, 120)[:, None]).astype(np.int64)
+    np.savez(tmp_path / "ids.npz", input_ids=ids * mask, attention_mask=mask)
+    told = Told()
+    manifest = project.compile(tmp_path / "out", data=tmp_path / "ids.npz", told=told)
+    assert manifest.verdict == "validated"
+    assert any("arrays: input_ids 12 int64" in info for info in told.infos)
+    assert manifest.data is not None
+    assert sum(manifest.data.rows.values()) - manifest.data.rows["dev"] == 120
+    assert manifest.quality is not None
+    assert manifest.quality.metric == "agreement"
+    assert manifest.quality.dense == pytest.approx(100)
+    assert 0 <= (manifest.quality.compiled or -1) < 100
 
 
 def test_plan_stops_at_the_allocation(project: Project) -> None:
