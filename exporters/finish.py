@@ -39,7 +39,7 @@ class _Block:
     query: _Heads
     key: _Heads
     value: _Heads
-    mask: list[str]
+    masks: list[str]
     output: str
     scale: float
     nodes: tuple[NodeProto, ...]  # the last first
@@ -51,7 +51,7 @@ def fuse_attention_(graph: OnnxGraph) -> None:
     ONNX Runtime's CPU kernel reads and writes (batch, sequence, heads x size) without the four
     transposes, adds the mask while multiplying, and reads one key and value for several queries
     without repeating them. Rotary embeddings move in front of the splits. Attention of another
-    shape (a second bias on the scores, say) stays as it is.
+    shape stays as it is.
     """
     if not graph.can_raise_opset(FUSED_OPSET):
         return
@@ -75,13 +75,26 @@ def fuse_attention_(graph: OnnxGraph) -> None:
         graph.nodes.append(
             node(
                 "Attention",
-                [*inputs, *block.mask],
+                [*inputs, *_sum(graph, block.masks)],
                 [block.output],
                 q_num_heads=block.query.heads,
                 kv_num_heads=block.key.heads,
                 scale=block.scale,
             )
         )
+
+
+def _sum(graph: OnnxGraph, masks: list[str]) -> list[str]:
+    """What is added to the scores as one value or none; layers share the sum."""
+    if len(masks) < 2:
+        return masks
+    total = masks[0]
+    for mask in masks[1:]:
+        name = f"{total}_and_{mask}"
+        if all(name not in n.output for n in graph.nodes):
+            graph.nodes.append(node("Add", [total, mask], [name]))
+        total = name
+    return [total]
 
 
 def _turned(graph: OnnxGraph, heads: _Heads) -> str:
@@ -106,17 +119,17 @@ class _Match:
     def block(self, softmax: NodeProto) -> _Block | None:
         if attribute(softmax, "axis", -1) not in (-1, 3):
             return None
-        head, mask = self._scores(softmax.input[0])
+        scores = self._scores(softmax.input[0])
         after = self._only(softmax, "MatMul")
         merge = self._only(after, "Transpose")
         flat = self._only(merge, "Reshape")
-        if head is None or mask is None or not after or not merge or not flat:
+        if scores is None or not after or not merge or not flat:
             return None
         if after.input[0] != softmax.output[0] or attribute(merge, "perm", []) != [0, 2, 1, 3]:
             return None
         if self.find.numbers(flat.input[1]) != [0, 0, -1]:
             return None
-        product, scale, nodes = head
+        (product, scale, nodes), masks = scores
         query = self._split(product.input[0], [0, 2, 1, 3])
         key = self._split(product.input[1], [0, 2, 3, 1])
         value = self._split(after.input[1], [0, 2, 1, 3])
@@ -130,7 +143,7 @@ class _Match:
             query,
             key,
             value,
-            mask,
+            masks,
             flat.output[0],
             scale * query.scale * key.scale,
             (flat, merge, after, softmax, *nodes, product, *query.nodes, *key.nodes, *value.nodes),
@@ -138,19 +151,19 @@ class _Match:
 
     def _scores(
         self, name: str
-    ) -> tuple[tuple[NodeProto, float, list[NodeProto]] | None, list[str] | None]:
-        """(q k' product, factor on it, nodes after it) and the mask as a list of none or one."""
-        last = self.find.producers.get(name)
-        if last is None:
-            return None, None
-        if last.op_type != "Add":
-            return self._product(name), []
-        for value, mask in (last.input, reversed(last.input)):
-            head = self._product(value)
-            shape = self.graph.shapes.get(mask)
-            if head is not None and shape is not None and len(shape) == 4 and shape[2] != 1:
-                return (head[0], head[1], [last, *head[2]]), [mask]
-        return None, None
+    ) -> tuple[tuple[NodeProto, float, list[NodeProto]], list[str]] | None:
+        """(q k' product, factor on it, nodes after it) and what is added to it."""
+        head = self._product(name)
+        if head is not None:
+            return head, []
+        last = self.find.made_by(name, "Add")
+        for value, mask in (last.input, reversed(last.input)) if last is not None else ():
+            inner, shape = self._scores(value), self.graph.shapes.get(mask)
+            if inner is None or last is None or shape is None or len(shape) != 4 or shape[2] == 1:
+                continue
+            (product, scale, nodes), masks = inner
+            return (product, scale, [last, *nodes]), [*masks, mask]
+        return None
 
     def _product(self, name: str) -> tuple[NodeProto, float, list[NodeProto]] | None:
         way = _Way(self.find, name)

@@ -58,8 +58,7 @@ def export_dense(
     _name_axes(proto, dynamic)
     graph = OnnxGraph.of(proto)
     graph.origin, graph.results = origin.of(graph.nodes), origin.results(graph.nodes)
-    for node in graph.nodes:
-        del node.metadata_props[:]  # stack traces
+    _drop_metadata_(graph)
     _put_back_(graph, parameters, names)
     _keep_outputs(graph, outputs)
     clean(graph)
@@ -135,6 +134,13 @@ def _put_back_(
     for node in graph.nodes:
         for i, source in enumerate(node.input):
             node.input[i] = gone.get(source, source)
+
+
+def _drop_metadata_(graph: OnnxGraph) -> None:
+    """Drop what the exporter notes for itself, such as stack traces."""
+    model = graph.proto
+    for noted in (model, model.graph, *model.graph.input, *model.graph.output, *graph.nodes):
+        del noted.metadata_props[:]
 
 
 def _transposes(node: NodeProto) -> bool:

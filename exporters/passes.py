@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 from onnx import NodeProto
 
-from zipc.exporters.fusions import fuse
+from zipc.exporters.fusions import Finder, fuse
 from zipc.exporters.graph import OnnxGraph, live
 from zipc.exporters.graph import node as new_node
 from zipc.exporters.shapes import (
@@ -23,7 +23,7 @@ SMALL = 64  # elements up to which constants are compared
 def clean(graph: OnnxGraph) -> None:
     """Run all passes. What remains says the same at other widths, in operators that run fast."""
     flat_linears_(graph)
-    idle_reshapes_(graph)
+    idle_nodes_(graph)
     sizes_from_inputs_(graph)
     relative_reshapes_(graph)
     relative_expands_(graph)
@@ -35,17 +35,41 @@ def clean(graph: OnnxGraph) -> None:
     drop_dead_(graph)
 
 
-def idle_reshapes_(graph: OnnxGraph) -> None:
-    """Drop a Reshape to the shape that is there already."""
-    outputs = set(graph.outputs())
+def idle_nodes_(graph: OnnxGraph) -> None:
+    """Drop what changes nothing: a Reshape to the same shape, a Pad by 0, a mask that hides nothing."""
+    find, outputs = Finder(graph), set(graph.outputs())
     same: dict[str, str] = {}
     for node in graph.nodes:
-        if node.op_type == "Reshape" and node.output[0] not in outputs:
-            before, after = graph.shapes.get(node.input[0]), graph.shapes.get(node.output[0])
-            if before and before == after and all(before):
-                same[node.output[0]] = node.input[0]
+        source = _unchanged(find, node)
+        if source is not None and node.output[0] not in outputs:
+            same[node.output[0]] = source
     graph.nodes = [n for n in graph.nodes if n.output[0] not in same]
     _rename_(graph, same)
+
+
+def _unchanged(find: Finder, node: NodeProto) -> str | None:
+    """The input that a node hands on as it is."""
+    shapes = find.graph.shapes
+    if node.op_type == "Reshape":
+        before, after = shapes.get(node.input[0]), shapes.get(node.output[0])
+        return node.input[0] if before and before == after and all(before) else None
+    if node.op_type == "Pad" and not any(find.numbers(node.input[1]) or [1]):
+        return str(node.input[0])
+    if node.op_type in ("Add", "And"):
+        for value, mask in (tuple(node.input), tuple(reversed(node.input))):
+            if shapes.get(value) == shapes.get(node.output[0]) and _hides_nothing(find, mask):
+                return str(value)
+    return None
+
+
+def _hides_nothing(find: Finder, mask: str) -> bool:
+    """Whether a mask is true everywhere, or 0 where it is added."""
+    chosen = find.made_by(mask, "Where")
+    if chosen is not None:
+        return find.scalar(chosen.input[1]) == 0.0 and _hides_nothing(find, chosen.input[0])
+    spread = find.made_by(mask, "Expand")
+    held = find.graph.arrays.get(mask if spread is None else spread.input[0])
+    return held is not None and held.dtype == np.bool_ and bool(held.all())
 
 
 def merge_equal_(graph: OnnxGraph) -> None:
@@ -136,3 +160,6 @@ def full_masks_(graph: OnnxGraph) -> None:
 def drop_dead_(graph: OnnxGraph) -> None:
     """Drop nodes that no output needs, so that a graph equals itself read back from a file."""
     graph.nodes = live(graph.nodes, graph.outputs())
+    values = {o for n in graph.nodes for o in n.output}
+    graph.origin = {v: name for v, name in graph.origin.items() if v in values}
+    graph.results = {name: v for name, v in graph.results.items() if v in values}

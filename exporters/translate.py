@@ -123,10 +123,10 @@ def _group_norm(
     grouped = op.Reshape(x, op.Constant(value_ints=[0, num_groups, -1]))
     normal = op.Reshape(op.InstanceNormalization(grouped, ones, zeros, epsilon=eps), op.Shape(x))
     axes = op.Constant(value_ints=list(range(1, len(x.shape) - 1)))
-    if weight is not None:
-        normal = op.Mul(normal, op.Unsqueeze(weight, axes))
-    if bias is not None:
-        normal = op.Add(normal, op.Unsqueeze(bias, axes))
+    for operator, value in ((op.Mul, weight), (op.Add, bias)):
+        normal.shape, normal.dtype = x.shape, x.dtype  # inference does not look through Shape
+        if value is not None:
+            normal = operator(normal, op.Unsqueeze(value, axes))
     return normal
 
 

@@ -20,7 +20,7 @@ from zipc.pruner.graph import surgery
 from zipc.pruner.graph.cuts import Cuts
 from zipc.pruner.graph.interpret import Executor
 from zipc.pruner.graph.sites import Structure, find_sites
-from zipc.pruner.graph.trace import Program, trace
+from zipc.pruner.graph.trace import MapCall, Program, trace
 from zipc.pruner.graph.verify import verify
 
 Kept = Mapping[str, Sequence[int]]  # site -> units kept
@@ -95,6 +95,10 @@ class Case:
     @property
     def weights(self) -> dict[str, Tensor]:
         return dict(self.program.tensors.values())
+
+    @property
+    def calls(self) -> dict[str, MapCall]:
+        return {c.module: c for c in self.program.maps}
 
 
 def randomise_(module: nn.Module, seed: int = 0) -> None:
@@ -172,8 +176,7 @@ def first(result: Any) -> Tensor:
 
 def sliced(made: Case, kept: Kept) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Cut tensors by name, and the constant output of each removed consumer by module."""
-    weights = made.weights
-    calls = {c.module: c for c in made.program.maps}
+    weights, calls = made.weights, made.calls
     tensors: dict[str, Tensor] = {}
     constants: dict[str, Tensor] = {}
     cuts = Cuts(s for s in made.sites if kept[s.name])
@@ -208,7 +211,7 @@ def surgered(made: Case, kept: Kept, numerics: Mapping[str, str] | None = None) 
 
 def zeroed(made: Case, kept: Kept, feeds: Mapping[str, Tensor]) -> Tensor:
     """The dense module's output when consumers see zeros for every unit that is not kept."""
-    calls = {c.module: c for c in made.program.maps}
+    calls = made.calls
     handles = []
     for site in made.sites:
         gone = [u for u in range(site.units) if u not in set(kept[site.name])]

@@ -17,6 +17,7 @@ from zipc.core.types import InputSpec, Site
 from zipc.gate import bytes_of
 from zipc.model_source import load_source, settle, trace_source
 from zipc.pruner.graph.sites import find_sites
+from zipc.pruner.graph.verify import verify
 from zipc.pruner.ladder import widths_of
 from zipc.targets import load_target
 
@@ -42,7 +43,13 @@ def inspect_model(
     request = Request(model=model, weights=weights, input_shapes=tuple(input_shapes))
     source = load_source(model, weights=weights, input_shapes=input_shapes)
     program = trace_source(source, batch=settle(request, source).batch_size)
-    structure = find_sites(program, include=include, exclude=exclude)
+    structure = verify(
+        source.module,
+        program,
+        find_sites(program, include=include, exclude=exclude),
+        source.example(),
+        chosen=source.chosen,
+    )
     sizes = {name: tensor.numel() for name, tensor in program.tensors.values()}
     return {
         "model": source.source,

@@ -25,8 +25,9 @@ def levels_of(made: Case, family: str) -> Levels:
     batches = [text(family, batch=6, length=9, seed=s) for s in range(3)]
     modules = [m for s in made.sites for m in (*s.producers, *(c.module for c in s.consumers))]
     stats = collect(made.executor, batches, modules=modules)
-    sweeps = {s.name: sweep_site(s, made.weights, stats) for s in made.sites}
-    return Levels({s.name: s for s in made.sites}, made.weights, stats, sweeps)
+    sweeps = {s.name: sweep_site(s, made.weights, stats, made.calls) for s in made.sites}
+    sites = {s.name: s for s in made.sites}
+    return Levels(sites, made.calls, made.weights, stats, sweeps)
 
 
 def readout(outputs: Sequence[Tensor], feeds: Mapping[str, Tensor]) -> Tensor:

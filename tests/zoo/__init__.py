@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tests.zoo import dense_prediction, huggingface, vision
 from tests.zoo.values import images, ready, tokens
 
+LONGEST = 28  # tokens; the position tables of some families begin a few rows later
 Axes = dict[str, dict[int, str]]
 
 
@@ -38,7 +39,7 @@ class Family:
     def shapes(self) -> dict[str, dict[int, Any]]:
         """The `dynamic_shapes` of torch.export for the example."""
         sizes = {s for axes in self.dynamic.values() for s in axes.values()}
-        dims = {s: torch.export.Dim(s, max=64 if s == "batch" else 32) for s in sizes}
+        dims = {s: torch.export.Dim(s, max=64 if s == "batch" else LONGEST) for s in sizes}
         return {
             name: {axis: dims[size] for axis, size in axes.items()}
             for name, axes in self.dynamic.items()
@@ -79,7 +80,7 @@ ZOO: dict[str, Family] = {
         _image("shufflenet", vision.ShuffleNet, size=16),
         _image("unet", dense_prediction.UNet, size=16),
         _image("unet-upsample", partial(dense_prediction.UNet, transposed=False), size=16),
-        _image("yolo", dense_prediction.Yolo),
+        Family("yolo", dense_prediction.detector, images, _IMAGE, "image"),
         Family("bert", huggingface.bert, partial(tokens, types=True), _TYPED, "text"),
         Family(
             "bert-masked-lm",

@@ -1,0 +1,177 @@
+"""ONNX Runtime equals torch for every family, and every parameter of the graph is its own."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from onnx import helper
+from torch import Tensor, fx, nn
+from torch.func import functional_call
+
+from tests.zoo import ZOO
+from zipc.exporters.finish import finish
+from zipc.exporters.graph import OnnxGraph
+from zipc.exporters.onnx_export import check_parity, export_dense
+from zipc.pruner.graph.trace import Program, trace
+
+BOUND = 1e-4
+families = pytest.mark.parametrize("family", ZOO)
+# operators whose kernels the graphs of a family are written for
+EXPECTED = {
+    "gpt2": {"Attention": 2, "Gelu": 2, "Split": 2},
+    "opt": {"Attention": 2},
+    "llama": {"Attention": 2, "RotaryEmbedding": 4, "RMSNormalization": 5},
+    "llama-mqa": {"Attention": 2, "RotaryEmbedding": 4, "RMSNormalization": 5},
+    "qwen2": {"Attention": 2, "RotaryEmbedding": 4, "RMSNormalization": 5},
+    "mistral": {"Attention": 2, "RotaryEmbedding": 4, "RMSNormalization": 5},
+    "mixtral": {"Attention": 2, "RotaryEmbedding": 4, "RMSNormalization": 5},
+    "t5": {"Attention": 6, "RMSNormalization": 12},
+    "vit": {"Attention": 2, "Where": 0},
+    "swin": {"Attention": 4, "Pad": 0},
+    "mpnet": {"Attention": 2, "Softmax": 0},
+    "bottleneck-resnet": {"GlobalAveragePool": 1, "BatchNormalization": 15},
+}
+
+
+@functools.cache
+def made(family: str) -> tuple[nn.Module, Program, OnnxGraph]:
+    member = ZOO[family]
+    module, example = member.build(), member.example()
+    limits = {"sequence": 32, "target": 32, "batch": 64}
+    program = trace(module, example, dynamic=member.dynamic, limits=limits)
+    graph = export_dense(
+        program.exported, example, outputs=[(0, "result")], dynamic=member.dynamic
+    )
+    return module, program, graph
+
+
+def finished(graph: OnnxGraph) -> OnnxGraph:
+    copy = graph.copy()
+    finish(copy)
+    return copy
+
+
+def run(graph: OnnxGraph, feeds: Mapping[str, Tensor]) -> list[np.ndarray]:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = 1
+    session = ort.InferenceSession(graph.to_bytes(), options, providers=["CPUExecutionProvider"])
+    return session.run(None, {i.name: feeds[i.name].numpy() for i in session.get_inputs()})
+
+
+def inputs(family: str) -> list[dict[str, Tensor]]:
+    """Inputs of the traced sizes and of others."""
+    example = ZOO[family].example
+    if ZOO[family].modality == "image":
+        return [example(), example(batch=1, seed=1), example(batch=3, seed=2)]
+    sizes = ((2, 7), (1, 5), (3, 11))
+    return [example(batch=b, length=n, seed=n) for b, n in sizes]
+
+
+def first(result: object) -> Tensor:
+    value = result if isinstance(result, Tensor) else result[0]  # type: ignore[index]
+    assert isinstance(value, Tensor)
+    return value
+
+
+@families
+def test_onnx_runtime_equals_torch_at_traced_and_other_sizes(family: str) -> None:
+    module, _, graph = made(family)
+    for candidate in (graph, finished(graph)):
+        onnx.checker.check_model(candidate.to_proto(), full_check=True)
+        for feeds in inputs(family):
+            want = first(module(**feeds)).numpy()
+            check_parity(run(candidate, feeds), [want], bound=BOUND, what=family)
+
+
+@families
+def test_every_parameter_can_be_edited_alone(family: str) -> None:
+    """All of them at once get values of their own: equal ones and folded ones would show."""
+    module, program, graph = made(family)
+    names = {n for n, _ in program.tensors.values()}
+    generator = torch.Generator().manual_seed(1)
+    state = {}
+    for name, old in module.state_dict().items():
+        noise = torch.rand(old.shape, generator=generator) * 0.4 + 0.8
+        if name in names and old.is_floating_point():
+            state[name] = old * noise
+            assert name in graph.weights, name
+    tied = {graph.weights[n][0]: n for n in state}
+    state = {n: state[tied[graph.weights[n][0]]] for n in state}
+    edited = graph.copy()
+    for name, value in state.items():
+        stored, turned = graph.weights[name]
+        assert edited.arrays[stored].shape == (value.T if turned else value).shape
+        edited.arrays[stored] = (value.T if turned else value).numpy()
+    feeds = ZOO[family].example()
+    want = first(functional_call(module, state, (), feeds)).numpy()
+    check_parity(run(finished(edited), feeds), [want], bound=BOUND, what=family)
+    with pytest.raises(AssertionError):
+        np.testing.assert_allclose(want, first(module(**feeds)).numpy(), rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "family", ["cifar-resnet8", "groupnorm", "shufflenet", "yolo", "gpt2", "llama", "t5", "swin"]
+)
+def test_results_name_the_values_that_traced_nodes_compute(family: str) -> None:
+    module, program, graph = made(family)
+    feeds = ZOO[family].example()
+    values: dict[str, object] = {}
+
+    class Recorder(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> object:
+            values[n.name] = super().run_node(n)
+            return values[n.name]
+
+    exported = program.exported.module()
+    Recorder(exported).run(*feeds.values())
+    wanted = {
+        name: value
+        for name, value in graph.results.items()
+        if isinstance(values.get(name), Tensor) and value not in graph.outputs()
+    }
+    # of what a fusion took in, nothing is left
+    assert len(wanted) > 0.4 * sum(n.op == "call_function" for n in program.nodes)
+    inner = graph.copy()
+    inner.proto = onnx.ModelProto()
+    inner.proto.CopyFrom(graph.proto)
+    for value in dict.fromkeys(wanted.values()):
+        shape = [None] * len(graph.shapes[value])
+        inner.proto.graph.output.append(
+            helper.make_tensor_value_info(value, graph.types[value], shape)
+        )
+    got = dict(zip([o.name for o in inner.proto.graph.output], run(inner, feeds), strict=True))
+    for name, value in wanted.items():
+        expected = values[name].numpy()  # type: ignore[attr-defined]
+        if expected.dtype == np.float32 and np.isfinite(expected).all():
+            check_parity([got[value]], [expected], bound=BOUND, what=name)
+    origins = set(graph.origin.values())
+    assert origins <= {n.name for n in program.nodes}
+    weighty = {"conv2d", "linear", "addmm", "conv_transpose2d", "embedding"}
+    for node in program.nodes:
+        if str(node.target).removeprefix("aten.").split(".")[0] in weighty:
+            assert node.name in origins, node.name
+
+
+@pytest.mark.parametrize("family", EXPECTED)
+def test_graphs_hold_the_operators_that_run_fast(family: str) -> None:
+    graph = finished(made(family)[2])
+    graph.nodes = list(graph.to_proto().graph.node)
+    counts = graph.op_counts()
+    assert {op: counts[op] for op in EXPECTED[family]} == EXPECTED[family]
+
+
+@families
+def test_graphs_are_of_the_standard_domain_and_say_nothing_of_their_making(family: str) -> None:
+    graph = finished(made(family)[2])
+    proto = graph.to_proto()
+    assert {o.domain for o in proto.opset_import} <= {"", "ai.onnx"}
+    assert not any(n.metadata_props for n in proto.graph.node)
+    assert b"site-packages" not in proto.SerializeToString()
+    assert {n.domain for n in proto.graph.node} <= {"", "ai.onnx"}
