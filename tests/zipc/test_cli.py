@@ -28,7 +28,7 @@ from zipc.cli.progress import Lines, open_progress
 from zipc.cli.running import INTERRUPTED
 from zipc.core.errors import NoisyMeasurement, TargetUnreachable, UsageError
 from zipc.core.request import Request
-from zipc.core.types import Allocation, Artifact, Level, Progress, Site, Workload
+from zipc.core.types import Allocation, Artifact, InputSpec, Level, Progress, Site, Workload
 from zipc.manifest import (
     AllocationRecord,
     LatencyRecord,
@@ -175,6 +175,7 @@ class TestCompile:
             *("--text-column", "b", "--label-column", "c", "--precision", "int8", "--no-prune"),
             *("--include", "x*", "--exclude", "y*", "--effort", "quick", "--seed", "7"),
             *("--threads", "2", "--batch-size", "4", "--sequence-length", "64"),
+            *("--weights", "w.safetensors", "--input-shapes", "x:4x3,ids:4x7:int64"),
             *("--cache-dir", "k", "--no-reference", "--allow-table-mismatch"),
             *("--require", "validated", "--recover", "none"),
         )
@@ -198,6 +199,11 @@ class TestCompile:
                 threads=2,
                 batch_size=4,
                 sequence_length=64,
+                weights="w.safetensors",
+                input_shapes=(
+                    InputSpec("x", "float32", (4, 3)),
+                    InputSpec("ids", "int64", (4, 7)),
+                ),
                 cache_dir=Path("k"),
                 keep_reference=False,
                 allow_table_mismatch=True,
