@@ -177,6 +177,9 @@ def _keep_outputs(graph: OnnxGraph, outputs: Sequence[tuple[int, str]]) -> None:
                     node.input[i] = name
         graph.shapes[name] = graph.shapes[before]
         graph.types[name] = graph.types[before]
+        graph.results = {n: name if v == before else v for n, v in graph.results.items()}
+        if before in graph.origin:
+            graph.origin[name] = graph.origin[before]
 
 
 def check_parity(

@@ -147,7 +147,7 @@ def test_results_name_the_values_that_traced_nodes_compute(family: str) -> None:
     got = dict(zip([o.name for o in inner.proto.graph.output], run(inner, feeds), strict=True))
     for name, value in wanted.items():
         expected = values[name].numpy()  # type: ignore[attr-defined]
-        if expected.dtype == np.float32 and np.isfinite(expected).all():
+        if expected.dtype == np.float32 and np.abs(expected).max(initial=0.0) < 1e9:
             check_parity([got[value]], [expected], bound=BOUND, what=name)
     origins = set(graph.origin.values())
     assert origins <= {n.name for n in program.nodes}
