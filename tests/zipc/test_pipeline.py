@@ -26,6 +26,7 @@ from tests.tiny_project import (
     model_folder,
     pairs_file,
     request,
+    sentences,
     small_effort,
 )
 from zipc.build import FP32_BOUND, INT8_BOUND
@@ -241,6 +242,19 @@ def test_second_run_reuses_finished_stages_says_so_and_gives_the_same(
     assert manifest.allocation == project.manifest.allocation
     for name in ("model.onnx", "checkpoint/model.safetensors"):
         assert (tmp_path / "out" / name).read_bytes() == (project.out / name).read_bytes()
+
+
+def test_evidence_of_texts_read_otherwise_is_not_reused(project: Project, tmp_path: Path) -> None:
+    model, told = shutil.copytree(project.model, tmp_path / "model"), Told()
+    data = tmp_path / "long.txt"
+    data.write_text("\n".join(f"{a} {b}" for a in sentences(20) for b in sentences(4, seed=1)))
+    asked = request(model, data, None, tmp_path / "cache")
+    plan_model(asked, progress=told)
+    plan_model(asked, progress=told)
+    assert told.notes["evidence"] == "reused"
+    (model / "sentence_bert_config.json").write_text('{"max_seq_length": 16}')
+    plan_model(asked, progress=told)
+    assert told.notes["evidence"] != "reused"
 
 
 @pytest.mark.parametrize("stage", ["export", "evidence"])
