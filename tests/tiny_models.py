@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +20,11 @@ from zipc.pruner.graph import surgery
 from zipc.pruner.graph.cuts import Cuts
 from zipc.pruner.graph.interpret import Executor
 from zipc.pruner.graph.sites import Structure, find_sites
-from zipc.pruner.graph.trace import MapCall, Program, trace
-from zipc.pruner.graph.verify import verify
+from zipc.pruner.graph.trace import Dynamic, MapCall, Program, trace
+from zipc.pruner.graph.verify import all_tensors, verify
 
 Kept = Mapping[str, Sequence[int]]  # site -> units kept
-LENGTH = 48
+LIMITS = {"sequence": 48, "target": 48}
 
 _COMMON = {
     "vocab_size": 60,
@@ -79,7 +79,10 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any], str, bool]] = {
 
 @dataclass(slots=True)
 class Case:
-    """A tiny model, traced; `module` is in `dtype` and is never changed."""
+    """A tiny model, traced; `module` is in `dtype` and is never changed.
+
+    `chosen` picks from what the module gives the tensors that the program gives.
+    """
 
     module: nn.Module
     example: dict[str, Tensor]
@@ -87,6 +90,7 @@ class Case:
     structure: Structure
     executor: Executor
     output: str
+    chosen: Callable[[Any], list[Tensor]]
 
     @property
     def sites(self) -> list[Site]:
@@ -136,16 +140,30 @@ def text(family: str, *, batch: int = 2, length: int = 7, seed: int = 0) -> dict
 
 @functools.cache
 def case(family: str, dtype: torch.dtype = torch.float32) -> Case:
-    return traced(build(family).to(dtype), text(family))
+    made = traced(build(family).to(dtype), text(family))
+    assert made.sites, "with nothing to remove the tests of this family say nothing"
+    return made
 
 
-def traced(module: nn.Module, example: dict[str, Tensor]) -> Case:
-    """Trace a module whose first output is the one that counts."""
-    program = trace(module, example, dynamic=axes_of(example), limits={"sequence": LENGTH})
-    program.outputs = program.outputs[:1]
-    structure = verify(module, program, find_sites(program), example)
+def traced(
+    module: nn.Module,
+    example: dict[str, Tensor],
+    *,
+    dynamic: Dynamic | None = None,
+    outputs: int | None = 1,
+) -> Case:
+    """Trace a module whose first `outputs` tensors are those that count; None: all."""
+
+    def chosen(result: Any) -> list[Tensor]:
+        return all_tensors(result)[:outputs]
+
+    axes = axes_of(example) if dynamic is None else dynamic
+    program = trace(module, example, dynamic=axes, limits=LIMITS)
+    program.outputs = program.outputs[:outputs]
+    structure = verify(module, program, find_sites(program), example, chosen=chosen)
     name = "logits" if "Classification" in type(module).__name__ else "last_hidden_state"
-    return Case(module, example, program, structure, Executor(program, structure), name)
+    executor = Executor(program, structure)
+    return Case(module, example, program, structure, executor, name, chosen)
 
 
 @functools.cache
@@ -210,7 +228,12 @@ def surgered(made: Case, kept: Kept, numerics: Mapping[str, str] | None = None) 
 
 
 def zeroed(made: Case, kept: Kept, feeds: Mapping[str, Tensor]) -> Tensor:
-    """The dense module's output when consumers see zeros for every unit that is not kept."""
+    """The dense module's first output when consumers see zeros for every unit not kept."""
+    return all_zeroed(made, kept, feeds)[0]
+
+
+def all_zeroed(made: Case, kept: Kept, feeds: Mapping[str, Tensor]) -> list[Tensor]:
+    """All outputs of the dense module when consumers see zeros for every unit not kept."""
     calls = made.calls
     handles = []
     for site in made.sites:
@@ -232,7 +255,7 @@ def zeroed(made: Case, kept: Kept, feeds: Mapping[str, Tensor]) -> Tensor:
             target = made.module.get_submodule(consumer.module)
             handles.append(target.register_forward_pre_hook(clear))
     try:
-        return first(made.module(**feeds))
+        return made.chosen(made.module(**feeds))
     finally:
         for handle in handles:
             handle.remove()

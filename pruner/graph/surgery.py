@@ -156,8 +156,10 @@ def apply_structure_(model: nn.Module, document: Mapping[str, Any]) -> None:
         for name, shape in document["tensors"].items():
             _reshape_(model, name, [int(n) for n in shape])
         for path, values in document["attributes"].items():
+            owner = model.get_submodule(path)
             for attribute, value in values.items():
-                setattr(model.get_submodule(path), attribute, _typed(value))
+                getattr(owner, attribute)  # one that is not there is of another architecture
+                setattr(owner, attribute, _typed(value))
         for path in document["biased"]:
             owner = model.get_submodule(path)
             weight = owner.get_parameter("weight")

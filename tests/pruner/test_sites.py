@@ -344,7 +344,7 @@ def test_every_linear_is_in_a_site_or_left_alone_with_a_reason(family: str) -> N
     made = case(family)
     inside = {m for s in made.sites for m in (*s.producers, *(c.module for c in s.consumers))}
     outside = {e.path: e.reason for e in made.structure.left_alone}
-    for call in made.program.linears:
+    for call in made.program.maps:
         assert (call.module in inside) != (call.module in outside)
     assert all(outside.values())
 
