@@ -118,7 +118,7 @@ def test_every_parameter_can_be_edited_alone(family: str) -> None:
     "family", ["cifar-resnet8", "groupnorm", "shufflenet", "yolo", "gpt2", "llama", "t5", "swin"]
 )
 def test_results_name_the_values_that_traced_nodes_compute(family: str) -> None:
-    module, program, graph = made(family)
+    _module, program, graph = made(family)
     feeds = ZOO[family].example()
     values: dict[str, object] = {}
 
