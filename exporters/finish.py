@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-import numpy as np
 from onnx import NodeProto
 
 from zipc.exporters.fusions import FUSED_OPSET, Finder
@@ -186,9 +185,7 @@ class _Match:
             return None
         heads = width // target[3]
         nodes = (*way.nodes, reshape)
-        return _Heads(
-            reshape.input[0], heads, target[3], way.scale, way.tables, way.groups, nodes
-        )
+        return _Heads(reshape.input[0], heads, target[3], way.scale, way.tables, way.groups, nodes)
 
     def _width(self, name: str) -> int | None:
         """Size of the last axis of a linear map's output, read from its weight or bias."""

@@ -24,8 +24,8 @@ class OnnxGraph:
     """Nodes, initialisers and what the exporter knew about them.
 
     `weights` maps a torch parameter to (initialiser, whether it is stored transposed);
-    `shapes` gives the symbolic shape of every value of the dense graph. `origin` maps a value to the
-    traced node it was made from, `results` a traced node to the value that holds its result.
+    `shapes` gives the symbolic shape of every value of the dense graph. `origin` maps a value to
+    the traced node it was made from, `results` a traced node to the value that holds its result.
     """
 
     proto: onnx.ModelProto  # header, inputs and outputs; its nodes and initialisers are ignored
@@ -83,14 +83,14 @@ class OnnxGraph:
         held = self.weights.get(parameter)
         if held is None:
             return []
-        return [
-            n for n in self.nodes if n.op_type in MAPS and held[0] in n.input[1:2]
-        ]
+        return [n for n in self.nodes if n.op_type in MAPS and held[0] in n.input[1:2]]
 
     def can_raise_opset(self, version: int) -> bool:
         """Whether all operators mean the same in the standard opset of that version."""
         held = [e.version for e in self.proto.opset_import if e.domain in ("", "ai.onnx")]
-        return all(v >= version for v in held) or not any(n.op_type in REDEFINED for n in self.nodes)
+        return all(v >= version for v in held) or not any(
+            n.op_type in REDEFINED for n in self.nodes
+        )
 
     def raise_opset_(self, version: int) -> None:
         """Declare at least this version of the standard opset."""

@@ -112,9 +112,7 @@ def _set_aside_(
     return held, names
 
 
-def _put_back_(
-    graph: OnnxGraph, parameters: Mapping[str, Array], names: Mapping[str, str]
-) -> None:
+def _put_back_(graph: OnnxGraph, parameters: Mapping[str, Array], names: Mapping[str, str]) -> None:
     """Make the parameters initialisers again, transposed where every use of one transposes it."""
     given = [i for i in graph.proto.graph.input if i.name not in names]
     del graph.proto.graph.input[:]
@@ -179,6 +177,9 @@ def _keep_outputs(graph: OnnxGraph, outputs: Sequence[tuple[int, str]]) -> None:
                     node.input[i] = name
         graph.shapes[name] = graph.shapes[before]
         graph.types[name] = graph.types[before]
+        graph.results = {n: name if v == before else v for n, v in graph.results.items()}
+        if before in graph.origin:
+            graph.origin[name] = graph.origin[before]
 
 
 def check_parity(

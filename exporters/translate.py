@@ -1,4 +1,4 @@
-"""ONNX translations of our own for torch operations whose stock translation prunes or runs badly."""
+"""ONNX translations of our own, for operations whose stock translation prunes or runs badly."""
 
 from __future__ import annotations
 

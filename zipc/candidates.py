@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -70,6 +71,7 @@ def gather(
     key = fingerprint(
         prepared.key,
         samples.sha256,
+        _digest(calibration),  # how texts are read: another tokenizer, another length
         effort.calibration_texts,
         request.seed,
         request.include,
@@ -109,6 +111,15 @@ def gather(
         for name in prepared.sites
     }
     return Candidates(levels, ladders, first, second, repair, numerics, notes, key)
+
+
+def _digest(batches: Sequence[Feeds]) -> str:
+    digest = hashlib.sha256()
+    for batch in batches:
+        for name, values in sorted(batch.items()):
+            digest.update(f"{name} {tuple(values.shape)}".encode())
+            digest.update(values.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _evidence(

@@ -49,6 +49,15 @@ class Splits:
     description: str
     sha256: str  # of all four splits as cut: everything later depends on the data through it only
 
+    def rows(self, part: Part) -> tuple[Row, ...]:
+        parts: dict[Part, tuple[Row, ...]] = {
+            "calibration": self.calibration,
+            "search": self.search,
+            "dev": self.dev,
+            "test": self.test,
+        }
+        return parts[part]
+
 
 def load_splits(
     path: str,

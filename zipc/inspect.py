@@ -48,7 +48,6 @@ def inspect_model(
         program,
         find_sites(program, include=include, exclude=exclude),
         source.example(),
-        chosen=source.chosen,
     )
     sizes = {name: tensor.numel() for name, tensor in program.tensors.values()}
     return {

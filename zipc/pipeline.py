@@ -239,6 +239,10 @@ def _set_up(request: Request, progress: Progress) -> Setup:
     kind_of(request)
     if request.recover != "none":
         raise UsageError(f"--recover {request.recover} is not available; the only choice is none.")
+    if not request.prune and request.numerics == target.reference_numeric:
+        raise UsageError(
+            f"--no-prune with --numerics {request.numerics} leaves the model as it is. Drop one."
+        )
     effort = effort_of(request.effort)
     cache = _cache(request)
     source, request = _load(request, progress)

@@ -75,7 +75,7 @@ def prepare(
     program = trace_source(source, batch=request.batch_size)
     example = source.example()
     structure = find_sites(program, include=request.include, exclude=request.exclude)
-    structure = verify(source.module, program, structure, example, chosen=source.chosen)
+    structure = verify(source.module, program, structure, example)
     structure = _searched(structure)
     if not structure.sites:
         reasons = "; ".join(f"{a.path}: {a.reason}" for a in structure.left_alone[:3])

@@ -148,9 +148,8 @@ def make_manifest(
 
 
 def _verdict(timing: PairedTiming, goal: float | None, found: Found) -> VerdictName:
-    if found.solution.unreachable:
-        return "missed"
-    return verdict(timing, goal if goal is not None else 1.0)
+    says = verdict(timing, goal if goal is not None else 1.0)
+    return "missed" if found.solution.unreachable and says != "validated" else says
 
 
 def _parameters(tensors: Mapping[str, Tensor]) -> int:

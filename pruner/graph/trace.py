@@ -74,14 +74,19 @@ def trace(
 ) -> Program:
     """Export `model` on `example`, given by keyword; the axes named in `dynamic` stay symbolic.
 
-    `limits` gives the largest size of a named axis.
+    An axis may be named by another one and a number, as in "past+1". `limits` gives the largest
+    size of a named axis.
 
     Raises:
         UnsupportedModel: torch.export cannot follow the module; names the reason.
     """
     limits = limits or {}
     names = dict.fromkeys(name for axes in dynamic.values() for name in axes.values())
-    dims = {name: torch.export.Dim(name, max=limits.get(name)) for name in names}
+    roots = dict.fromkeys(name.partition("+")[0] for name in names)
+    dims = {name: torch.export.Dim(name, max=limits.get(name)) for name in roots}
+    for name in names:
+        root, _, more = name.partition("+")
+        dims[name] = dims[root] + int(more) if more else dims[root]
     shapes = {k: {i: dims[n] for i, n in dynamic.get(k, {}).items()} for k in example}
     try:
         with torch.no_grad(), hush():

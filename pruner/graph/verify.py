@@ -8,7 +8,7 @@ alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,27 +26,16 @@ from zipc.pruner.graph.trace import Program
 AGREES = 1e-4  # norm of the difference of the outputs, relative to the norm
 
 
-def all_tensors(result: Any) -> list[Tensor]:
-    """The tensors in what a module gives, in the order the traced program gives them."""
-    return [t for t in tree_leaves(result) if isinstance(t, Tensor)]
-
-
 def verify(
-    model: nn.Module,
-    program: Program,
-    structure: Structure,
-    example: Mapping[str, Tensor],
-    *,
-    chosen: Callable[[Any], Sequence[Tensor]] = all_tensors,
+    model: nn.Module, program: Program, structure: Structure, example: Mapping[str, Tensor]
 ) -> Structure:
     """Return the structure with the attributes to rewrite, and without sites that do not follow.
 
-    `chosen` picks from what the module gives the outputs that the program has. A model on the meta
-    device has no values: there only the shapes are compared.
+    A model on the meta device has no values: there only the shapes are compared.
     """
     if not structure.sites:
         return structure
-    trial = _Trial(model, program, example, chosen)
+    trial = _Trial(model, program, example)
     named = _with_attributes(model, structure, structure.sites, every=False)
     if trial.failure(named, named.sites) is None:
         return named
@@ -100,7 +89,6 @@ class _Trial:
     model: nn.Module
     program: Program
     example: Mapping[str, Tensor]
-    chosen: Callable[[Any], Sequence[Tensor]]
 
     def failure(self, structure: Structure, sites: Sequence[Site]) -> str | None:
         """What goes wrong when the first unit of each of `sites` is removed; None: nothing."""
@@ -119,7 +107,7 @@ class _Trial:
             try:
                 made = reshaped(self.model, document)
                 _assign_(made, tensors)
-                got = self.chosen(made(**self.example))
+                got = _outputs(self.program, made(**self.example))
             except Exception as error:  # whatever the code of a module raises
                 first = str(error).strip().splitlines()[0] if str(error).strip() else ""
                 return f"{type(error).__name__}: {first[:160]}"
@@ -134,6 +122,13 @@ class _Trial:
             if not apart <= AGREES * float(torch.linalg.vector_norm(b.double())) + 1e-12:
                 return "it computes something else"
         return None
+
+
+def _outputs(program: Program, result: Any) -> list[Tensor]:
+    """Of the tensors that the module gives, those that are the program's outputs."""
+    given = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+    names = [n for n in program.exported.graph_signature.user_outputs if isinstance(n, str)]
+    return [given[names.index(output.name)] for output in program.outputs]
 
 
 def _assign_(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:

@@ -45,9 +45,7 @@ def made(family: str) -> tuple[nn.Module, Program, OnnxGraph]:
     module, example = member.build(), member.example()
     limits = {"sequence": 32, "target": 32, "batch": 64}
     program = trace(module, example, dynamic=member.dynamic, limits=limits)
-    graph = export_dense(
-        program.exported, example, outputs=[(0, "result")], dynamic=member.dynamic
-    )
+    graph = export_dense(program.exported, example, outputs=[(0, "result")], dynamic=member.dynamic)
     return module, program, graph
 
 
@@ -120,7 +118,7 @@ def test_every_parameter_can_be_edited_alone(family: str) -> None:
     "family", ["cifar-resnet8", "groupnorm", "shufflenet", "yolo", "gpt2", "llama", "t5", "swin"]
 )
 def test_results_name_the_values_that_traced_nodes_compute(family: str) -> None:
-    module, program, graph = made(family)
+    _module, program, graph = made(family)
     feeds = ZOO[family].example()
     values: dict[str, object] = {}
 
@@ -149,7 +147,7 @@ def test_results_name_the_values_that_traced_nodes_compute(family: str) -> None:
     got = dict(zip([o.name for o in inner.proto.graph.output], run(inner, feeds), strict=True))
     for name, value in wanted.items():
         expected = values[name].numpy()  # type: ignore[attr-defined]
-        if expected.dtype == np.float32 and np.isfinite(expected).all():
+        if expected.dtype == np.float32 and np.abs(expected).max(initial=0.0) < 1e9:
             check_parity([got[value]], [expected], bound=BOUND, what=name)
     origins = set(graph.origin.values())
     assert origins <= {n.name for n in program.nodes}

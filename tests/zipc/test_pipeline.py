@@ -19,6 +19,7 @@ import transformers
 import zipc
 import zipc.pricing as pricing
 from tests.tiny_project import (
+    SETTINGS,
     Killed,
     Told,
     fake_clock,
@@ -26,12 +27,14 @@ from tests.tiny_project import (
     model_folder,
     pairs_file,
     request,
+    sentences,
     small_effort,
 )
 from zipc.build import FP32_BOUND, INT8_BOUND
 from zipc.core.errors import TargetUnreachable, UsageError
 from zipc.core.files import read_json, sha256_file
 from zipc.core.types import Level
+from zipc.latency_tables.correction import Correction
 from zipc.latency_tables.store import TableStore
 from zipc.manifest import Manifest
 from zipc.model_source import load_source
@@ -205,6 +208,30 @@ def test_unreachable_speedup_is_missed_with_the_best_artifact_complete(
     assert distance(run_torch(module, feeds), run_onnx(tmp_path / "out/model.onnx", feeds)) < 1e-4
 
 
+def test_speedup_that_prices_call_unreachable_is_met_where_it_measures_so(
+    project: Project, tmp_path: Path
+) -> None:
+    cache = shutil.copytree(project.cache / "stages", tmp_path / "cache" / "stages").parent
+    asked = request(project.model, project.data, None, cache)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pricing, "TRUSTED_ERROR", 1e9)
+        path = profile_model(asked, progress=Told()).table_path
+    store = TableStore(cache / "tables")
+    table = store.load(path, fingerprint=None)
+    assert table is not None
+    gloomy = Correction(
+        intercept=0.45, slope=0.55, points=((0.5, 0.7),), median_error=0.01, worst_error=0.01
+    )
+    store.save(table.with_correction(gloomy), path)
+    with pytest.raises(TargetUnreachable):
+        plan_model(asked, progress=Told())
+    manifest = project.compile(tmp_path / "out", cache=cache)
+    assert manifest.verdict == "validated"
+    assert manifest.latency.speedup_ci95 is not None
+    assert manifest.latency.speedup_ci95[0] >= 2.5
+    assert any(a.level.width for a in manifest.allocation)
+
+
 def test_second_run_reuses_finished_stages_says_so_and_gives_the_same(
     project: Project, tmp_path: Path
 ) -> None:
@@ -216,6 +243,19 @@ def test_second_run_reuses_finished_stages_says_so_and_gives_the_same(
     assert manifest.allocation == project.manifest.allocation
     for name in ("model.onnx", "checkpoint/model.safetensors"):
         assert (tmp_path / "out" / name).read_bytes() == (project.out / name).read_bytes()
+
+
+def test_evidence_of_texts_read_otherwise_is_not_reused(project: Project, tmp_path: Path) -> None:
+    model, told = shutil.copytree(project.model, tmp_path / "model"), Told()
+    data = tmp_path / "long.txt"
+    data.write_text("\n".join(f"{a} {b}" for a in sentences(20) for b in sentences(4, seed=1)))
+    asked = request(model, data, None, tmp_path / "cache")
+    plan_model(asked, progress=told)
+    plan_model(asked, progress=told)
+    assert told.notes["evidence"] == "reused"
+    (model / "sentence_bert_config.json").write_text('{"max_seq_length": 16}')
+    plan_model(asked, progress=told)
+    assert told.notes["evidence"] != "reused"
 
 
 @pytest.mark.parametrize("stage", ["export", "evidence"])
@@ -326,6 +366,23 @@ def test_unlabelled_text_of_another_domain_will_do(project: Project, tmp_path: P
     assert np.isfinite(manifest.quality.compiled)
 
 
+def test_arrays_of_token_ids_will_do(project: Project, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    ids = rng.integers(4, SETTINGS["vocab_size"], (120, 12))
+    mask = (np.arange(12) < rng.integers(3, 13, 120)[:, None]).astype(np.int64)
+    np.savez(tmp_path / "ids.npz", input_ids=ids * mask, attention_mask=mask)
+    told = Told()
+    manifest = project.compile(tmp_path / "out", data=tmp_path / "ids.npz", told=told)
+    assert manifest.verdict == "validated"
+    assert any("arrays: input_ids 12 int64" in info for info in told.infos)
+    assert manifest.data is not None
+    assert sum(manifest.data.rows.values()) - manifest.data.rows["dev"] == 120
+    assert manifest.quality is not None
+    assert manifest.quality.metric == "agreement"
+    assert manifest.quality.dense == pytest.approx(100)
+    assert 0 <= (manifest.quality.compiled or -1) < 100
+
+
 def test_plan_stops_at_the_allocation(project: Project) -> None:
     plan = plan_model(request(project.model, project.data, None, project.cache), progress=Told())
     assert plan.predicted_speedup >= 2.5
@@ -400,6 +457,7 @@ def test_sites_priced_above_the_whole_model_serve_one_run_and_are_not_kept(
         ({"speedup": None}, "Give a goal"),
         ({"recover": "distill"}, "not available"),
         ({"numerics": "int3"}, "int3"),
+        ({"prune": False, "numerics": "fp32"}, "leaves the model as it is"),
         ({"target": "abacus"}, "abacus"),
         ({"effort": "heroic"}, "heroic"),
     ],

@@ -169,14 +169,16 @@ class SearchFlags(ModelFlags):
     data: Annotated[
         str | None,
         typer.Option(
-            "--data", help="Folder or file (csv, tsv, jsonl, txt) of texts the model will see."
+            "--data",
+            help="What the model will see: texts (csv, tsv, jsonl, txt), a folder of images, "
+            "or arrays by input name (npz).",
         ),
     ] = None
     metric: Annotated[
         str | None,
         typer.Option(
             "--metric",
-            help="Metric of the report, e.g. spearman, accuracy.",
+            help="Metric of the report, e.g. spearman, accuracy, perplexity.",
             metavar="NAME",
             rich_help_panel=_DATA,
         ),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -61,13 +63,7 @@ def show_plan(console: Console, plan: Plan, *, request: Request) -> None:
     _say(console, f"[dim]predicted error {plan.allocation.predicted_error:.4g}[/]")
     for part in plan.left_alone:
         console.print(f"left alone: {part.path}: {part.reason}", markup=False, soft_wrap=True)
-    wanted = _flag(request)
-    console.print(
-        f"next: zipc compile {request.model} --target {request.target}{wanted} "
-        f"--data {request.data} -o OUT",
-        markup=False,
-        soft_wrap=True,
-    )
+    console.print(f"next: {_compile_command(request)} -o OUT", markup=False, soft_wrap=True)
 
 
 def show_structure(console: Console, document: Mapping[str, Any]) -> None:
@@ -183,7 +179,7 @@ def _show_allocation(console: Console, rows: Sequence[Row], *, every_site: bool)
         return
     table = Table(box=None, pad_edge=False)
     for name, justify in _COLUMNS:
-        table.add_column(name, justify=justify)
+        table.add_column(name, justify=justify, overflow="fold", no_wrap=name != "site")
     for site, level, units, ms, error in rows:
         kept = "removed" if level.removed else str(level.width)
         numeric = "" if level.removed else level.numeric
@@ -219,10 +215,22 @@ def _next_commands(manifest: Manifest, out: Path) -> Iterable[str]:
     yield f"""python -c "import zipc; model = zipc.load('{out}')" """.rstrip()
 
 
-def _flag(request: Request) -> str:
+def _compile_command(request: Request) -> str:
+    """The command line of a request: the goal, and every flag that is not at its default."""
+    words = ["zipc", "compile", request.model, "--target", request.target]
     if request.speedup is not None:
-        return f" --speedup {request.speedup:g}x"
-    return f" --latency {request.latency_ms:g}ms" if request.latency_ms is not None else ""
+        words += ["--speedup", f"{request.speedup:g}x"]
+    if request.latency_ms is not None:
+        words += ["--latency", f"{request.latency_ms:g}ms"]
+    words += [] if request.prune else ["--no-prune"]
+    words += ["--allow-table-mismatch"] if request.allow_table_mismatch else []
+    usual = {field.name: field.default for field in dataclasses.fields(Request)}
+    for name, flag in _FLAGS.items():
+        value = getattr(request, name)
+        if value != usual[name]:
+            many = value if isinstance(value, tuple) else (value,)
+            words += [word for one in many for word in (flag, str(one))]
+    return shlex.join(words)
 
 
 def _ms(value: float | None) -> str:
@@ -248,6 +256,22 @@ def _value(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+_FLAGS: Mapping[str, str] = {  # those whose value is their text
+    "data": "--data",
+    "numerics": "--numerics",
+    "metric": "--metric",
+    "evaluator": "--eval",
+    "text_columns": "--text-column",
+    "label_column": "--label-column",
+    "include": "--include",
+    "exclude": "--exclude",
+    "effort": "--effort",
+    "seed": "--seed",
+    "threads": "--threads",
+    "batch_size": "--batch-size",
+    "sequence_length": "--sequence-length",
+    "cache_dir": "--cache-dir",
+}
 _COLUMNS: tuple[tuple[str, Literal["left", "right"]], ...] = (
     ("site", "left"),
     ("kept", "right"),

@@ -46,12 +46,12 @@ class TextSamples:
 
     @property
     def sizes(self) -> Mapping[Part, int]:
-        return {part: len(self._rows(part)) for part in PARTS}
+        return {part: len(self.splits.rows(part)) for part in PARTS}
 
     def draw(self, part: Part, *, limit: int, seed: int) -> Drawn:
         """Rows drawn by seed until about `limit` texts are together."""
         evaluator = self.evaluator
-        rows = self._rows(part)
+        rows = self.splits.rows(part)
         rng = np.random.default_rng(seed)
         per_row = max(1, len(rows[0].texts)) if evaluator.head == "embedding" else 1
         chosen = [rows[i] for i in rng.permutation(len(rows))[: max(1, limit // per_row)]]
@@ -81,21 +81,12 @@ class TextSamples:
         return Drawn(feeds, readout, oracle)
 
     def compare(self, dense: bytes, compiled: bytes, part: Part) -> tuple[EvalResult, EvalResult]:
-        rows = self._rows(part)
+        rows = self.splits.rows(part)
         before = self.evaluator.score_onnx(dense, rows, reference="self")
         return before, self.evaluator.score_onnx(compiled, rows, reference=before)
 
     def deviation(self, model: bytes, part: Part) -> float:
-        return self.evaluator.sentence_alone_deviation(model, self._rows(part))
-
-    def _rows(self, part: Part) -> tuple[Row, ...]:
-        rows: dict[Part, tuple[Row, ...]] = {
-            "calibration": self.splits.calibration,
-            "search": self.splits.search,
-            "dev": self.splits.dev,
-            "test": self.splits.test,
-        }
-        return rows[part]
+        return self.evaluator.sentence_alone_deviation(model, self.splits.rows(part))
 
 
 def text_samples(source: SourceModel, request: Request) -> TextSamples:

@@ -93,6 +93,8 @@ def attention_mask(*args: Any, **kwargs: Any) -> Tensor | None:
         return sdpa_mask(*args, **kwargs)
     if pattern is causal_mask_function and padding is None and _is_zero(q_offset):
         return None
+    if pattern is causal_mask_function and isinstance(q_length, int) and q_length == 1:
+        return padding  # the newest token sees all others
     device = kwargs.get("device", "cpu")
     queries = torch.arange(q_length, device=device)
     if not _is_zero(q_offset):

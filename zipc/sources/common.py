@@ -59,19 +59,21 @@ class SourceModel:
     @property
     def limits(self) -> dict[str, int]:
         """The largest sizes of axes."""
-        return {name: self.max_length for name in sorted(self.axes - {BATCH})}
+        return {name: self.max_length for name in sorted(self.axes - {BATCH}) if "+" not in name}
 
     @property
     def has_logits(self) -> bool:
         return any(name == "logits" for _, name in self.outputs)
 
     def example(self, *, batch: int = 2, length: int = 16) -> dict[str, Tensor]:
-        """Inputs in the order the model takes them; of tokens, one row is padded on the right.
+        """Inputs in the order the model takes them; of tokens, one row is padded: on the right, of
+        a decode step on the left.
 
         An axis that is not open keeps its size, whatever `batch` and `length` say.
         """
         length = min(length, self.max_length)
         sizes = {BATCH: batch, SEQUENCE: length, DECODER: max(1, 2 * length // 3), PAST: length}
+        sizes[f"{PAST}+1"] = length + 1
         pad = int(getattr(self.config, "pad_token_id", 0) or 0)
         return make_example(self.specs, sizes, pad=pad)
 
@@ -106,7 +108,9 @@ def _values(spec: InputSpec, shape: list[int], generator: torch.Generator) -> Te
     dtype: torch.dtype = getattr(torch, spec.dtype)
     if spec.name.endswith("attention_mask") and len(shape) == 2:
         mask = torch.ones(shape, dtype=dtype)
-        mask[-1, max(1, shape[1] // 2) :] = 0
+        half = max(1, shape[1] // 2)
+        padding = slice(0, half) if PAST in str(spec.shape[1]) else slice(half, None)
+        mask[-1, padding] = 0
         return mask
     if dtype.is_floating_point:
         return torch.randn(shape, generator=generator, dtype=dtype)

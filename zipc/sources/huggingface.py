@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -31,6 +32,7 @@ from zipc.sources.hub import digest_of, locate, weights_of
 from zipc.sources.positions import follow_padding_, settle_positions_
 
 KIND = "hugging-face"
+OWN = "eager"  # what transformers calls the attention and experts written in the model
 TEXT, IMAGE = "input_ids", "pixel_values"
 TOKENIZERS = ("tokenizer.json", "vocab.txt", "tokenizer.model", "spiece.model", "vocab.json")
 USUAL_SIZE = 224  # of an image, where neither config.json nor preprocessor_config.json says
@@ -69,10 +71,10 @@ def load_folder(model: str, *, input_shapes: Sequence[InputSpec] = ()) -> Source
         outputs=[],
         task="tensors",
         blank=functools.partial(build_module, config),
-        recipe={"kind": KIND, "attention": ATTENTION, "positions": "arange"},
+        recipe={"kind": KIND, "positions": "arange"},
         notes=[*notes, *more, *also],
     )
-    _settle_attention_(source)
+    _settle_implementations_(source)
     result = _forward(source)
     source.outputs = _public_outputs(source, result)
     source.task = _task(source, result)
@@ -120,7 +122,10 @@ def build_module(config: Any, recipe: dict[str, Any] | None = None) -> nn.Module
     cls = _architecture(config)
     with _quiet():
         module: nn.Module = cls._from_config(
-            config, **_implementations(cls, recipe.get("attention", ATTENTION))
+            config,
+            **_implementations(
+                cls, recipe.get("attention", ATTENTION), recipe.get("experts", EXPERTS)
+            ),
         )
     if recipe.get("positions") == "mask":
         follow_padding_(module)
@@ -150,11 +155,11 @@ def _architecture(config: Any) -> Any:
     )
 
 
-def _implementations(cls: Any, attention: str) -> dict[str, str]:
+def _implementations(cls: Any, attention: str, experts: str) -> dict[str, str]:
     register_attention()
-    if attention == "eager" or not cls._can_set_attn_implementation():
-        return {"attn_implementation": "eager", "experts_implementation": EXPERTS}
-    return {"attn_implementation": ATTENTION, "experts_implementation": EXPERTS}
+    if not cls._can_set_attn_implementation():
+        attention = OWN
+    return {"attn_implementation": attention, "experts_implementation": experts}
 
 
 @contextlib.contextmanager
@@ -182,7 +187,7 @@ def _load_module(folder: Path, config: Any) -> nn.Module:
                 dtype=torch.float32,
                 use_safetensors=True,
                 output_loading_info=True,
-                **_implementations(cls, ATTENTION),
+                **_implementations(cls, ATTENTION, EXPERTS),
             )
     except (UsageError, UnsupportedModel):
         raise
@@ -335,34 +340,41 @@ def _max_length(config: Any, folder: Path) -> int:
     return limit
 
 
-def _settle_attention_(source: SourceModel) -> None:
-    """Fall back to the model's own attention where ours does not compute the same."""
+def _settle_implementations_(source: SourceModel) -> None:
+    """Trace with our attention and experts where they compute what the model's own do."""
     module: Any = source.module
-    if module.config._attn_implementation != ATTENTION:
-        source.recipe["attention"] = "eager"
-        return
-    try:
-        with torch.no_grad():
-            ours = [t for _, t in named_outputs(module(**source.example()))]
-    except Exception as error:  # anything a model's own code raises; its own attention may do
-        ours, why = None, f"{type(error).__name__}: {first_line(error, 100)}"
-    module.set_attn_implementation("eager")
-    try:
-        with torch.no_grad():
-            theirs = [t for _, t in named_outputs(module(**source.example()))]
-    except Exception:  # there is no other attention to compare with
-        theirs = None
+    swappable = module.config._attn_implementation == ATTENTION
+    attentions = (ATTENTION, OWN) if swappable else (OWN,)
+    theirs, failed = _outputs_with(source, OWN, OWN)
     mask = source.example().get("attention_mask")
-    if theirs is None or (
-        ours is not None and all(_equal(a, b, mask) for a, b in zip(ours, theirs, strict=True))
-    ):
-        module.set_attn_implementation(ATTENTION)
-        return
-    source.recipe["attention"] = "eager"
-    reason = "differs from its own" if ours is not None else f"fails in it ({why})"
-    source.notes.append(
-        f"{type(module).__name__} is traced with its own attention: scaled dot product {reason}"
-    )
+    reason = ""
+    for attention, experts in itertools.product(attentions, (EXPERTS, OWN)):
+        ours, error = _outputs_with(source, attention, experts)
+        if ours is None:
+            reason = reason or error
+        elif theirs is None or all(_equal(a, b, mask) for a, b in zip(ours, theirs, strict=True)):
+            break
+    source.recipe |= {"attention": attention, "experts": experts}
+    if swappable and attention == OWN and not failed:
+        source.notes.append(
+            f"{type(module).__name__} is traced with its own attention: scaled dot product "
+            f"{f'fails in it ({reason})' if reason else 'differs from it'}"
+        )
+
+
+def _outputs_with(
+    source: SourceModel, attention: str, experts: str
+) -> tuple[list[Tensor] | None, str]:
+    """The outputs on the example under these implementations, which stay set; or what failed."""
+    module: Any = source.module
+    try:
+        with torch.no_grad(), _quiet():
+            if module.config._attn_implementation != attention:
+                module.set_attn_implementation(attention)
+            module.set_experts_implementation(experts)
+            return [t for _, t in named_outputs(module(**source.example()))], ""
+    except Exception as error:  # anything a model's own code raises
+        return None, f"{type(error).__name__}: {first_line(error, 100)}"
 
 
 def _equal(ours: Tensor, theirs: Tensor, mask: Tensor | None) -> bool:
@@ -379,11 +391,12 @@ def _forward(source: SourceModel) -> Any:
         with torch.no_grad():
             return source.module(**source.example())
     except Exception as error:  # anything a model's own code raises
+        image = source.specs[0].name == IMAGE
         raise UnsupportedModel(
             f"{type(source.module).__name__} fails on a plain input of "
             f"{', '.join(map(str, source.specs))}: {type(error).__name__}: {first_line(error)}. "
-            "Give another size with --input-shapes, or wrap the model in a factory "
-            "(path/to/file.py:factory)."
+            f"{'Give another size with --input-shapes, or wrap' if image else 'Wrap'} the model in "
+            "a factory (path/to/file.py:factory)."
         ) from error
 
 

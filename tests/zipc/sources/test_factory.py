@@ -28,10 +28,11 @@ NETS = """
         def __init__(self, width: int = WIDTH):
             super().__init__()
             self.conv = nn.Conv2d(3, width, 3, padding=1)
+            self.norm = nn.BatchNorm2d(width)
             self.head = nn.Linear(width, 5)
 
         def forward(self, x):
-            return self.head(self.conv(x).relu().mean((2, 3)))
+            return self.head(self.norm(self.conv(x)).relu().mean((2, 3)))
 
     def net(): return Net()
     def half(): return Net().half()
@@ -131,7 +132,10 @@ def weights_of(source: str, path: Path, **changed: torch.Tensor) -> Path:
     """Safetensors of a factory's model, all values drawn anew."""
     module = load_source(source, input_shapes=IMAGE).module
     generator = torch.Generator().manual_seed(5)
-    state = {n: torch.randn(t.shape, generator=generator) for n, t in module.state_dict().items()}
+    state = {
+        n: torch.rand(t.shape, generator=generator).to(t.dtype)
+        for n, t in module.state_dict().items()
+    }
     save_file(state | changed, path)
     return path
 
@@ -294,7 +298,7 @@ def test_model_that_traces_one_batch_only_has_that_axis_fixed(nets: Path) -> Non
         (
             "bad",
             r"nets\.py:bad, called without arguments, raised RuntimeError: .*\n"
-            r"  nets\.py, line 19, in bad: .*\n  nets\.py, line 11, in __init__: self\.conv = ",
+            r"  nets\.py, line 20, in bad: .*\n  nets\.py, line 11, in __init__: self\.conv = ",
         ),
         ("needs", r"nets\.py:needs, called without arguments, raised TypeError: .*'size'"),
         ("number", r"nets\.py:number must return a torch\.nn\.Module, not a int"),
@@ -346,7 +350,9 @@ def test_weights_that_do_not_fit_are_named(nets: Path, tmp_path: Path) -> None:
     ):
         load_source(source, weights=path, input_shapes=IMAGE)
     save_file({"conv.weight": torch.zeros(6, 3, 3, 3)}, path)
-    with pytest.raises(UsageError, match=r"the file lacks conv\.bias, head\.weight, head\.bias"):
+    with pytest.raises(
+        UsageError, match=r"the file lacks conv\.bias, norm\.weight, norm\.bias and 4 more"
+    ):
         load_source(source, weights=path, input_shapes=IMAGE)
     path.write_bytes(path.read_bytes()[:20])
     with pytest.raises(UsageError, match=r"cannot be loaded.*truncated"):
