@@ -17,6 +17,7 @@ from tests.tiny_models import (
     FAMILIES,
     Case,
     case,
+    edit_of,
     everything,
     exported,
     first,
@@ -27,9 +28,9 @@ from tests.tiny_models import (
     traced,
     zeroed,
 )
-from zipc.exporters.specialise import Edit, specialise
+from zipc.exporters.specialise import specialise
 from zipc.pruner.graph.interpret import Variant
-from zipc.pruner.graph.sites import find_sites, sizes_at
+from zipc.pruner.graph.sites import find_sites
 
 WIDTH = 16
 IDS = torch.randint(0, 40, (2, 6), generator=torch.Generator().manual_seed(0))
@@ -105,14 +106,7 @@ def prove_export(made: Case) -> None:
     trials = [random_kept(single, seed) for seed in range(3)]
     trials += [everything(single) | {s.name: []} for s in single.sites if s.removable]
     for kept in trials:
-        tensors, constants = sliced(single, kept)
-        widths = {name: len(units) for name, units in kept.items()}
-        edit = Edit(
-            {n: t.numpy() for n, t in tensors.items()},
-            {n: t.numpy() for n, t in constants.items()},
-            size_of=sizes_at(single.structure, widths),
-        )
-        session = ort.InferenceSession(specialise(graph, edit).to_bytes(), options)
+        session = ort.InferenceSession(specialise(graph, edit_of(single, kept)).to_bytes(), options)
         for ids in (IDS, IDS[:1, :1], IDS[:, :3].repeat(2, 1)):
             want = zeroed(single, kept, {"input_ids": ids})
             got = torch.from_numpy(session.run(None, {"input_ids": ids.numpy()})[0])
