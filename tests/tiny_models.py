@@ -11,17 +11,19 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from zipc.core.types import Site
 from zipc.exporters.graph import OnnxGraph
 from zipc.exporters.onnx_export import export_dense
+from zipc.exporters.specialise import Edit, Int8Weights
 from zipc.model_source import register_attention
 from zipc.pruner.graph import surgery
 from zipc.pruner.graph.cuts import Cuts
 from zipc.pruner.graph.interpret import Executor
-from zipc.pruner.graph.sites import Structure, find_sites
+from zipc.pruner.graph.sites import Structure, find_sites, sizes_at
 from zipc.pruner.graph.trace import Dynamic, MapCall, Program, trace
-from zipc.pruner.graph.verify import all_tensors, verify
+from zipc.pruner.graph.verify import verify
 
 Kept = Mapping[str, Sequence[int]]  # site -> units kept
 LIMITS = {"sequence": 48, "target": 48}
@@ -155,12 +157,12 @@ def traced(
     """Trace a module whose first `outputs` tensors are those that count; None: all."""
 
     def chosen(result: Any) -> list[Tensor]:
-        return all_tensors(result)[:outputs]
+        return [t for t in tree_leaves(result) if isinstance(t, Tensor)][:outputs]
 
     axes = axes_of(example) if dynamic is None else dynamic
     program = trace(module, example, dynamic=axes, limits=LIMITS)
     program.outputs = program.outputs[:outputs]
-    structure = verify(module, program, find_sites(program), example, chosen=chosen)
+    structure = verify(module, program, find_sites(program), example)
     name = "logits" if "Classification" in type(module).__name__ else "last_hidden_state"
     executor = Executor(program, structure)
     return Case(module, example, program, structure, executor, name, chosen)
@@ -209,6 +211,17 @@ def sliced(made: Case, kept: Kept) -> tuple[dict[str, Tensor], dict[str, Tensor]
                 bias = call.bias and tensors.get(call.bias, weights[call.bias])
                 constants[consumer.module] = zeros if bias is None else bias
     return tensors, constants
+
+
+def edit_of(made: Case, kept: Kept, int8: Mapping[str, Int8Weights] | None = None) -> Edit:
+    """The same cut as an edit of the ONNX graph."""
+    tensors, constants = sliced(made, kept)
+    return Edit(
+        {n: t.numpy() for n, t in tensors.items()},
+        {n: t.numpy() for n, t in constants.items()},
+        int8 or {},
+        sizes_at(made.structure, {n: len(k) for n, k in kept.items()}),
+    )
 
 
 def surgered(made: Case, kept: Kept, numerics: Mapping[str, str] | None = None) -> nn.Module:
