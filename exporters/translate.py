@@ -82,9 +82,7 @@ def _repeated(x: Any, groups: int) -> Any:
     at = len(x.shape) - 2
     apart = op.Unsqueeze(x, op.Constant(value_ints=[at]))
     copies = op.Expand(apart, op.Constant(value_ints=[1] * at + [groups, 1, 1]))
-    target = op.Concat(
-        op.Constant(value_ints=[0] * (at - 1) + [-1]), op.Shape(x, start=at), axis=0
-    )
+    target = op.Concat(op.Constant(value_ints=[0] * (at - 1) + [-1]), op.Shape(x, start=at), axis=0)
     merged = op.Reshape(copies, target)
     sizes = list(x.shape)
     sizes[at - 1] *= groups
@@ -153,7 +151,9 @@ def _adaptive_pool(x: Any, output_size: Sequence[int]) -> Any:
     pooled = op.MatMul(x, _shares(given[-1], output_size[-1]))
     if len(output_size) == 2:
         turned = op.Transpose(pooled, perm=_swapped(x))
-        pooled = op.Transpose(op.MatMul(turned, _shares(given[0], output_size[0])), perm=_swapped(x))
+        pooled = op.Transpose(
+            op.MatMul(turned, _shares(given[0], output_size[0])), perm=_swapped(x)
+        )
     return pooled
 
 
