@@ -6,8 +6,11 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
-from onnx import TensorProto
+from onnx import TensorProto, numpy_helper
+
+from zipc.core.errors import UnsupportedModel
 
 MASKED = -1e9  # added to a score that must not count; its exponential is 0 in every precision
 
@@ -19,6 +22,8 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         aten.scaled_dot_product_attention.default: _attention,
         aten.linear.default: _linear,
         aten.group_norm.default: _group_norm,
+        aten.adaptive_avg_pool1d.default: _adaptive_pool,
+        aten.adaptive_avg_pool2d.default: _adaptive_pool,
         aten.split.Tensor: _split,
         aten.split_with_sizes.default: _split_with_sizes,
     }
@@ -58,31 +63,31 @@ def _attention(
     """
     op = _ops()
     factor = float(scale) if scale is not None else 1.0 / math.sqrt(query.shape[-1])
+    mask = _lower_triangle(query, key) if is_causal else attn_mask
+    if is_causal or (mask is not None and int(mask.dtype) == TensorProto.BOOL):
+        mask = op.Where(mask, op.Constant(value_float=0.0), op.Constant(value_float=MASKED))
     if enable_gqa and query.shape[-3] != key.shape[-3]:
         groups = query.shape[-3] // key.shape[-3]
         key, value = _repeated(key, groups), _repeated(value, groups)
-    swapped = [*range(len(key.shape) - 2), len(key.shape) - 1, len(key.shape) - 2]
-    scores = op.MatMul(
-        op.Mul(query, op.Constant(value_float=factor)), op.Transpose(key, perm=swapped)
-    )
-    if is_causal:
-        attn_mask = _lower_triangle(query, key)
-    if attn_mask is not None:
-        if attn_mask.dtype is not None and int(attn_mask.dtype) == TensorProto.BOOL:
-            attn_mask = op.Where(
-                attn_mask, op.Constant(value_float=0.0), op.Constant(value_float=MASKED)
-            )
-        scores = op.Add(scores, attn_mask)
+    turned = op.Transpose(key, perm=_swapped(query))
+    scores = op.MatMul(op.Mul(query, op.Constant(value_float=factor)), turned)
+    if mask is not None:
+        scores = op.Add(scores, mask)
     return op.MatMul(op.Softmax(scores, axis=-1), value)
 
 
 def _repeated(x: Any, groups: int) -> Any:
     """(batch, heads, keys, size) with every head `groups` times in a row."""
     op = _ops()
-    apart = op.Unsqueeze(x, op.Constant(value_ints=[2]))
-    copies = op.Expand(apart, op.Constant(value_ints=[1, 1, groups, 1, 1]))
-    rest = op.Shape(x, start=2)
-    return op.Reshape(copies, op.Concat(op.Constant(value_ints=[0, -1]), rest, axis=0))
+    at = len(x.shape) - 2
+    apart = op.Unsqueeze(x, op.Constant(value_ints=[at]))
+    copies = op.Expand(apart, op.Constant(value_ints=[1] * at + [groups, 1, 1]))
+    target = op.Concat(op.Constant(value_ints=[0] * (at - 1) + [-1]), op.Shape(x, start=at), axis=0)
+    merged = op.Reshape(copies, target)
+    sizes = list(x.shape)
+    sizes[at - 1] *= groups
+    merged.shape, merged.dtype = type(x.shape)(sizes), x.dtype
+    return merged
 
 
 def _lower_triangle(query: Any, key: Any) -> Any:
@@ -128,6 +133,43 @@ def _group_norm(
         if value is not None:
             normal = operator(normal, op.Unsqueeze(value, axes))
     return normal
+
+
+def _adaptive_pool(x: Any, output_size: Sequence[int]) -> Any:
+    """Means over equal parts of every axis: all of it, tiles of one size, or weights for overlaps."""
+    op = _ops()
+    if all(n == 1 for n in output_size):
+        if len(output_size) == 2 and len(x.shape) == 4:
+            return op.GlobalAveragePool(x)
+        return op.ReduceMean(x, op.Constant(value_ints=list(range(-len(output_size), 0))))
+    given = list(x.shape)[-len(output_size) :]
+    if not all(isinstance(n, int) for n in given):
+        raise UnsupportedModel("adaptive pooling to several cells needs images of one size")
+    kernel, left = zip(*(divmod(n, out) for n, out in zip(given, output_size, strict=True)))
+    if not any(left) and len(x.shape) == len(output_size) + 2:
+        return op.AveragePool(x, kernel_shape=list(kernel), strides=list(kernel))
+    pooled = op.MatMul(x, _shares(given[-1], output_size[-1]))
+    if len(output_size) == 2:
+        turned = op.Transpose(pooled, perm=_swapped(x))
+        pooled = op.Transpose(
+            op.MatMul(turned, _shares(given[0], output_size[0])), perm=_swapped(x)
+        )
+    return pooled
+
+
+def _shares(size: int, cells: int) -> Any:
+    """(size, cells): how much of its mean every cell takes from each position."""
+    shares = np.zeros((size, cells), dtype=np.float32)
+    for cell in range(cells):
+        begin, end = cell * size // cells, -(-(cell + 1) * size // cells)
+        shares[begin:end, cell] = 1.0 / (end - begin)
+    return _ops().Constant(value=numpy_helper.from_array(shares))
+
+
+def _swapped(x: Any) -> list[int]:
+    """The axes of a value with the last two exchanged."""
+    last = len(x.shape) - 1
+    return [*range(last - 1), last, last - 1]
 
 
 def _split(x: Any, split_size: int, dim: int = 0) -> Any:

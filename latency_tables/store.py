@@ -11,7 +11,7 @@ from typing import Any
 import platformdirs
 from pydantic import ValidationError
 
-from zipc.core.errors import CorruptFile, TableMissing
+from zipc.core.errors import CorruptFile, TableMissing, UsageError
 from zipc.core.files import fingerprint as digest_of
 from zipc.core.files import read_json, write_json
 from zipc.core.types import Workload
@@ -67,9 +67,22 @@ class TableStore:
 
 
 def default_cache_dir() -> Path:
-    """`$ZIPC_CACHE_DIR`, else the user's cache folder."""
+    """`$ZIPC_CACHE_DIR`, else the user's cache folder.
+
+    Raises:
+        UsageError: there is neither, as for a user without a home.
+    """
     chosen = os.environ.get("ZIPC_CACHE_DIR")
-    return Path(chosen).expanduser() if chosen else platformdirs.user_cache_path("zipc")
+    try:
+        folder = Path(chosen).expanduser() if chosen else platformdirs.user_cache_path("zipc")
+        if folder.parts[:1] != ("~",):  # older versions of platformdirs, where there is no home
+            return folder
+    except RuntimeError:
+        pass
+    raise UsageError(
+        "This user has no home folder to keep latency tables and finished stages in. Give "
+        "--cache-dir DIR, or set ZIPC_CACHE_DIR."
+    )
 
 
 def differences(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:

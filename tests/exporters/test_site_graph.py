@@ -55,7 +55,10 @@ def edits(family: str, width: int, numeric: str, index: int) -> Edit:
             held[path] = Int8Weights(rounded.values.numpy(), rounded.scale.numpy())
     edit = edit_of(made, kept, held)
     return replace(
-        edit, tensors={n: edit.tensors[n] for n in {s.parameter for s in site.slices} & set(edit.tensors)}
+        edit,
+        tensors={
+            n: edit.tensors[n] for n in {s.parameter for s in site.slices} & set(edit.tensors)
+        },
     )
 
 
