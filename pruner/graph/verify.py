@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from zipc.core.types import Site
-from zipc.pruner.graph.cuts import Cuts
+from zipc.pruner.graph.cuts import Cuts, Kept
 from zipc.pruner.graph.interpret import Executor, Variant
 from zipc.pruner.graph.sites import Rewrite, Structure, without
 from zipc.pruner.graph.surgery import attribute_candidates, describe, reshaped
@@ -31,21 +31,18 @@ def verify(
 ) -> Structure:
     """Return the structure with the attributes to rewrite, and without sites that do not follow.
 
-    A model on the meta device has no values: there only the shapes are compared.
+    Every site is tried alone: beside others one may come out right by chance, as a shuffle of two
+    channels does. Then all are tried together. A model on the meta device has no values: there
+    only the shapes are compared.
     """
-    if not structure.sites:
-        return structure
     trial = _Trial(model, program, example)
-    named = _with_attributes(model, structure, structure.sites, every=False)
-    if trial.failure(named, named.sites) is None:
-        return named
     reasons: dict[str, str] = {}
     rewrites: list[Rewrite] = []
     for site in structure.sites:
         first = None
         for every in (False, True):
-            tried = _with_attributes(model, structure, [site], every=every)
-            failure = trial.failure(tried, [site])
+            tried = _with_attributes(model, structure, site, every=every)
+            failure = trial.failure(tried, _all_but_first([site]))
             first = first or failure
             if failure is None:
                 rewrites += tried.attributes
@@ -53,7 +50,7 @@ def verify(
         else:
             reasons[site.name] = f"the code of the module does not follow its width: {first}"
     found = without(replace(structure, attributes=tuple(dict.fromkeys(rewrites))), reasons)
-    if trial.failure(found, found.sites) is None:
+    if trial.failure_together(found, found.sites) is None:
         return found
     return _one_by_one(trial, found)
 
@@ -63,7 +60,7 @@ def _one_by_one(trial: _Trial, structure: Structure) -> Structure:
     kept: list[Site] = []
     reasons: dict[str, str] = {}
     for site in structure.sites:
-        failure = trial.failure(structure, [*kept, site])
+        failure = trial.failure_together(structure, [*kept, site])
         if failure is None:
             kept.append(site)
         else:
@@ -71,12 +68,15 @@ def _one_by_one(trial: _Trial, structure: Structure) -> Structure:
     return without(structure, reasons)
 
 
+def _all_but_first(sites: Sequence[Site]) -> Kept:
+    return {s.name: range(1, s.units) for s in sites if s.units > 1}
+
+
 def _with_attributes(
-    model: nn.Module, structure: Structure, sites: Sequence[Site], *, every: bool
+    model: nn.Module, structure: Structure, site: Site, *, every: bool
 ) -> Structure:
     rewrites = tuple(
         Rewrite(module, attribute, site.name, factor)
-        for site in sites
         for module, attribute, factor in attribute_candidates(model, site, every=every)
     )
     return replace(structure, attributes=rewrites)
@@ -90,9 +90,18 @@ class _Trial:
     program: Program
     example: Mapping[str, Tensor]
 
-    def failure(self, structure: Structure, sites: Sequence[Site]) -> str | None:
-        """What goes wrong when the first unit of each of `sites` is removed; None: nothing."""
-        kept = {s.name: range(1, s.units) for s in sites if s.units > 1}
+    def failure_together(self, structure: Structure, sites: Sequence[Site]) -> str | None:
+        """What goes wrong when all of `sites` shrink by one unit, to half or to one unit."""
+        every_second = {s.name: range(0, s.units, 2) for s in sites if s.units > 1}
+        last = {s.name: [s.units - 1] for s in sites if s.units > 1}
+        for kept in (_all_but_first(sites), every_second, last):
+            failure = self.failure(structure, kept)
+            if failure is not None:
+                return failure
+        return None
+
+    def failure(self, structure: Structure, kept: Kept) -> str | None:
+        """What goes wrong when only the units `kept` are left; None: nothing."""
         if not kept:
             return None
         widths = {name: len(units) for name, units in kept.items()}
