@@ -26,7 +26,7 @@ from zipc.pruner.graph.trace import Dynamic, MapCall, Program, trace
 from zipc.pruner.graph.verify import verify
 
 Kept = Mapping[str, Sequence[int]]  # site -> units kept
-LIMITS = {"sequence": 48, "target": 48}
+LIMITS = {"sequence": 48}
 
 _COMMON = {
     "vocab_size": 60,
@@ -152,6 +152,7 @@ def traced(
     example: dict[str, Tensor],
     *,
     dynamic: Dynamic | None = None,
+    limits: Mapping[str, int] = LIMITS,
     outputs: int | None = 1,
 ) -> Case:
     """Trace a module whose first `outputs` tensors are those that count; None: all."""
@@ -160,7 +161,7 @@ def traced(
         return [t for t in tree_leaves(result) if isinstance(t, Tensor)][:outputs]
 
     axes = axes_of(example) if dynamic is None else dynamic
-    program = trace(module, example, dynamic=axes, limits=LIMITS)
+    program = trace(module, example, dynamic=axes, limits=limits)
     program.outputs = program.outputs[:outputs]
     structure = verify(module, program, find_sites(program), example)
     name = "logits" if "Classification" in type(module).__name__ else "last_hidden_state"

@@ -114,14 +114,15 @@ def describe(
                 )
                 kind = "empty" if path in site.producers else "constant"
                 stubs[path] = {"kind": kind, "features": features, "window": call.window or []}
-    cuts = Cuts(s for s in structure.sites if widths.get(s.name, s.units))
+    # around a removed site all shapes stay as they were, less what other sites cut
+    widths = {name: width for name, width in widths.items() if width}
+    cuts = Cuts(s for s in structure.sites if s.name in widths)
     shapes = {n: cuts.shape(n, dense[n], widths) for n in cuts.pieces if n in dense}
     shapes = {n: s for n, s in shapes.items() if s != dense[n] and _owner(n) not in stubs}
-    for path, stub in stubs.items():  # a consumer of one site may be cut as producer of another
+    for path, stub in stubs.items():  # what a stub gives may be cut by other sites
         name = calls[path].weight
-        if stub["kind"] == "constant" and name in cuts.pieces:
-            out = calls[path].out_dim
-            stub["features"] = cuts.shape(name, dense[name], widths)[out]
+        if name in cuts.pieces:
+            stub["features"] = cuts.shape(name, dense[name], widths)[calls[path].out_dim]
     attributes: dict[str, dict[str, Any]] = {}
     groups = _groups(program, structure, widths)
     for path in {_owner(n) for n in shapes}:
