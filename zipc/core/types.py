@@ -79,15 +79,12 @@ class Workload:
     @property
     def flags(self) -> str:
         """The flags of the command line that ask for this workload."""
+        sizes = f"--batch-size {self.batch_size}"
         if self.input_shapes:
             shapes = ",".join(f"{n}:{_sizes(shape)}" for n, shape in self.input_shapes.items())
             sizes = f"--input-shapes {shapes}"
-        elif self.past_length is not None:
-            sizes = (
-                f"--batch-size {self.batch_size} --phase decode --past-length {self.past_length}"
-            )
-        else:
-            sizes = f"--batch-size {self.batch_size} --sequence-length {self.sequence_length}"
+        elif self.sequence_length is not None:
+            sizes += f" --sequence-length {self.sequence_length}"
         return f"{sizes} --threads {self.threads}"
 
     def __str__(self) -> str:
