@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -289,6 +290,11 @@ def _set_up(request: Request, progress: Progress) -> Setup:
 
 
 def _load(request: Request, progress: Progress) -> SourceModel:
+    processors = os.cpu_count() or 1
+    if request.threads > processors:
+        raise UsageError(
+            f"--threads {request.threads} is more than the {processors} processors of this machine."
+        )
     progress.stage("load model")
     source = load_source(request.model)
     progress.done(type(source.module).__name__)
