@@ -176,20 +176,33 @@ def choose(
     progress: Progress,
     state: SearchState | None = None,
 ) -> tuple[Allocation, float, SearchState]:
-    """Search at a latency ratio to dense, then pick among the finalists on more texts."""
+    """Search at a latency ratio to dense, then pick among the finalists on more texts.
+
+    Raises:
+        TargetUnreachable: no allocation is predicted to reach the ratio; carries the best speedup.
+    """
     progress.stage("search", trials)
     scorer = candidates.scorer
-    found = search(
-        problem,
-        budget_ms=prices.budget_ms(ratio),
-        score=scorer.score,
-        adopt=lambda a: void(scorer.score(a, keep=True)),
-        trials=trials,
-        seconds=seconds,
-        rng=rng,
-        progress=progress,
-        state=state,
-    )
+    try:
+        found = search(
+            problem,
+            budget_ms=prices.budget_ms(ratio),
+            score=scorer.score,
+            adopt=lambda a: void(scorer.score(a, keep=True)),
+            trials=trials,
+            seconds=seconds,
+            rng=rng,
+            progress=progress,
+            state=state,
+        )
+    except TargetUnreachable as error:  # it knows sums of prices only, not what they come out at
+        best = 1 / prices.ratio(problem.fastest_ms)
+        raise TargetUnreachable(
+            f"No allocation is predicted to reach {1 / ratio:.2f}x: with everything removed that "
+            f"can be removed the model takes {prices.dense_ms / best:.2f} ms, "
+            f"a speedup of {best:.2f}x.",
+            best_speedup=best,
+        ) from error
     finalists = [(problem.allocation(c), c) for _, c in found.top]
     least = FILLED * prices.budget_ms(ratio)
     filled = [f for f in finalists if f[0].predicted_ms >= least] or finalists

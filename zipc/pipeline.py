@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -267,6 +268,11 @@ def _set_up(request: Request, progress: Progress) -> Setup:
 
 
 def _load(request: Request, progress: Progress) -> tuple[SourceModel, Request]:
+    processors = os.cpu_count() or 1
+    if request.threads > processors:
+        raise UsageError(
+            f"--threads {request.threads} is more than the {processors} processors of this machine."
+        )
     progress.stage("load model")
     source = load_source(request.model, weights=request.weights, input_shapes=request.input_shapes)
     progress.done(type(source.module).__name__)

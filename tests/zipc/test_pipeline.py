@@ -223,8 +223,9 @@ def test_speedup_that_prices_call_unreachable_is_met_where_it_measures_so(
         intercept=0.45, slope=0.55, points=((0.5, 0.7),), median_error=0.01, worst_error=0.01
     )
     store.save(table.with_correction(gloomy), path)
-    with pytest.raises(TargetUnreachable):
+    with pytest.raises(TargetUnreachable) as caught:
         plan_model(asked, progress=Told())
+    assert 1.0 < caught.value.best_speedup < 2.5  # as corrected, not as summed
     manifest = project.compile(tmp_path / "out", cache=cache)
     assert manifest.verdict == "validated"
     assert manifest.latency.speedup_ci95 is not None
@@ -453,6 +454,7 @@ def test_sites_priced_above_the_whole_model_serve_one_run_and_are_not_kept(
         ({"data": None}, "--data is needed"),
         ({"out": None}, "-o OUT"),
         ({"sequence_length": 49}, "more than the model takes"),
+        ({"threads": 100_000}, "processors of this machine"),
         ({"speedup": 1.0}, "more than 1"),
         ({"speedup": None}, "Give a goal"),
         ({"recover": "distill"}, "not available"),
