@@ -136,7 +136,7 @@ def _group_norm(
 
 
 def _adaptive_pool(x: Any, output_size: Sequence[int]) -> Any:
-    """Means over equal parts of every axis: all of it, tiles of one size, or weights for overlaps."""
+    """Means over equal parts of every axis: of all of it, of tiles, or by weights where they lap."""
     op = _ops()
     if all(n == 1 for n in output_size):
         if len(output_size) == 2 and len(x.shape) == 4:
@@ -145,7 +145,8 @@ def _adaptive_pool(x: Any, output_size: Sequence[int]) -> Any:
     given = list(x.shape)[-len(output_size) :]
     if not all(isinstance(n, int) for n in given):
         raise UnsupportedModel("adaptive pooling to several cells needs images of one size")
-    kernel, left = zip(*(divmod(n, out) for n, out in zip(given, output_size, strict=True)))
+    kernel = [n // out for n, out in zip(given, output_size, strict=True)]
+    left = [n % out for n, out in zip(given, output_size, strict=True)]
     if not any(left) and len(x.shape) == len(output_size) + 2:
         return op.AveragePool(x, kernel_shape=list(kernel), strides=list(kernel))
     pooled = op.MatMul(x, _shares(given[-1], output_size[-1]))
