@@ -136,7 +136,7 @@ def _group_norm(
 
 
 def _adaptive_pool(x: Any, output_size: Sequence[int]) -> Any:
-    """Means over equal parts of every axis: of all of it, of tiles, or by weights where they lap."""
+    """Means over equal parts of every axis: of all of it, of tiles, or weighted where they lap."""
     op = _ops()
     if all(n == 1 for n in output_size):
         if len(output_size) == 2 and len(x.shape) == 4:
