@@ -136,7 +136,10 @@ class _Match:
             return None
         if value.scale != 1.0 or value.tables or query.groups != 1 or key.groups != value.groups:
             return None
-        if not query.heads == key.heads * key.groups == value.heads * value.groups:
+        shared = key.heads == value.heads == key.groups == 1  # broadcast, not repeated
+        if not shared and not (
+            query.heads == key.heads * key.groups == value.heads * value.groups
+        ):
             return None
         return _Block(
             query,

@@ -18,8 +18,9 @@ def resize_(graph: OnnxGraph, size_of: SizeOf) -> None:
     """Rewrite every number in the graph that is the size of an axis of a traced node's result.
 
     Those are target shapes of Reshape, Expand and ConstantOfShape, parts of Split, and groups of
-    convolutions; weights must have been replaced before. Numbers that are 0, 1 or -1 in a target
-    shape stay: they say "as before", "repeat" and "the rest".
+    convolutions and of normalisations, whose groups keep their channels; weights must have been
+    replaced before. Numbers that are 0, 1 or -1 in a target shape stay: they say "as before",
+    "repeat" and "the rest".
     """
     names: dict[str, str] = {}
     for name, value in graph.results.items():
@@ -50,6 +51,28 @@ def resize_(graph: OnnxGraph, size_of: SizeOf) -> None:
                 node.input[1] = constant_(graph, new_parts)
         elif node.op_type in ("Conv", "ConvTranspose") and attribute(node, "group", 1) > 1:
             _regroup_(graph, node, new_size)
+        elif node.op_type == "InstanceNormalization":
+            _regroup_norm_(graph, node, new_size)
+
+
+def _regroup_norm_(
+    graph: OnnxGraph, node: NodeProto, new_size: Callable[[str, int, int], int]
+) -> None:
+    """As many groups as the channels that come in make up, at the channels each has."""
+    split = next((n for n in graph.nodes if node.input[0] in n.output), None)
+    target = read_target(graph, split) if split is not None else None
+    if split is None or split.op_type != "Reshape" or target is None:
+        return
+    groups, channels = target[1], graph.shapes[split.input[0]][1]
+    if not isinstance(groups, int) or not isinstance(channels, int):
+        return
+    left = groups * new_size(split.input[0], 1, channels) // channels
+    if left != groups:
+        write_target_(graph, split, [target[0], left, *target[2:]])
+        for place in (1, 2):
+            name = f"{node.input[place]}_{left}"
+            graph.arrays[name] = graph.arrays[node.input[place]][:left]
+            node.input[place] = name
 
 
 def _regroup_(graph: OnnxGraph, node: NodeProto, new_size: Callable[[str, int, int], int]) -> None:

@@ -66,7 +66,7 @@ def _attention(
     mask = _lower_triangle(query, key) if is_causal else attn_mask
     if is_causal or (mask is not None and int(mask.dtype) == TensorProto.BOOL):
         mask = op.Where(mask, op.Constant(value_float=0.0), op.Constant(value_float=MASKED))
-    if enable_gqa and query.shape[-3] != key.shape[-3]:
+    if enable_gqa and key.shape[-3] not in (1, query.shape[-3]):  # one head is broadcast
         groups = query.shape[-3] // key.shape[-3]
         key, value = _repeated(key, groups), _repeated(value, groups)
     turned = op.Transpose(key, perm=_swapped(query))
@@ -121,7 +121,7 @@ def _group_norm(
     eps: float = 1e-5,
     cudnn_enabled: bool = True,
 ) -> Any:
-    """Instance norm over (batch, groups, the rest), whose shapes name no number of channels."""
+    """Instance norm over (batch, groups, the rest); `resize_` knows it by its operator."""
     op = _ops()
     ones = op.Constant(value_floats=[1.0] * num_groups)
     zeros = op.Constant(value_floats=[0.0] * num_groups)

@@ -55,6 +55,7 @@ class ConstantMap(nn.Module):
     def __init__(self, features: int, window: Window = ()) -> None:
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(features))
+        _nothing_as_weight_(self)
         self.window = window
 
     def forward(self, x: Tensor) -> Tensor:
@@ -69,11 +70,17 @@ class EmptyMap(nn.Module):
 
     def __init__(self, features: int, window: Window = ()) -> None:
         super().__init__()
+        _nothing_as_weight_(self)
         self.features = features
         self.window = window
 
     def forward(self, x: Tensor) -> Tensor:
         return _spread(x.new_zeros(self.features), x, self.window)
+
+
+def _nothing_as_weight_(module: nn.Module) -> None:
+    """Some code asks a map for the dtype of its weight before it calls it, as T5's does."""
+    module.register_buffer("weight", torch.zeros(0), persistent=False)
 
 
 def _spread(values: Tensor, x: Tensor, window: Window) -> Tensor:
@@ -175,9 +182,9 @@ def apply_structure_(model: nn.Module, document: Mapping[str, Any]) -> None:
             made = Int8Linear(shape[1], shape[0], bias=old.bias is not None, numeric=numeric)
             model.set_submodule(path, made)
         for path, spec in document["stubs"].items():
-            model.get_submodule(path)
+            like = model.get_submodule(path).get_parameter("weight")
             stub = {"constant": ConstantMap, "empty": EmptyMap}[spec["kind"]]
-            model.set_submodule(path, stub(int(spec["features"]), spec["window"]))
+            model.set_submodule(path, stub(int(spec["features"]), spec["window"]).to(like))
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise CorruptFile(f"structure.json does not fit the model: {error}") from error
 

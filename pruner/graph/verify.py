@@ -32,8 +32,8 @@ def verify(
     """Return the structure with the attributes to rewrite, and without sites that do not follow.
 
     Every site is tried alone: beside others one may come out right by chance, as a shuffle of two
-    channels does. Then all are tried together. A model on the meta device has no values: there
-    only the shapes are compared.
+    channels does. Then all are tried together, and the removal of each that can go as a whole. A
+    model on the meta device has no values: there only the shapes are compared.
     """
     trial = _Trial(model, program, example)
     reasons: dict[str, str] = {}
@@ -50,9 +50,16 @@ def verify(
         else:
             reasons[site.name] = f"the code of the module does not follow its width: {first}"
     found = without(replace(structure, attributes=tuple(dict.fromkeys(rewrites))), reasons)
-    if trial.failure_together(found, found.sites) is None:
-        return found
-    return _one_by_one(trial, found)
+    if trial.failure_together(found, found.sites) is not None:
+        found = _one_by_one(trial, found)
+    return replace(found, sites=[_removed(trial, found, site) for site in found.sites])
+
+
+def _removed(trial: _Trial, structure: Structure, site: Site) -> Site:
+    """The site, not removable if the module fails without it."""
+    if not site.removable or trial.failure(structure, {site.name: []}) is None:
+        return site
+    return replace(site, removable=False)
 
 
 def _one_by_one(trial: _Trial, structure: Structure) -> Structure:
@@ -105,9 +112,7 @@ class _Trial:
         if not kept:
             return None
         widths = {name: len(units) for name, units in kept.items()}
-        cuts = Cuts(s for s in structure.sites if s.name in kept)
-        weights = dict(self.program.tensors.values())
-        tensors = {n: cuts.cut(weights[n], n, kept) for n in cuts.pieces}
+        tensors, constants = self._weights(structure, kept)
         own = tuple(a for a in structure.attributes if a.site in kept)
         document = describe(
             self.model, self.program, replace(structure, attributes=own), widths=widths
@@ -115,12 +120,16 @@ class _Trial:
         with torch.no_grad():
             try:
                 made = reshaped(self.model, document)
-                _assign_(made, tensors)
+                stubs = document["stubs"]
+                _assign_(
+                    made, {n: t for n, t in tensors.items() if n.rpartition(".")[0] not in stubs}
+                )
+                _assign_(made, {f"{path}.bias": value for path, value in constants.items()})
                 got = _outputs(self.program, made(**self.example))
             except Exception as error:  # whatever the code of a module raises
                 first = str(error).strip().splitlines()[0] if str(error).strip() else ""
                 return f"{type(error).__name__}: {first[:160]}"
-            variant = Variant(tensors=tensors, widths=widths)
+            variant = Variant(tensors=tensors, constants=constants, widths=widths)
             want, _ = Executor(self.program, structure).run(self.example, variant)
         if [t.shape for t in got] != [t.shape for t in want]:
             return "its outputs have other shapes"
@@ -131,6 +140,28 @@ class _Trial:
             if not apart <= AGREES * float(torch.linalg.vector_norm(b.double())) + 1e-12:
                 return "it computes something else"
         return None
+
+    def _weights(
+        self, structure: Structure, kept: Kept
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Tensors by name, and what the consumers of removed sites give."""
+        weights = dict(self.program.tensors.values())
+        cuts = Cuts(s for s in structure.sites if kept.get(s.name))
+        tensors = {n: cuts.cut(weights[n], n, kept) for n in cuts.pieces}
+        gone = {
+            consumer.module
+            for site in structure.sites
+            if site.name in kept and not kept[site.name]
+            for consumer in site.consumers
+        }
+        constants = {}
+        for call in self.program.maps:
+            if call.module in gone:
+                weight = tensors.get(call.weight, weights[call.weight])
+                zeros = weight.new_zeros(weight.shape[call.out_dim])
+                held = call.bias and tensors.get(call.bias, weights[call.bias])
+                constants[call.module] = zeros if held is None else held
+        return tensors, constants
 
 
 def _outputs(program: Program, result: Any) -> list[Tensor]:

@@ -32,7 +32,7 @@ class Everything(nn.Module):
         self.width = width
         self.stem = nn.Conv2d(3, 2 * width, 3, padding=1)
         self.depthwise = nn.Conv2d(width, 2 * width, 3, padding=1, groups=width)
-        self.norm = nn.GroupNorm(2, 3 * width)
+        self.norm = nn.GroupNorm(width, 3 * width)
         self.squeeze = nn.Linear(3 * width, width)
         self.excite = nn.Linear(width, 3 * width)
         self.grouped = nn.Conv2d(3 * width, 2 * width, 1, groups=2)

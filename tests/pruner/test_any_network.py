@@ -1,0 +1,129 @@
+"""For every kind of network: units removed equal units that nobody is shown, three ways."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.three_ways import (
+    IN_ONNX,
+    all_exported,
+    by_onnx,
+    by_program,
+    by_surgery,
+    case_of,
+    gap,
+    inert,
+    other_feeds,
+    random_sets,
+    relative_gap,
+    single_units,
+    tolerance,
+    whole_sites,
+)
+from tests.tiny_models import Case, Kept, everything
+from tests.zoo import ZOO
+from zipc.exporters.graph import OnnxGraph
+from zipc.pruner.graph.interpret import Variant
+
+families = pytest.mark.parametrize("name", ZOO)
+NOTICED = 3e-4  # of outputs of size 1: what the least important unit of the zoo changes and more
+PER_SITE = 2  # units tried in ONNX Runtime at each site, the first and the last; all if slow
+
+# Kind and units of every site: w width, c channels, f ffn, h heads; + may be removed as a whole.
+SITES = {}
+
+
+@functools.cache
+def double(name: str) -> Case:
+    return case_of(ZOO[name])
+
+
+@functools.cache
+def single(name: str) -> tuple[Case, OnnxGraph]:
+    made = case_of(ZOO[name], torch.float32)
+    return made, all_exported(made, ZOO[name])
+
+
+def prove(name: str, kept: Kept, feeds: dict[str, Tensor]) -> list[Tensor]:
+    """Both torch ways agree with the oracle, which is returned."""
+    made, bound = double(name), tolerance(ZOO[name])
+    want = inert(made, kept, feeds)
+    assert gap(by_surgery(made, kept, feeds), want) < bound
+    assert gap(by_program(made, kept, feeds), want) < bound
+    return want
+
+
+@families
+def test_every_unit_removed_equals_inert_and_is_noticed(name: str) -> None:
+    made = double(name)
+    dense = inert(made, everything(made), made.example)
+    for site, unit, kept in single_units(made):
+        want = prove(name, kept, made.example)
+        assert gap(dense, want) > NOTICED, (site, unit)
+
+
+@families
+def test_whole_sites_removed_equal_inert(name: str) -> None:
+    made = double(name)
+    for _, kept in whole_sites(made):
+        prove(name, kept, made.example)
+
+
+@families
+def test_random_units_of_several_sites_removed_equal_inert(name: str) -> None:
+    for kept in random_sets(double(name), 6):
+        prove(name, kept, other_feeds(ZOO[name]))
+
+
+@families
+def test_nothing_removed_changes_nothing(name: str) -> None:
+    made = double(name)
+    feeds = other_feeds(ZOO[name])
+    with torch.no_grad():
+        dense = made.chosen(made.module(**feeds))
+    prove(name, everything(made), feeds)
+    got, _ = made.executor.run(feeds, Variant())
+    assert gap(got, dense) < tolerance(ZOO[name])
+
+
+def check_onnx(name: str, kept: Kept, feeds: dict[str, Tensor]) -> None:
+    made, graph = single(name)
+    assert relative_gap(by_onnx(made, graph, kept, feeds), inert(made, kept, feeds)) < IN_ONNX
+
+
+@families
+def test_onnx_runtime_agrees_on_units_sites_and_random_sets(name: str) -> None:
+    made, _ = single(name)
+    for _, _, kept in single_units(made, most=PER_SITE):
+        check_onnx(name, kept, made.example)
+    for _, kept in whole_sites(made):
+        check_onnx(name, kept, made.example)
+    for kept in random_sets(made, 3):
+        check_onnx(name, kept, other_feeds(ZOO[name], torch.float32))
+
+
+@pytest.mark.slow
+@families
+def test_onnx_runtime_agrees_on_every_unit_and_many_random_sets(name: str) -> None:
+    made, _ = single(name)
+    for _, _, kept in single_units(made):
+        check_onnx(name, kept, made.example)
+    for kept in random_sets(made, 30):
+        check_onnx(name, kept, other_feeds(ZOO[name], torch.float32))
+
+
+@families
+def test_sites_are_those_that_the_architecture_has(name: str) -> None:
+    """A tool that finds nothing would pass all of the above."""
+    made = double(name)
+    found = [f"{s.kind[0]}{s.units}{'+' if s.removable else ''}" for s in made.sites]
+    assert " ".join(found) == SITES[name]
+    reasons = [entry.reason for entry in made.structure.left_alone]
+    assert all(reasons)
+    inside = {m for s in made.sites for m in (*s.producers, *(c.module for c in s.consumers))}
+    outside = {entry.path for entry in made.structure.left_alone}
+    assert {call.module for call in made.program.maps} <= inside | outside
