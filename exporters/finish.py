@@ -137,9 +137,7 @@ class _Match:
         if value.scale != 1.0 or value.tables or query.groups != 1 or key.groups != value.groups:
             return None
         shared = key.heads == value.heads == key.groups == 1  # broadcast, not repeated
-        if not shared and not (
-            query.heads == key.heads * key.groups == value.heads * value.groups
-        ):
+        if not shared and not (query.heads == key.heads * key.groups == value.heads * value.groups):
             return None
         return _Block(
             query,

@@ -160,7 +160,14 @@ class Executor:
                 args[1] = extent_size(self.structure.groups[node.name], variant.widths)
             if name == "layer_norm":
                 args[1] = list(args[0].shape[-len(args[1]) :])
-            if node.name in self.structure.shapes:
+            if name == "unflatten" and node.name in self.structure.shapes:
+                sizes = list(args[2])
+                first = args[1] % args[0].dim()
+                for i, extent in enumerate(self.structure.shapes[node.name][first:][: len(sizes)]):
+                    if _has_site(extent) and sizes[i] != -1:
+                        sizes[i] = extent_size(extent, variant.widths)
+                args[2] = sizes
+            elif node.name in self.structure.shapes:
                 at = 1 if name in _RESHAPES else CREATED.get(name, -1)
                 if at >= 0:
                     args[at] = self._resized(node, list(args[at]), variant.widths)

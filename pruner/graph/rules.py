@@ -601,7 +601,7 @@ _POOLS = """
 RULES: dict[str, Rule] = {
     **dict.fromkeys(_ELEMENTWISE, _elementwise),
     **dict.fromkeys(_POOLS, _positions),
-    **dict.fromkeys(["view", "reshape", "_unsafe_view", "flatten"], _view),
+    **dict.fromkeys(["view", "reshape", "_unsafe_view", "flatten", "unflatten"], _view),
     **dict.fromkeys(["transpose", "t"], _transpose),
     **dict.fromkeys(["softmax", "_softmax", "log_softmax"], _softmax),
     **dict.fromkeys(["cumsum", "flip", "roll"], _along),

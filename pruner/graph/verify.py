@@ -154,19 +154,21 @@ class _Trial:
             if site.name in kept and not kept[site.name]
             for consumer in site.consumers
         }
-        constants = {}
+        constants: dict[str, Tensor] = {}
         for call in self.program.maps:
             if call.module in gone:
                 weight = tensors.get(call.weight, weights[call.weight])
                 zeros = weight.new_zeros(weight.shape[call.out_dim])
-                held = call.bias and tensors.get(call.bias, weights[call.bias])
-                constants[call.module] = zeros if held is None else held
+                if call.bias is None:
+                    constants[call.module] = zeros
+                else:
+                    constants[call.module] = tensors.get(call.bias, weights[call.bias])
         return tensors, constants
 
 
 def _outputs(program: Program, result: Any) -> list[Tensor]:
     """Of the tensors that the module gives, those that are the program's outputs."""
-    given = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+    given = [t.detach() for t in tree_leaves(result) if isinstance(t, Tensor)]
     names = [n for n in program.exported.graph_signature.user_outputs if isinstance(n, str)]
     return [given[names.index(output.name)] for output in program.outputs]
 

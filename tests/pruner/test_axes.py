@@ -343,8 +343,7 @@ def test_removing_free_units_leaves_every_operation_true(made: Steps, seed: int)
     rng = random.Random(seed)
     free = {id(a): a for d in program.dims for a in leaves(d) if not a.pins}
     gone = {
-        key: {i for i in range(int(atom.size)) if rng.random() < 0.4}
-        for key, atom in free.items()
+        key: {i for i in range(int(atom.size)) if rng.random() < 0.4} for key, atom in free.items()
     }
     for a, b in program.same:
         assert stays(a, gone) == stays(b, gone)

@@ -122,9 +122,7 @@ def test_convolutions_are_patches_times_a_matrix_per_group(name: str) -> None:
         rows = input_rows(call, x, pick)
         bias = 0 if module.bias is None else module.bias
         want = output_rows(call, y, pick)
-        torch.testing.assert_close(
-            product(call, module, rows) + bias, want, atol=EXACT, rtol=0
-        )
+        torch.testing.assert_close(product(call, module, rows) + bias, want, atol=EXACT, rtol=0)
     places = itertools.product(range(2), *map(range, y.shape[2:]))
     for row, (b, *place) in zip(output_rows(call, y, everything(call, x)), places, strict=True):
         assert torch.equal(row, y[(b, slice(None), *place)])
@@ -140,7 +138,10 @@ def test_patches_of_any_convolution(data: Any) -> None:
         for low, high in ((1, 3), (1, 3), (0, 3), (1, 3))
     ]
     kernel, stride, padding, dilation = draws
-    size = [d * (k - 1) + 1 + data.draw(st.integers(0, 4)) for k, d in zip(kernel, dilation, strict=True)]
+    size = [
+        d * (k - 1) + 1 + data.draw(st.integers(0, 4))
+        for k, d in zip(kernel, dilation, strict=True)
+    ]
     weight = drawn(2 * groups, 2, *kernel)
     x = drawn(2, 2 * groups, *size, seed=1)
     y = (F.conv1d if axes == 1 else F.conv2d)(x, weight, None, stride, padding, dilation, groups)
@@ -169,7 +170,9 @@ def test_transposed_convolutions_spread_every_input_over_their_taps(name: str) -
     assert row_count(call, x) == 2 * x[0, 0].numel()
     rows = input_rows(call, x, everything(call, x))
     taps = list(module.kernel_size)
-    cells = product(call, module, rows).view(2, x[0, 0].numel(), -1).transpose(1, 2)  # (batch, out x taps, positions)
+    cells = (
+        product(call, module, rows).view(2, x[0, 0].numel(), -1).transpose(1, 2)
+    )  # (batch, out x taps, positions)
     y = module(x)
     extra = [1] * (2 - len(size))
     want = F.fold(

@@ -26,7 +26,7 @@ class Block(nn.Module):
         super().__init__()
         self.up, self.down = nn.Linear(8, WIDTH), nn.Linear(WIDTH, 8)
         self.query, self.key, self.value = (nn.Linear(8, WIDTH) for _ in range(3))
-        self.half = nn.Linear(WIDTH // 2, 8)
+        self.narrow = nn.Linear(WIDTH // 2, 8)
         self.lanes, self.lane_size = HEADS, WIDTH // HEADS
         self.num_heads = HEADS
         self.breadth = WIDTH
@@ -77,7 +77,7 @@ def reason_of(made: Case, site: str) -> str:
 
 def _split_by_numbers(m: Block, x: Tensor) -> Tensor:
     a, b = m.up(x).split((6, 6), dim=-1)
-    return m.half(F.relu(a) * b)
+    return m.narrow(F.relu(a) * b)
 
 
 def _view_by_numbers(m: Block, x: Tensor) -> Tensor:
@@ -100,14 +100,6 @@ def _width_is_asserted(m: Block, x: Tensor) -> Tensor:
     return m.down(F.relu(h))
 
 
-def _scale_of_all_heads(m: Block, x: Tensor) -> Tensor:
-    """The scale follows from the whole width, and not from the size of a head."""
-    q, k, v = (_apart(f(x), m.lanes) for f in (m.query, m.key, m.value))
-    scale = (q.shape[1] * q.shape[3]) ** -0.5
-    made = F.scaled_dot_product_attention(q, k, v, scale=scale)
-    return m.down(made.transpose(1, 2).flatten(2))
-
-
 def _apart(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
@@ -118,7 +110,6 @@ STUBBORN: dict[str, tuple[Callable[[Block, Tensor], Tensor], str]] = {
     "width as a number": (_width_as_a_number, "computes something else"),
     "width decides": (_width_decides, "computes something else"),
     "width is asserted": (_width_is_asserted, "the width is part of the design"),
-    "scale of all heads": (_scale_of_all_heads, "computes something else"),
 }
 
 
