@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-import numpy as np
 from onnx import NodeProto
 
+from zipc.exporters.experts import sparse_experts_
 from zipc.exporters.fusions import FUSED_OPSET, Finder
 from zipc.exporters.graph import OnnxGraph, attribute, node
 
 
 def finish(graph: OnnxGraph) -> None:
     """Run the passes that need final widths. Outputs stay as they were, to rounding."""
+    sparse_experts_(graph)
     fuse_attention_(graph)
 
 
