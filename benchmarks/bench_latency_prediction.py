@@ -25,7 +25,7 @@ from zipc.core.files import write_json
 from zipc.core.request import Request
 from zipc.core.types import Silent
 from zipc.latency_tables.store import TableStore, default_cache_dir
-from zipc.model_source import load_source
+from zipc.model_source import load_source, settle
 from zipc.prepare import prepare
 from zipc.pricing import measure_points, price
 from zipc.profiler.fingerprint import device_fingerprint, device_state
@@ -63,10 +63,11 @@ def main() -> None:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    request = Request(model=arguments.model, target=arguments.target)
+    source = load_source(arguments.model)
+    request = settle(Request(model=arguments.model, target=arguments.target), source)
     target = load_target(request.target)
     cache = StageCache(arguments.cache_dir)
-    prepared = prepare(load_source(request.model), request, cache=cache, progress=Silent())
+    prepared = prepare(source, request, cache=cache, progress=Silent())
     store = TableStore(arguments.cache_dir / "tables")
     prices = price(prepared, target, request, store=store, progress=Silent())
     state = device_state()

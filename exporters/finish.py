@@ -187,9 +187,7 @@ class _Match:
             return None
         heads = width // target[3]
         nodes = (*way.nodes, reshape)
-        return _Heads(
-            reshape.input[0], heads, target[3], way.scale, way.tables, way.groups, nodes
-        )
+        return _Heads(reshape.input[0], heads, target[3], way.scale, way.tables, way.groups, nodes)
 
     def _width(self, name: str) -> int | None:
         """Size of the last axis of a linear map's output, read from its weight or bias."""

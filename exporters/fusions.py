@@ -134,7 +134,10 @@ def rotary_embeddings_(graph: OnnxGraph) -> None:
             write_target_(graph, tables[full], [batch, 1, 1])
             shape = graph.shapes[source]
             size = int(shape[-1]) // 2
-            graph.shapes |= {half: [*graph.shapes[opened][:2], size], full: [shape[0], shape[2], size]}
+            graph.shapes |= {
+                half: [*graph.shapes[opened][:2], size],
+                full: [shape[0], shape[2], size],
+            }
             graph.types |= dict.fromkeys((half, full), graph.types[opened])
             halves.append(full)
         made.append(new_node("RotaryEmbedding", [source, *halves], [node.output[0]]))

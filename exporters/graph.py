@@ -14,6 +14,7 @@ import onnx
 from onnx import NodeProto, helper, numpy_helper
 
 T = TypeVar("T")
+MAPS = ("MatMul", "Gemm", "Conv", "ConvTranspose")
 REDEFINED = frozenset({"GroupNormalization"})  # means another thing after opset 20
 Array = npt.NDArray[np.generic]
 
@@ -23,8 +24,8 @@ class OnnxGraph:
     """Nodes, initialisers and what the exporter knew about them.
 
     `weights` maps a torch parameter to (initialiser, whether it is stored transposed);
-    `shapes` gives the symbolic shape of every value of the dense graph. `origin` maps a value to the
-    traced node it was made from, `results` a traced node to the value that holds its result.
+    `shapes` gives the symbolic shape of every value of the dense graph. `origin` maps a value to
+    the traced node it was made from, `results` a traced node to the value that holds its result.
     """
 
     proto: onnx.ModelProto  # header, inputs and outputs; its nodes and initialisers are ignored
@@ -77,19 +78,19 @@ class OnnxGraph:
     def outputs(self) -> list[str]:
         return [o.name for o in self.proto.graph.output]
 
-    def linear_nodes(self, parameter: str) -> list[NodeProto]:
-        """MatMul/Gemm nodes that use a torch weight."""
+    def map_nodes(self, parameter: str) -> list[NodeProto]:
+        """The products and convolutions that use a torch weight."""
         held = self.weights.get(parameter)
         if held is None:
             return []
-        return [
-            n for n in self.nodes if n.op_type in ("MatMul", "Gemm") and held[0] in n.input[1:2]
-        ]
+        return [n for n in self.nodes if n.op_type in MAPS and held[0] in n.input[1:2]]
 
     def can_raise_opset(self, version: int) -> bool:
         """Whether all operators mean the same in the standard opset of that version."""
         held = [e.version for e in self.proto.opset_import if e.domain in ("", "ai.onnx")]
-        return all(v >= version for v in held) or not any(n.op_type in REDEFINED for n in self.nodes)
+        return all(v >= version for v in held) or not any(
+            n.op_type in REDEFINED for n in self.nodes
+        )
 
     def raise_opset_(self, version: int) -> None:
         """Declare at least this version of the standard opset."""

@@ -113,9 +113,7 @@ def _set_aside_(
     return held, names
 
 
-def _put_back_(
-    graph: OnnxGraph, parameters: Mapping[str, Array], names: Mapping[str, str]
-) -> None:
+def _put_back_(graph: OnnxGraph, parameters: Mapping[str, Array], names: Mapping[str, str]) -> None:
     """Make the parameters initialisers again, transposed where every use of one transposes it."""
     given = [i for i in graph.proto.graph.input if i.name not in names]
     del graph.proto.graph.input[:]

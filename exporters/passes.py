@@ -36,7 +36,7 @@ def clean(graph: OnnxGraph) -> None:
 
 
 def idle_nodes_(graph: OnnxGraph) -> None:
-    """Drop what changes nothing: a Reshape to the same shape, a Pad by 0, a mask that hides nothing."""
+    """Drop what changes nothing: a Reshape to the same shape, a Pad by 0, an idle mask."""
     find, outputs = Finder(graph), set(graph.outputs())
     same: dict[str, str] = {}
     for node in graph.nodes:
@@ -98,6 +98,7 @@ def merge_equal_(graph: OnnxGraph) -> None:
 
 def _rename_(graph: OnnxGraph, names: Mapping[str, str]) -> None:
     """Read other values in the place of those that are keys of `names`."""
+
     def last(name: str) -> str:
         while name in names and names[name] != name:
             name = names[name]

@@ -117,9 +117,9 @@ def relative_expands_(graph: OnnxGraph) -> None:
         before, after = graph.shapes.get(node.input[0]), graph.shapes.get(node.output[0])
         if before is None or not after:
             continue
-        before = [1] * (len(after) - len(before)) + before
+        padded: list[int | str] = [*[1] * (len(after) - len(before)), *before]
         target: list[Entry] = []
-        for old, new in zip(before, after, strict=True):
+        for old, new in zip(padded, after, strict=True):
             entry = 1 if old == new else sizes.of(new)
             if entry is not None:
                 target.append(entry)

@@ -9,35 +9,38 @@ from zipc.core.errors import UnsupportedModel
 from zipc.core.types import Site
 from zipc.exporters.graph import OnnxGraph
 
+PASSED = ("Add", "Sum", "BatchNormalization")  # what belongs to a site after its consumer,
+LAST = ("LayerNormalization", "RMSNormalization", "Relu", "Clip", "HardSwish")  # up to one of these
+
 
 def block_ends(graph: OnnxGraph, site: Site) -> tuple[list[str], list[str]]:
     """Values where the surroundings of a site begin and end, in the dense graph.
 
-    They begin at the inputs of the producing linears, and at any other tensor that carries the
+    They begin at the inputs of the producing maps, and at any other tensor that carries the
     units (a bias per head on the scores, say), and end after the residual sum and the normalisation
     that follow the consumer, where there are such.
     """
     starts: list[str] = []
     for module in site.producers:
-        nodes = graph.linear_nodes(module + ".weight")
+        nodes = graph.map_nodes(module + ".weight")
         if not nodes:
-            raise UnsupportedModel(f"{module} has no linear node in the exported graph")
+            raise UnsupportedModel(f"{module} has no node in the exported graph")
         starts.append(nodes[0].input[0])
     maps = {*site.producers, *(c.module for c in site.consumers)}
     for piece in site.slices:
-        if piece.parameter.rpartition(".")[0] not in maps:
+        if piece.parameter.rpartition(".")[0] not in maps and piece.parameter in graph.weights:
             starts.append(graph.weights[piece.parameter][0])
     consumers = graph.consumers()
     ends: list[str] = []
     for consumer in site.consumers:
-        end = graph.linear_nodes(consumer.module + ".weight")[0].output[0]
+        end = graph.map_nodes(consumer.module + ".weight")[0].output[0]
         while True:
             after = consumers.get(end, [])
-            chain = [n for n in after if n.op_type in ("Add", "Sum", "LayerNormalization")]
+            chain = [n for n in after if n.op_type in (*PASSED, *LAST)]
             if not chain or end in graph.outputs():
                 break
             end = chain[0].output[0]
-            if chain[0].op_type == "LayerNormalization":
+            if chain[0].op_type in LAST:
                 break
         ends.append(end)
     return list(dict.fromkeys(starts)), list(dict.fromkeys(ends))
@@ -82,7 +85,9 @@ def extract(graph: OnnxGraph, ends: tuple[list[str], list[str]]) -> OnnxGraph:
     used = {i for n in nodes for i in n.input}
     arrays = {k: v for k, v in graph.arrays.items() if k in used}
     weights = {k: v for k, v in graph.weights.items() if v[0] in used}
-    return OnnxGraph(proto, nodes, arrays, weights, graph.shapes, graph.types)
+    return OnnxGraph(
+        proto, nodes, arrays, weights, graph.shapes, graph.types, graph.origin, graph.results
+    )
 
 
 def _dependents(graph: OnnxGraph, starts: list[str]) -> set[str]:

@@ -11,7 +11,8 @@ from onnx import NodeProto, TensorProto
 
 from zipc.core.errors import ExportMismatch
 from zipc.exporters.finish import finish
-from zipc.exporters.graph import OnnxGraph, node
+from zipc.exporters.graph import OnnxGraph, attribute, node
+from zipc.exporters.shapes import SizeOf, Sizes, resize_, write_target_
 
 FloatArray = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -33,12 +34,14 @@ class Edit:
     """Changes to the dense graph, by torch names.
 
     `tensors`: new float values in torch layout; `removed`: module path of a linear map that loses
-    its whole input -> what it outputs, (out,); `int8`: module path -> integer weights.
+    its whole input -> what it outputs, (out,); `int8`: module path -> integer weights; `size_of`:
+    the new size of an axis of a traced node's result.
     """
 
     tensors: Mapping[str, FloatArray] = field(default_factory=dict)
     removed: Mapping[str, FloatArray] = field(default_factory=dict)
     int8: Mapping[str, Int8Weights] = field(default_factory=dict)
+    size_of: SizeOf | None = None
 
 
 def specialise(dense: OnnxGraph, edit: Edit) -> OnnxGraph:
@@ -48,15 +51,17 @@ def specialise(dense: OnnxGraph, edit: Edit) -> OnnxGraph:
         held = graph.weights.get(name)
         if held is not None:
             graph.arrays[held[0]] = value.T if held[1] else value
-        elif name.endswith(".bias") and graph.linear_nodes(name.removesuffix("bias") + "weight"):
+        elif name.endswith(".bias") and graph.map_nodes(name.removesuffix("bias") + "weight"):
             _add_bias_(graph, name, value)
         else:
             raise ExportMismatch(f"{name} cannot be changed: it is not in the exported graph")
+    if edit.size_of is not None:
+        resize_(graph, edit.size_of)
     for module, constant in edit.removed.items():
         _remove_(graph, module, constant)
     shared: dict[tuple[str, tuple[float, int] | None], tuple[str, ...]] = {}
     for module, weights in edit.int8.items():
-        for call in graph.linear_nodes(module + ".weight"):
+        for call in graph.map_nodes(module + ".weight"):
             _quantise_(graph, call, weights, shared)
     finish(graph)
     return graph
@@ -66,8 +71,8 @@ def _add_bias_(graph: OnnxGraph, name: str, value: FloatArray) -> None:
     """Give a linear map without bias one."""
     graph.arrays[name] = value
     graph.weights[name] = (name, False)
-    for call in graph.linear_nodes(name.removesuffix("bias") + "weight"):
-        if call.op_type == "Gemm":
+    for call in graph.map_nodes(name.removesuffix("bias") + "weight"):
+        if call.op_type != "MatMul":
             del call.input[2:]
             call.input.append(name)
             continue
@@ -77,15 +82,21 @@ def _add_bias_(graph: OnnxGraph, name: str, value: FloatArray) -> None:
 
 
 def _remove_(graph: OnnxGraph, module: str, constant: FloatArray) -> None:
-    """Replace a linear map (with its bias) by its constant output; what fed it becomes dead."""
-    name = module + ".constant"
-    graph.arrays[name] = constant
-    for call in graph.linear_nodes(module + ".weight"):
+    """Replace a map (with its bias) by its constant output; what fed it becomes dead."""
+    for number, call in enumerate(graph.map_nodes(module + ".weight")):
+        name = f"{module}.constant{number or ''}"
+        value = constant
+        if call.op_type in ("Conv", "ConvTranspose"):
+            value = constant.reshape(-1, *[1] * (graph.arrays[call.input[1]].ndim - 2))
         consumers = graph.consumers()
         last = call
         after = consumers.get(call.output[0], [])
         if call.op_type == "MatMul" and len(after) == 1 and _is_bias(graph, after[0], module):
             last = after[0]
+        elif len(after) == 1 and after[0].op_type == "BatchNormalization":
+            last = after[0]
+            value = _normalised(graph, last, value)
+        graph.arrays[name] = value
         output = last.output[0]
         users = consumers.get(output, [])
         if output not in graph.outputs() and all(_broadcasts(graph, u, output) for u in users):
@@ -96,8 +107,17 @@ def _remove_(graph: OnnxGraph, module: str, constant: FloatArray) -> None:
             _expand_(graph, name, output, like=call.input[0])
 
 
+def _normalised(graph: OnnxGraph, norm: NodeProto, value: FloatArray) -> FloatArray:
+    """What a BatchNormalization makes of a constant (channels, 1, ...)."""
+    scale, shift, mean, var = (graph.arrays[i].astype(np.float64) for i in norm.input[1:5])
+    factor = scale / np.sqrt(var + attribute(norm, "epsilon", 1e-5))
+    flat = value.reshape(len(value), -1)[:, 0]
+    made: FloatArray = ((flat - mean) * factor + shift).astype(np.float32)
+    return made.reshape(value.shape)
+
+
 def _broadcasts(graph: OnnxGraph, user: NodeProto, value: str) -> bool:
-    """Whether a sum keeps its shape when `value` is a vector: its other term has all of it."""
+    """Whether a sum keeps its shape when `value` is constant: its other term has all of it."""
     others = [i for i in user.input if i != value]
     if user.op_type not in ("Add", "Sum") or len(user.input) != 2 or len(others) != 1:
         return False
@@ -106,7 +126,21 @@ def _broadcasts(graph: OnnxGraph, user: NodeProto, value: str) -> bool:
 
 
 def _expand_(graph: OnnxGraph, constant: str, output: str, *, like: str) -> None:
-    """Repeat a vector along the leading dimensions of `like`, or of a model input that has them."""
+    """Repeat a constant along the leading dimensions of `like`, or of an input that has them.
+
+    The output of a convolution is repeated over its positions.
+    """
+    if graph.arrays[constant].ndim > 1:
+        sizes = Sizes(graph)
+        target = [sizes.of(size) for size in graph.shapes[output]]
+        target[1] = len(graph.arrays[constant])
+        known = [t for t in target if t is not None]
+        if len(known) < len(target):
+            raise ExportMismatch(f"the shape of {output} is unknown in the exported graph")
+        repeat = node("Expand", [constant, ""], [output])
+        graph.nodes.append(repeat)
+        write_target_(graph, repeat, known)
+        return
     leading = graph.shapes.get(output, [None])[:-1]
     for given in graph.proto.graph.input:
         if leading and graph.shapes[given.name][: len(leading)] == leading:

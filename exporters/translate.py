@@ -1,4 +1,4 @@
-"""ONNX translations of our own for torch operations whose stock translation prunes or runs badly."""
+"""ONNX translations of our own, for operations whose stock translation prunes or runs badly."""
 
 from __future__ import annotations
 
@@ -82,9 +82,7 @@ def _repeated(x: Any, groups: int) -> Any:
     at = len(x.shape) - 2
     apart = op.Unsqueeze(x, op.Constant(value_ints=[at]))
     copies = op.Expand(apart, op.Constant(value_ints=[1] * at + [groups, 1, 1]))
-    target = op.Concat(
-        op.Constant(value_ints=[0] * (at - 1) + [-1]), op.Shape(x, start=at), axis=0
-    )
+    target = op.Concat(op.Constant(value_ints=[0] * (at - 1) + [-1]), op.Shape(x, start=at), axis=0)
     merged = op.Reshape(copies, target)
     sizes = list(x.shape)
     sizes[at - 1] *= groups
@@ -138,7 +136,7 @@ def _group_norm(
 
 
 def _adaptive_pool(x: Any, output_size: Sequence[int]) -> Any:
-    """Means over equal parts of every axis: all of it, tiles of one size, or weights for overlaps."""
+    """Means over equal parts of every axis: of all of it, of tiles, or weighted where they lap."""
     op = _ops()
     if all(n == 1 for n in output_size):
         if len(output_size) == 2 and len(x.shape) == 4:
@@ -147,13 +145,16 @@ def _adaptive_pool(x: Any, output_size: Sequence[int]) -> Any:
     given = list(x.shape)[-len(output_size) :]
     if not all(isinstance(n, int) for n in given):
         raise UnsupportedModel("adaptive pooling to several cells needs images of one size")
-    kernel, left = zip(*(divmod(n, out) for n, out in zip(given, output_size, strict=True)))
+    kernel = [n // out for n, out in zip(given, output_size, strict=True)]
+    left = [n % out for n, out in zip(given, output_size, strict=True)]
     if not any(left) and len(x.shape) == len(output_size) + 2:
         return op.AveragePool(x, kernel_shape=list(kernel), strides=list(kernel))
     pooled = op.MatMul(x, _shares(given[-1], output_size[-1]))
     if len(output_size) == 2:
         turned = op.Transpose(pooled, perm=_swapped(x))
-        pooled = op.Transpose(op.MatMul(turned, _shares(given[0], output_size[0])), perm=_swapped(x))
+        pooled = op.Transpose(
+            op.MatMul(turned, _shares(given[0], output_size[0])), perm=_swapped(x)
+        )
     return pooled
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import platformdirs
 from pydantic import ValidationError
 
-from zipc.core.errors import CorruptFile, TableMissing
+from zipc.core.errors import CorruptFile, TableMissing, UsageError
 from zipc.core.files import fingerprint as digest_of
 from zipc.core.files import read_json, write_json
 from zipc.core.types import Workload
@@ -44,10 +44,10 @@ class TableStore:
         if not path.exists():
             return None
         table = _parse(path)
-        differences = _differences(table.fingerprint, fingerprint) if fingerprint else []
-        if not differences:
+        found = differences(table.fingerprint, fingerprint) if fingerprint else []
+        if not found:
             return table
-        changed = "; ".join(differences)
+        changed = "; ".join(found)
         if allow_mismatch:
             return table.with_note(f"prices of a different device or state were used: {changed}")
         raise TableMissing(
@@ -67,9 +67,31 @@ class TableStore:
 
 
 def default_cache_dir() -> Path:
-    """`$ZIPC_CACHE_DIR`, else the user's cache folder."""
+    """`$ZIPC_CACHE_DIR`, else the user's cache folder.
+
+    Raises:
+        UsageError: there is neither, as for a user without a home.
+    """
     chosen = os.environ.get("ZIPC_CACHE_DIR")
-    return Path(chosen).expanduser() if chosen else platformdirs.user_cache_path("zipc")
+    try:
+        folder = Path(chosen).expanduser() if chosen else platformdirs.user_cache_path("zipc")
+        if folder.parts[:1] != ("~",):  # older versions of platformdirs, where there is no home
+            return folder
+    except RuntimeError:
+        pass
+    raise UsageError(
+        "This user has no home folder to keep latency tables and finished stages in. Give "
+        "--cache-dir DIR, or set ZIPC_CACHE_DIR."
+    )
+
+
+def differences(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """Fields of two fingerprints that differ, as `name: stored → current`."""
+    return [
+        f"{name}: {stored.get(name, 'absent')!r} → {current.get(name, 'absent')!r}"
+        for name in sorted({*stored, *current})
+        if stored.get(name) != current.get(name)
+    ]
 
 
 def _parse(path: Path) -> LatencyTable:
@@ -109,15 +131,6 @@ def _describe(entry: Mapping[str, Any]) -> str:
     if isinstance(level, dict):
         level = f"{level.get('width')}@{level.get('numeric')}"
     return f"{entry['signature']} at {level}"
-
-
-def _differences(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """Fields that differ, as `name: stored → current`."""
-    return [
-        f"{name}: {stored.get(name, 'absent')!r} → {current.get(name, 'absent')!r}"
-        for name in sorted({*stored, *current})
-        if stored.get(name) != current.get(name)
-    ]
 
 
 def _safe(name: str) -> str:

@@ -18,6 +18,7 @@ from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field
 
 from zipc.core.errors import TableMissing, UsageError
 from zipc.core.types import Level, TableKind, Workload
+from zipc.core.workload import WorkloadField
 from zipc.latency_tables.correction import Correction
 
 SCHEMA_VERSION: Literal[1] = 1
@@ -105,7 +106,7 @@ class LatencyTable(BaseModel):
     kind: TableKind = "measured"
     target: str
     runtime: str
-    workload: Workload
+    workload: WorkloadField
     fingerprint: dict[str, Any]
     state: dict[str, Any] = Field(default_factory=dict)
     anchor: str = ""
@@ -226,7 +227,4 @@ def entry_key(signature: str, level: Level) -> EntryKey:
 
 def profile_command(target: str, workload: Workload) -> str:
     """Name the command that would fill this table."""
-    return (
-        f"Run: zipc profile MODEL --target {target} --batch-size {workload.batch_size} "
-        f"--sequence-length {workload.sequence_length} --threads {workload.threads}"
-    )
+    return f"Run: zipc profile MODEL --target {target} {workload.flags}"

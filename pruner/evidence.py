@@ -1,4 +1,4 @@
-"""Evidence: second moments and a sample of the inputs of linear maps, in one pass over the data."""
+"""Evidence: second moments and a sample of the inputs of maps, in one pass over the data."""
 
 from __future__ import annotations
 
@@ -10,22 +10,41 @@ from torch import Tensor
 
 from zipc.core.errors import UsageError
 from zipc.pruner.graph.interpret import Executor, Variant
-from zipc.pruner.graph.trace import LinearCall
+from zipc.pruner.graph.trace import MapCall
+from zipc.pruner.maps import input_rows, row_count
 from zipc.pruner.products import second_moment
 
 SAMPLE_ROWS = 2048  # rows of each input kept for the calibration of activation ranges
+PATCHES = 1024  # of a convolution, taken at random from each batch
 
 
 @dataclass(slots=True)
 class InputStats:
-    """What is known about the input of a linear map over the calibration data."""
+    """What is known about the input of a map over the calibration data, by group of the map."""
 
-    gram: Tensor  # (in, in) fp64, sum x x'
-    total: Tensor  # (in,) fp64, sum x
-    count: int  # tokens
-    sample: Tensor  # (rows, in) fp32
+    gram: Tensor  # (groups, in, in) fp64, sum x x'
+    total: Tensor  # (groups, in) fp64, sum x
+    count: int  # rows: tokens, or patches
+    sample: Tensor  # (rows, groups x in) fp32
     low: float
     high: float
+
+
+def data_rows(
+    call: MapCall,
+    x: Tensor,
+    mask: Tensor | None,
+    *,
+    limit: int | None,
+    generator: torch.Generator,
+) -> Tensor:
+    """Which rows of a map's input count: tokens that are no padding, and a draw of patches."""
+    if mask is not None and not call.convolution and x.dim() > 2 and x.shape[:2] == mask.shape:
+        return mask.flatten().nonzero().flatten()
+    count = row_count(call, x)
+    if limit is None or count <= limit:
+        return torch.arange(count)
+    return torch.randint(count, (limit,), generator=generator)
 
 
 def collect(
@@ -38,29 +57,30 @@ def collect(
 ) -> dict[str, InputStats]:
     """Run the dense program once; padding is masked out, shared inputs are counted once.
 
-    Products are fp32, accumulated in fp64.
+    Products are fp32, accumulated in fp64. Of convolutions some patches are drawn from each batch.
 
     Raises:
         UsageError: an activation is NaN or infinite; names the module.
     """
     wanted = set(modules)
-    calls = [c for c in executor.program.linears if c.module in wanted]
-    sources: dict[str, tuple[str, ...]] = {}  # module -> the values it reads, one per call
+    calls = [c for c in executor.program.maps if c.module in wanted]
+    sources: dict[str, tuple[object, ...]] = {}  # module -> what it reads, and how, in each call
     for call in calls:
-        sources[call.module] = (*sources.get(call.module, ()), call.source)
-    leader: dict[tuple[str, ...], str] = {}  # values -> the first module that reads just these
-    group = {module: leader.setdefault(read, module) for module, read in sources.items()}
+        read = (call.source, call.groups, call.window, call.transposed)
+        sources[call.module] = (*sources.get(call.module, ()), read)
+    leader: dict[tuple[object, ...], str] = {}  # inputs -> the first module that reads just these
+    group = {module: leader.setdefault(reads, module) for module, reads in sources.items()}
     readers = {c.node for c in calls if group[c.module] == c.module}
     stats: dict[str, InputStats] = {}
     generator = torch.Generator().manual_seed(seed)
     per_batch = max(1, SAMPLE_ROWS // max(1, len(batches)))
     mask: Tensor | None = None
 
-    def see(call: LinearCall, x: Tensor) -> None:
+    def see(call: MapCall, x: Tensor) -> None:
         if call.node not in readers:
             return
-        tokens = mask is not None and x.dim() > 2 and x.shape[:2] == mask.shape
-        rows = (x[mask] if tokens else x).flatten(0, -2)
+        limit = PATCHES if call.convolution else None
+        rows = input_rows(call, x, data_rows(call, x, mask, limit=limit, generator=generator))
         if not torch.isfinite(rows).all():
             raise UsageError(
                 f"The input of {call.module} is NaN or infinite on the calibration data. Check "
@@ -68,17 +88,18 @@ def collect(
             )
         held = stats.get(call.module)
         if held is None:
-            width = rows.shape[1]
+            width = rows.shape[1] // call.groups
             held = stats[call.module] = InputStats(
-                torch.zeros(width, width, dtype=torch.float64),
-                torch.zeros(width, dtype=torch.float64),
+                torch.zeros(call.groups, width, width, dtype=torch.float64),
+                torch.zeros(call.groups, width, dtype=torch.float64),
                 0,
-                rows.new_zeros(0, width),
+                rows.new_zeros(0, rows.shape[1]),
                 0.0,
                 0.0,
             )
-        held.gram += second_moment(rows)
-        held.total += rows.sum(0, dtype=torch.float64)
+        for g, part in enumerate(rows.chunk(call.groups, dim=1)):
+            held.gram[g] += second_moment(part)
+        held.total += rows.sum(0, dtype=torch.float64).reshape(call.groups, -1)
         held.count += len(rows)
         low, high = torch.aminmax(rows)
         held.low, held.high = min(held.low, float(low)), max(held.high, float(high))
@@ -88,7 +109,7 @@ def collect(
     with torch.inference_mode():
         for feeds in batches:
             mask = feeds["attention_mask"].bool() if "attention_mask" in feeds else None
-            executor.run(feeds, Variant(), on_linear=see)
+            executor.run(feeds, Variant(), on_map=see)
             if on_batch is not None:
                 on_batch()
     for held in stats.values():  # leave inference mode: these are ordinary tensors from here on

@@ -1,9 +1,13 @@
-"""What a level does to the weights of a site: slice, refit, round. Computed once, kept."""
+"""What an allocation does to the weights of every map: slice, refit, round. Computed once, kept.
+
+A map may read the units of several sites and give those of others. Its columns are refitted for
+all that is missing among its inputs together; its rows are then cut, which no refit depends on.
+"""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -22,17 +26,18 @@ from zipc.numerics.int8 import (
 from zipc.pruner.compensate import COMPENSATORS
 from zipc.pruner.compensate.least_squares import center
 from zipc.pruner.evidence import InputStats
+from zipc.pruner.graph.cuts import Cuts
 from zipc.pruner.graph.interpret import Variant
-from zipc.pruner.graph.surgery import columns, cut
+from zipc.pruner.graph.trace import MapCall
+from zipc.pruner.maps import bias_of_rows, matrices, own_layout
 from zipc.pruner.obs import Sweep
-from zipc.pruner.products import linear
 
 
 @dataclass(frozen=True, slots=True)
-class LinearState:
-    """One linear map at a level: float weights, or integer weights with an activation rule."""
+class MapState:
+    """One map at a level: float weights, or integer weights with an activation rule."""
 
-    weight: Tensor  # (out, in) fp32; what the integer weights stand for, where there are such
+    weight: Tensor  # fp32, own layout; what the integer weights stand for, where there are such
     bias: Tensor | None
     numeric: str = "fp32"
     integer: QuantizedWeight | None = None
@@ -44,47 +49,36 @@ class LinearState:
             return fake_quantize_static(x, self.activation)
         return fake_quantize_dynamic(x) if self.integer is not None else x
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return linear(self.seen(x), self.weight, self.bias)
 
+@dataclass(slots=True)
+class States:
+    """All tensors of an allocation that are not those of the dense model."""
 
-@dataclass(frozen=True, slots=True)
-class SiteState:
-    """All tensors of a site at a level."""
-
-    linears: Mapping[str, LinearState] = field(default_factory=dict)
-    constants: Mapping[str, Tensor] = field(default_factory=dict)  # consumer -> bias when removed
-    tensors: Mapping[str, Tensor] = field(default_factory=dict)  # sliced tensors of other modules
-
-    @property
-    def nbytes(self) -> int:
-        held = [s.weight for s in self.linears.values()] + list(self.tensors.values())
-        return sum(t.numel() * t.element_size() for t in held)
+    maps: dict[str, MapState] = field(default_factory=dict)
+    constants: dict[str, Tensor] = field(default_factory=dict)  # consumer -> bias when removed
+    tensors: dict[str, Tensor] = field(default_factory=dict)  # cut tensors of other modules
 
 
 CACHE_BYTES = 3 << 26  # levels kept in memory: at least this, and
 CACHE_MODELS = 4  # this many times the dense weights of all sites, so that a search never thrashes
 
 
-def variant_of(allocation: Allocation, states: Mapping[str, SiteState]) -> Variant:
+def variant_of(allocation: Allocation, states: States) -> Variant:
     """What the executor needs to run the model with these weights."""
-    linears: dict[str, Callable[[Tensor], Tensor]] = {}
-    constants: dict[str, Tensor] = {}
-    tensors: dict[str, Tensor] = {}
-    for state in states.values():
-        linears.update(state.linears)
-        constants.update(state.constants)
-        tensors.update(state.tensors)
     widths = {n: lv.width for n, lv in allocation.levels.items()}
-    return Variant(linears=linears, constants=constants, widths=widths, tensors=tensors)
+    return Variant(states.maps, states.constants, widths, states.tensors)
+
+
+Key = tuple[str, tuple[tuple[str, Level], ...], bool]
 
 
 class Levels:
-    """Weights of every (site, level), made on demand from orders and Gram matrices."""
+    """Weights of every map under any allocation, made on demand from orders and Gram matrices."""
 
     def __init__(
         self,
         sites: Mapping[str, Site],
+        calls: Mapping[str, MapCall],
         weights: Mapping[str, Tensor],
         stats: Mapping[str, InputStats],
         sweeps: Mapping[str, Sweep],
@@ -93,125 +87,178 @@ class Levels:
         compensator: str = "least_squares",
     ) -> None:
         self.sites = sites
+        self.calls = calls
         self.weights = weights
         self.stats = stats
         self.sweeps = sweeps
+        self.cuts = Cuts(sites.values())
         self._limit = weight_limit
         self._compensate = COMPENSATORS[compensator]
-        self._cache: OrderedDict[tuple[str, Level, bool], SiteState] = OrderedDict()
-        self._cache_bytes = max(CACHE_BYTES, CACHE_MODELS * self._dense_bytes())
+        self._touching = {
+            m: dict.fromkeys([*self.cuts.sites_of(c.weight), *self.cuts.sites_of(c.bias or "")])
+            for m, c in calls.items()
+        }
+        owned = {p for c in calls.values() for p in (c.weight, c.bias)}
+        self._others = [p for p in self.cuts.pieces if p not in owned]
+        self._cache: OrderedDict[Key, MapState | Tensor] = OrderedDict()
+        dense = sum(_nbytes(weights[c.weight]) for m, c in calls.items() if self._touching[m])
+        self._cache_bytes = max(CACHE_BYTES, CACHE_MODELS * dense)
         self._held = 0
-
-    def _dense_bytes(self) -> int:
-        names = {s.parameter for site in self.sites.values() for s in site.slices}
-        return sum(self.weights[n].numel() * self.weights[n].element_size() for n in names)
 
     def kept(self, site: str, width: int) -> tuple[int, ...]:
         """Units kept, ascending."""
         order = self.sweeps[site].order
         return tuple(sorted(order[len(order) - width :]))
 
-    def state(self, site: str, level: Level, *, feedback: bool = False) -> SiteState:
-        """Weights at a level; `feedback` rounds with error feedback, which is slower."""
-        key = (site, level, feedback)
-        if key in self._cache:
-            self._cache.move_to_end(key)
-            return self._cache[key]
-        made = self._make(self.sites[site], level, feedback)
-        self._cache[key] = made
-        self._held += made.nbytes
-        while self._held > self._cache_bytes and len(self._cache) > 1:
-            _, old = self._cache.popitem(last=False)
-            self._held -= old.nbytes
-        return made
-
     def forget(self) -> None:
         """Drop the weights held in memory; they are made again when asked for."""
         self._cache.clear()
         self._held = 0
 
-    def states(self, allocation: Allocation, *, feedback: bool = False) -> dict[str, SiteState]:
-        """The weights of every site under an allocation."""
-        return {n: self.state(n, lv, feedback=feedback) for n, lv in allocation.levels.items()}
+    def states(self, allocation: Allocation, *, feedback: bool = False) -> States:
+        """All weights under an allocation; `feedback` rounds with error feedback, slower."""
+        found = States()
+        for module, names in self._touching.items():
+            levels = tuple((n, allocation.levels[n]) for n in names if n in allocation.levels)
+            if not levels or self.idle(module, allocation):
+                continue
+            made = self.map_state(module, levels, feedback=feedback)
+            if isinstance(made, MapState):
+                found.maps[module] = made
+            else:
+                found.constants[module] = made
+        kept = self._kept_units(
+            tuple((n, lv) for n, lv in allocation.levels.items() if not lv.removed)
+        )
+        for name in self._others:
+            cut = self.cuts.cut(self.weights[name], name, kept)
+            if cut.shape != self.weights[name].shape:
+                found.tensors[name] = cut
+        return found
 
     def variant(self, allocation: Allocation, *, feedback: bool = False) -> Variant:
         """The whole model under an allocation."""
         return variant_of(allocation, self.states(allocation, feedback=feedback))
 
-    def _make(self, site: Site, level: Level, feedback: bool) -> SiteState:
-        kept = self.kept(site.name, level.width)
-        consumers = {c.module: c for c in site.consumers}
-        if level.removed:
-            constants = {}
-            for module in consumers:
-                empty = torch.zeros(0, dtype=torch.long)
-                constants[module] = self._repaired(module, empty)[1]
-            return SiteState(constants=constants)
-        linears: dict[str, LinearState] = {}
-        tensors: dict[str, Tensor] = {}
-        for module in site.producers:
-            weight = cut(self.weights[module + ".weight"], site, module + ".weight", kept)
-            bias = self.weights.get(module + ".bias")
-            if bias is not None:
-                bias = cut(bias, site, module + ".bias", kept)
-            linears[module] = self._rounded(module, weight, bias, level.numeric, None, feedback)
-        for module, c in consumers.items():
-            keep = columns(c.outer, site.units, c.inner, kept)
-            if level.width == site.units:
-                weight, bias = self.weights[module + ".weight"], self.weights.get(module + ".bias")
-            else:
-                weight, bias = self._repaired(module, keep)
-            linears[module] = self._rounded(module, weight, bias, level.numeric, keep, feedback)
-        for piece in site.slices:
-            owner = piece.parameter.rpartition(".")[0]
-            if owner not in linears:
-                value = self.weights[piece.parameter]
-                tensors[piece.parameter] = cut(value, site, piece.parameter, kept)
-        return SiteState(linears, {}, tensors)
+    def touching(self, module: str) -> list[str]:
+        """Names of the sites that cut a map."""
+        return list(self._touching[module])
 
-    def _repaired(self, module: str, keep: Tensor) -> tuple[Tensor, Tensor]:
-        held = self.stats[module]
-        gram, mean = center(held.gram, held.total, held.count)
-        weight, bias = self._compensate(
-            self.weights[module + ".weight"],
-            self.weights.get(module + ".bias"),
-            gram,
-            mean,
-            keep=keep,
+    def gives_units(self, module: str) -> bool:
+        """Whether a map gives units of some site, so that its rows may be cut."""
+        return any(module in self.sites[n].producers for n in self._touching[module])
+
+    def outputs(self, module: str, allocation: Allocation) -> Tensor:
+        """Which of its dense outputs a map still gives."""
+        call = self.calls[module]
+        size = self.weights[call.weight].shape[call.out_dim]
+        kept = self._kept_units(tuple(allocation.levels.items()))
+        return self.cuts.stays(call.weight, call.out_dim, size, kept)
+
+    def idle(self, module: str, allocation: Allocation) -> bool:
+        """Whether nothing reads what a map gives: it produces units of a removed site."""
+        return any(
+            module in self.sites[n].producers and lv.removed for n, lv in allocation.levels.items()
         )
-        assert bias is not None
-        return weight, bias
 
-    def _rounded(
-        self,
-        module: str,
-        weight: Tensor,
-        bias: Tensor | None,
-        numeric: str,
-        keep: Tensor | None,
-        feedback: bool,
-    ) -> LinearState:
+    def map_state(
+        self, module: str, levels: tuple[tuple[str, Level], ...], *, feedback: bool = False
+    ) -> MapState | Tensor:
+        """A map at the levels of the sites it touches; a bias (out,) if no input is left."""
+        key = (module, levels, feedback)
+        if key in self._cache:
+            self._cache.move_to_end(key)
+            return self._cache[key]
+        made = self._make(module, levels, feedback)
+        self._cache[key] = made
+        self._held += _nbytes(made.weight if isinstance(made, MapState) else made)
+        while self._held > self._cache_bytes and len(self._cache) > 1:
+            _, old = self._cache.popitem(last=False)
+            self._held -= _nbytes(old.weight if isinstance(old, MapState) else old)
+        return made
+
+    def numeric(self, module: str, levels: tuple[tuple[str, Level], ...]) -> str:
+        """The numeric of a map: that of the site it produces, else of the one it consumes."""
+        if self.calls[module].convolution:
+            return "fp32"
+        own = [lv for n, lv in levels if module in self.sites[n].producers]
+        return (own or [lv for _, lv in levels])[0].numeric
+
+    def _kept_units(self, levels: tuple[tuple[str, Level], ...]) -> dict[str, tuple[int, ...]]:
+        return {n: self.kept(n, lv.width) for n, lv in levels if lv.width < self.sites[n].units}
+
+    def _make(
+        self, module: str, levels: tuple[tuple[str, Level], ...], feedback: bool
+    ) -> MapState | Tensor:
+        call = self.calls[module]
+        weight = self.weights[call.weight]
+        bias = None if call.bias is None else self.weights[call.bias]
+        kept = self._kept_units(levels)
+        inputs = self.cuts.stays(call.weight, call.in_dim, weight.shape[call.in_dim], kept)
+        outputs = self.cuts.stays(call.weight, call.out_dim, weight.shape[call.out_dim], kept)
+        if len(inputs) < weight.shape[call.in_dim]:
+            weight, bias = self._refitted(call, weight, bias, inputs)
+        if bias is not None and len(outputs) < len(bias) == weight.shape[call.out_dim]:
+            bias = bias[outputs]
+        elif bias is not None and call.bias is not None:
+            bias = self.cuts.cut(bias, call.bias, kept)
+        if not len(inputs):
+            assert bias is not None
+            return bias
+        weight = weight.index_select(call.out_dim, outputs)
+        numeric = self.numeric(module, levels)
+        if numeric == "fp32":
+            return MapState(weight, bias)
         held = self.stats[module]
-        gram, sample = held.gram, held.sample
-        if keep is not None and numeric != "fp32":
-            gram, sample = gram[keep][:, keep], sample[:, keep]
-        return self.rounded(weight, bias, numeric, gram=gram if feedback else None, sample=sample)
+        return self.rounded(
+            call,
+            weight,
+            bias,
+            numeric,
+            gram=held.gram[0][inputs][:, inputs] if feedback else None,
+            sample=held.sample[:, inputs],
+        )
+
+    def _refitted(
+        self, call: MapCall, weight: Tensor, bias: Tensor | None, inputs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Columns fitted to stand in for those that are gone."""
+        held = self.stats[call.module]
+        columns = (inputs[:, None] * call.kernel + torch.arange(call.kernel)).flatten()
+        parts, shifts = [], []
+        for W, gram, total in zip(
+            matrices(call, weight), held.gram, held.total, strict=True
+        ):  # (out, in)
+            centred, mean = center(gram, total, held.count)
+            fitted, shift = self._compensate(W, None, centred, mean, keep=columns)
+            parts.append(fitted)
+            shifts.append(shift)
+        shift = bias_of_rows(call, torch.stack(shifts), weight).to(weight.dtype)
+        fitted = own_layout(call, torch.stack(parts), weight)
+        return fitted, shift if bias is None else bias + shift
 
     def rounded(
         self,
+        call: MapCall,
         weight: Tensor,
         bias: Tensor | None,
         numeric: str,
         *,
         gram: Tensor | None,
         sample: Tensor,
-    ) -> LinearState:
+    ) -> MapState:
         """A linear map in a numeric; rounding errors are fed back where `gram` (in, in) is given.
 
         `sample` (rows, in) calibrates a static activation range.
         """
         if numeric == "fp32":
-            return LinearState(weight, bias)
-        integer = quantize_weight(weight, gram=gram, limit=self._limit)
-        activation = calibrate(sample, weight) if numeric == STATIC else None
-        return LinearState(integer.dequantized(), bias, numeric, integer, activation)
+            return MapState(weight, bias)
+        matrix = matrices(call, weight)[0]
+        integer = quantize_weight(matrix, gram=gram, limit=self._limit)
+        activation = calibrate(sample, matrix) if numeric == STATIC else None
+        stands_for = own_layout(call, integer.dequantized()[None], weight)
+        return MapState(stands_for, bias, numeric, integer, activation)
+
+
+def _nbytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

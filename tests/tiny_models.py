@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from zipc.core.types import Site
 from zipc.exporters.graph import OnnxGraph
 from zipc.exporters.onnx_export import export_dense
+from zipc.exporters.specialise import Edit, Int8Weights
 from zipc.model_source import register_attention
 from zipc.pruner.graph import surgery
+from zipc.pruner.graph.cuts import Cuts
 from zipc.pruner.graph.interpret import Executor
-from zipc.pruner.graph.sites import Structure, find_sites
-from zipc.pruner.graph.trace import Program, trace
+from zipc.pruner.graph.sites import Structure, find_sites, sizes_at
+from zipc.pruner.graph.trace import Dynamic, MapCall, Program, trace
+from zipc.pruner.graph.verify import verify
 
 Kept = Mapping[str, Sequence[int]]  # site -> units kept
-LENGTH = 48
+LIMITS = {"sequence": 48}
 
 _COMMON = {
     "vocab_size": 60,
@@ -77,7 +81,10 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any], str, bool]] = {
 
 @dataclass(slots=True)
 class Case:
-    """A tiny model, traced; `module` is in `dtype` and is never changed."""
+    """A tiny model, traced; `module` is in `dtype` and is never changed.
+
+    `chosen` picks from what the module gives the tensors that the program gives.
+    """
 
     module: nn.Module
     example: dict[str, Tensor]
@@ -85,6 +92,7 @@ class Case:
     structure: Structure
     executor: Executor
     output: str
+    chosen: Callable[[Any], list[Tensor]]
 
     @property
     def sites(self) -> list[Site]:
@@ -93,6 +101,10 @@ class Case:
     @property
     def weights(self) -> dict[str, Tensor]:
         return dict(self.program.tensors.values())
+
+    @property
+    def calls(self) -> dict[str, MapCall]:
+        return {c.module: c for c in self.program.maps}
 
 
 def randomise_(module: nn.Module, seed: int = 0) -> None:
@@ -130,16 +142,31 @@ def text(family: str, *, batch: int = 2, length: int = 7, seed: int = 0) -> dict
 
 @functools.cache
 def case(family: str, dtype: torch.dtype = torch.float32) -> Case:
-    return traced(build(family).to(dtype), text(family))
+    made = traced(build(family).to(dtype), text(family))
+    assert made.sites, "with nothing to remove the tests of this family say nothing"
+    return made
 
 
-def traced(module: nn.Module, example: dict[str, Tensor]) -> Case:
-    """Trace a module whose first output is the one that counts."""
-    program = trace(module, example, dynamic=axes_of(example), limits={"sequence": LENGTH})
-    program.outputs = program.outputs[:1]
-    structure = find_sites(program)
+def traced(
+    module: nn.Module,
+    example: dict[str, Tensor],
+    *,
+    dynamic: Dynamic | None = None,
+    limits: Mapping[str, int] = LIMITS,
+    outputs: int | None = 1,
+) -> Case:
+    """Trace a module whose first `outputs` tensors are those that count; None: all."""
+
+    def chosen(result: Any) -> list[Tensor]:
+        return [t for t in tree_leaves(result) if isinstance(t, Tensor)][:outputs]
+
+    axes = axes_of(example) if dynamic is None else dynamic
+    program = trace(module, example, dynamic=axes, limits=limits)
+    program.outputs = program.outputs[:outputs]
+    structure = verify(module, program, find_sites(program), example)
     name = "logits" if "Classification" in type(module).__name__ else "last_hidden_state"
-    return Case(module, example, program, structure, Executor(program, structure), name)
+    executor = Executor(program, structure)
+    return Case(module, example, program, structure, executor, name, chosen)
 
 
 @functools.cache
@@ -170,56 +197,79 @@ def first(result: Any) -> Tensor:
 
 def sliced(made: Case, kept: Kept) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Cut tensors by name, and the constant output of each removed consumer by module."""
-    weights = made.weights
+    weights, calls = made.weights, made.calls
     tensors: dict[str, Tensor] = {}
     constants: dict[str, Tensor] = {}
+    cuts = Cuts(s for s in made.sites if kept[s.name])
+    for name in cuts.pieces:
+        tensors[name] = cuts.cut(weights[name], name, kept)
     for site in made.sites:
         if not kept[site.name]:
             for consumer in site.consumers:
-                weight = weights[consumer.module + ".weight"]
-                bias = weights.get(consumer.module + ".bias")
-                constants[consumer.module] = weight.new_zeros(len(weight)) if bias is None else bias
-            continue
-        for name in {s.parameter for s in site.slices}:
-            held = tensors.get(name, weights[name])
-            tensors[name] = surgery.cut(held, site, name, kept[site.name])
+                call = calls[consumer.module]
+                weight = tensors.get(call.weight, weights[call.weight])
+                zeros = weight.new_zeros(weight.shape[call.out_dim])
+                bias = call.bias and tensors.get(call.bias, weights[call.bias])
+                constants[consumer.module] = zeros if bias is None else bias
     return tensors, constants
+
+
+def edit_of(made: Case, kept: Kept, int8: Mapping[str, Int8Weights] | None = None) -> Edit:
+    """The same cut as an edit of the ONNX graph."""
+    tensors, constants = sliced(made, kept)
+    return Edit(
+        {n: t.numpy() for n, t in tensors.items()},
+        {n: t.numpy() for n, t in constants.items()},
+        int8 or {},
+        sizes_at(made.structure, {n: len(k) for n, k in kept.items()}),
+    )
 
 
 def surgered(made: Case, kept: Kept, numerics: Mapping[str, str] | None = None) -> nn.Module:
     """The module with only `kept` units, rebuilt from its structure document."""
     widths = {name: len(units) for name, units in kept.items()}
-    document = surgery.describe(made.module, made.sites, widths=widths, numerics=numerics or {})
+    document = surgery.describe(
+        made.module, made.program, made.structure, widths=widths, numerics=numerics or {}
+    )
     module = copy.deepcopy(made.module)
     surgery.apply_structure_(module, document)
     tensors, constants = sliced(made, kept)
     module.to(next(iter(made.module.parameters())).dtype)
     state = {**made.module.state_dict(), **tensors}
     state |= {path + ".bias": value for path, value in constants.items()}
-    wanted = module.state_dict()
-    for name, value in wanted.items():  # a consumer without bias gets one: it is zero here
-        if name not in state:
-            assert name.endswith(".bias"), name
-            state[name] = torch.zeros_like(value)
-    module.load_state_dict({name: state[name] for name in wanted})
+    module.load_state_dict({name: state[name] for name in module.state_dict()})
     return module.eval()
 
 
 def zeroed(made: Case, kept: Kept, feeds: Mapping[str, Tensor]) -> Tensor:
-    """The dense module's output when consumers see zeros for every unit that is not kept."""
+    """The dense module's first output when consumers see zeros for every unit not kept."""
+    return all_zeroed(made, kept, feeds)[0]
+
+
+def all_zeroed(made: Case, kept: Kept, feeds: Mapping[str, Tensor]) -> list[Tensor]:
+    """All outputs of the dense module when consumers see zeros for every unit not kept."""
+    calls = made.calls
     handles = []
     for site in made.sites:
         gone = [u for u in range(site.units) if u not in set(kept[site.name])]
         for consumer in site.consumers:
-            index = surgery.columns(consumer.outer, site.units, consumer.inner, gone)
+            call = calls[consumer.module]
+            channels = [c for u in gone for c in consumer.index[u]]
+            per_group = made.weights[call.weight].shape[call.in_dim]
+            if not call.transposed:  # its input holds the channels of all groups
+                channels = [g * per_group + c for g in range(call.groups) for c in channels]
+            index = torch.tensor(channels, dtype=torch.long)
+            dim = 1 if call.convolution else -1
 
-            def clear(_: nn.Module, args: tuple[Tensor, ...], index: Tensor = index) -> Tensor:
-                return args[0].index_fill(-1, index, 0.0)
+            def clear(
+                _: nn.Module, args: tuple[Tensor, ...], index: Tensor = index, dim: int = dim
+            ) -> Tensor:
+                return args[0].index_fill(dim, index, 0.0)
 
             target = made.module.get_submodule(consumer.module)
             handles.append(target.register_forward_pre_hook(clear))
     try:
-        return first(made.module(**feeds))
+        return made.chosen(made.module(**feeds))
     finally:
         for handle in handles:
             handle.remove()
@@ -234,7 +284,7 @@ def random_kept(made: Case, seed: int, *, removed: bool = True) -> dict[str, lis
     generator = torch.Generator().manual_seed(seed)
     kept = {}
     for i, site in enumerate(made.sites):
-        low = 0 if removed and (i + seed) % 3 == 0 else 1
+        low = 0 if removed and site.removable and (i + seed) % 3 == 0 else 1
         high = 1 if low == 0 else site.units + 1
         width = int(torch.randint(low, high, (), generator=generator))
         kept[site.name] = sorted(torch.randperm(site.units, generator=generator)[:width].tolist())

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import torch
 from torch import Tensor, nn
@@ -16,13 +15,14 @@ from torch import Tensor, nn
 from zipc.core.errors import ExportMismatch
 from zipc.core.types import Allocation, Workload
 from zipc.exporters.onnx_export import check_parity
+from zipc.exporters.shapes import SizeOf
 from zipc.exporters.specialise import Edit, Int8Weights, count_integer_kernels, specialise
-from zipc.model_source import build_module
 from zipc.numerics.int8 import STATIC
 from zipc.prepare import Prepared
-from zipc.profiler.runners.onnxruntime import OnnxRuntimeRunner
+from zipc.profiler.runners.onnxruntime import OnnxRuntimeRunner, one_line
+from zipc.pruner.graph.sites import sizes_at
 from zipc.pruner.graph.surgery import apply_structure_, describe
-from zipc.pruner.levels import LinearState, SiteState, variant_of
+from zipc.pruner.levels import MapState, States, variant_of
 
 FP32_BOUND = 1e-4  # norm of ONNX minus torch, relative to torch
 # Where activations are rounded, single ties fall the other way, and after a few layers two correct
@@ -30,15 +30,12 @@ FP32_BOUND = 1e-4  # norm of ONNX minus torch, relative to torch
 INT8_BOUND = 3e-1
 
 
-States = Mapping[str, SiteState]
-
-
 @dataclass(frozen=True, slots=True)
 class Built:
     """A deployable graph, and how far it is from the torch simulation on an example."""
 
     allocation: Allocation
-    states: States  # the weights in it, by site
+    states: States  # the weights in it
     model: bytes
     parity: float
     integer_products: int
@@ -58,11 +55,12 @@ def build(
         ExportMismatch: ONNX Runtime disagrees with the torch simulation, or would not run the
             integer kernels the graph was written for.
     """
-    model = specialise(prepared.dense, _edit(states)).to_bytes()
+    widths = {n: lv.width for n, lv in allocation.levels.items()}
+    edit = edit_of(states, sizes_at(prepared.structure, widths))
+    model = specialise(prepared.dense, edit).to_bytes()
     integers = sum(
-        sum(1 for c in prepared.program.linears if c.module == module)
-        for module, linear in _linears(states).items()
-        if linear.integer is not None
+        call.module in states.maps and states.maps[call.module].integer is not None
+        for call in prepared.program.maps
     )
     if integers:
         found = integer_kernels(model)
@@ -103,7 +101,7 @@ def integer_kernels(model: bytes | Path) -> int:
         except Exception as error:  # ONNX Runtime's errors share no base
             name = str(model) if isinstance(model, Path) else "the graph"
             raise ExportMismatch(
-                f"ONNX Runtime {onnxruntime.__version__} cannot load {name}: {error}. "
+                f"ONNX Runtime {onnxruntime.__version__} cannot load {name}: {one_line(error)}. "
                 "Export it again, or install the ONNX Runtime it was made for."
             ) from error
         return count_integer_kernels(onnx.load(path, load_external_data=False).graph.node)
@@ -117,84 +115,80 @@ def checkpoint(
     Raises:
         ExportMismatch: the rebuilt module disagrees with the simulation the search scored.
     """
-    linears = _linears(states)
     source = prepared.source
-    sites = [s for s in prepared.structure.sites if s.name in allocation.levels]
+    calls = {c.module: c for c in prepared.program.maps}
     document = describe(
         source.module,
-        sites,
+        prepared.program,
+        prepared.structure,
         widths={n: lv.width for n, lv in allocation.levels.items()},
-        numerics={m: s.numeric for m, s in linears.items() if s.integer is not None},
+        numerics={m: s.numeric for m, s in states.maps.items() if s.integer is not None},
+        biased=[m for m, s in states.maps.items() if s.bias is not None and not calls[m].bias],
     )
     tensors = {n: t.detach() for n, t in source.module.state_dict().items()}
-    for name, state in states.items():
-        site = prepared.sites[name]
-        for path in (*site.producers, *(c.module for c in site.consumers)):
-            for leaf in ("weight", "bias"):
-                tensors.pop(f"{path}.{leaf}", None)
-        for consumer, constant in state.constants.items():
-            tensors[f"{consumer}.bias"] = constant
-        tensors |= state.tensors
-    for path, linear in linears.items():
-        tensors |= _linear_tensors(path, linear)
-    module = rebuild(source.config, document, tensors)
+    for path in (*states.maps, *document["stubs"]):
+        for leaf in ("weight", "bias"):
+            tensors.pop(f"{path}.{leaf}", None)
+    tensors |= states.tensors
+    for path, constant in states.constants.items():
+        tensors[f"{path}.bias"] = constant
+    for path, state in states.maps.items():
+        tensors |= _map_tensors(path, state)
+    document["source"] = source.recipe
+    module = rebuild(source.blank(), document, tensors)
     example = source.example(batch=1, length=min(32, source.max_length))
     expected, _ = prepared.executor.run(example, variant_of(allocation, states))
     with torch.no_grad():
         result = module(**example)
     check_parity(
-        [result[name].numpy() for _, name in source.outputs],
+        [t.numpy() for t in source.chosen(result)],
         [t.numpy() for t in expected],
-        bound=FP32_BOUND if not any(s.integer for s in linears.values()) else INT8_BOUND,
+        bound=INT8_BOUND if document["numerics"] else FP32_BOUND,
         what="the rebuilt checkpoint against the simulation",
     )
     return document, tensors, module
 
 
-def rebuild(config: Any, document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
-    """A module from a config, a structure document and its tensors."""
-    module = build_module(config)
+def rebuild(
+    module: nn.Module, document: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> nn.Module:
+    """A blank module, cut to a structure document and filled with its tensors."""
+    module.float()  # a config may name a half precision
     apply_structure_(module, document)
     module.load_state_dict(dict(tensors), strict=True)
     return module.eval().requires_grad_(False)
 
 
-def _linears(states: States) -> dict[str, LinearState]:
-    return {m: linear for state in states.values() for m, linear in state.linears.items()}
-
-
-def _edit(states: States) -> Edit:
-    tensors: dict[str, np.ndarray[Any, np.dtype[np.float32]]] = {}
-    removed: dict[str, np.ndarray[Any, np.dtype[np.float32]]] = {}
+def edit_of(states: States, size_of: SizeOf) -> Edit:
+    """The changes of the dense graph that give it these weights."""
+    tensors = {p: t.numpy() for p, t in states.tensors.items()}
     integers: dict[str, Int8Weights] = {}
-    for state in states.values():
-        removed |= {m: c.numpy() for m, c in state.constants.items()}
-        tensors |= {p: t.numpy() for p, t in state.tensors.items()}
-    for module, linear in _linears(states).items():
-        if linear.bias is not None:
-            tensors[module + ".bias"] = linear.bias.numpy()
-        if linear.integer is None:
-            tensors[module + ".weight"] = linear.weight.numpy()
+    for module, state in states.maps.items():
+        if state.bias is not None:
+            tensors[module + ".bias"] = state.bias.numpy()
+        if state.integer is None:
+            tensors[module + ".weight"] = state.weight.numpy()
             continue
-        at = linear.activation
+        at = state.activation
         integers[module] = Int8Weights(
-            linear.integer.values.numpy(),
-            linear.integer.scale.numpy(),
+            state.integer.values.numpy(),
+            state.integer.scale.numpy(),
             None if at is None else (at.scale, at.zero_point),
         )
-    return Edit(tensors, removed, integers)
+    removed = {m: c.numpy() for m, c in states.constants.items()}
+    return Edit(tensors, removed, integers, size_of)
 
 
-def _linear_tensors(path: str, linear: LinearState) -> dict[str, Tensor]:
+def _map_tensors(path: str, state: MapState) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
-    if linear.bias is not None:
-        found[f"{path}.bias"] = linear.bias
-    if linear.integer is None:
-        found[f"{path}.weight"] = linear.weight
+    if state.bias is not None:
+        found[f"{path}.bias"] = state.bias
+    if state.integer is None:
+        found[f"{path}.weight"] = state.weight
         return found
-    found[f"{path}.weight"] = linear.integer.values
-    found[f"{path}.weight_scale"] = linear.integer.scale
-    if linear.numeric == STATIC and linear.activation is not None:
-        found[f"{path}.input_scale"] = torch.tensor(linear.activation.scale)
-        found[f"{path}.input_zero_point"] = torch.tensor(linear.activation.zero_point)
+    found[f"{path}.weight"] = state.integer.values
+    found[f"{path}.weight_scale"] = state.integer.scale
+    if state.numeric == STATIC and state.activation is not None:
+        found[f"{path}.input_scale"] = torch.tensor(state.activation.scale)
+        found[f"{path}.input_zero_point"] = torch.tensor(state.activation.zero_point)
     return found

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
@@ -17,9 +16,7 @@ from zipc.core.errors import UsageError
 from zipc.core.files import fingerprint
 from zipc.core.request import Request
 from zipc.core.types import Allocation, Ladder, Level, Progress, Rung, Target
-from zipc.data import Row, Splits
 from zipc.effort import Effort
-from zipc.evaluate import Evaluator, pool, tokenize_batches
 from zipc.numerics.int8 import DYNAMIC, STATIC
 from zipc.prepare import Prepared
 from zipc.pricing import Prices
@@ -29,9 +26,9 @@ from zipc.pruner.evidence import InputStats, collect
 from zipc.pruner.ladder import sweep_site, widths_of
 from zipc.pruner.levels import Levels
 from zipc.pruner.obs import Sweep
+from zipc.samples import Feeds, Samples
 from zipc.stage_cache import StageCache
 
-Feeds = dict[str, Tensor]
 STATIC_MARGIN = 1.03  # a numeric this much slower than the other must not win on quality alone
 
 
@@ -41,96 +38,51 @@ class Candidates:
 
     levels: Levels
     ladders: dict[str, Ladder]
-    scorer: Scorer  # on the texts every candidate is scored on
-    confirm: Scorer  # on more texts, for the finalists
-    repair: list[Feeds]  # calibration texts for the repair of the chosen allocation
+    scorer: Scorer  # on the rows every candidate is scored on
+    confirm: Scorer  # on more rows, for the finalists
+    repair: list[Feeds]  # calibration rows for the repair of the chosen allocation
     numerics: tuple[str, ...]
     notes: list[str]
     key: str
-
-
-@dataclass(frozen=True, slots=True)
-class TextSet:
-    """Texts as padded batches; `order` puts batch rows back in text order."""
-
-    batches: list[Feeds]
-    order: Tensor  # (texts,) row of each text in the concatenated batches
-    pairs: Tensor | None  # (n, 2) texts whose similarity matters, for embeddings
-
-
-def text_set(
-    evaluator: Evaluator, rows: Sequence[Row], inputs: Sequence[str], *, limit: int, seed: int
-) -> TextSet:
-    """Rows drawn by seed until about `limit` texts are together."""
-    rng = np.random.default_rng(seed)
-    per_row = max(1, len(rows[0].texts)) if evaluator.head == "embedding" else 1
-    chosen = [rows[i] for i in rng.permutation(len(rows))[: max(1, limit // per_row)]]
-    texts = evaluator.texts(chosen)
-    batches = tokenize_batches(
-        evaluator.tokenizer,
-        texts,
-        max_length=evaluator.max_length,
-        batch_size=64,
-        max_tokens=4096,
-    )
-    order = np.empty(len(texts), dtype=np.int64)
-    order[np.concatenate([b.indices for b in batches])] = np.arange(len(texts))
-    feeds = [
-        {n: torch.from_numpy(np.asarray(b.feeds[n])) for n in inputs if n in b.feeds}
-        for b in batches
-    ]
-    pairs = None
-    if evaluator.head == "embedding":
-        pairs = torch.from_numpy(_pairs(chosen, texts))
-    return TextSet(feeds, torch.from_numpy(order), pairs)
-
-
-def _pairs(rows: Sequence[Row], texts: Sequence[Any]) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """The data's own pairs; where it has single texts, each text with eight others."""
-    place = {text: i for i, text in enumerate(texts)}
-    if len(rows[0].texts) == 2:
-        return np.array([[place[t] for t in r.texts] for r in rows], dtype=np.int64)
-    index = np.arange(len(texts))
-    shifts = range(1, min(9, len(texts)))
-    return np.concatenate([np.stack([index, np.roll(index, s)], 1) for s in shifts])
 
 
 def gather(
     prepared: Prepared,
     prices: Prices,
     target: Target,
-    splits: Splits,
-    evaluator: Evaluator,
+    samples: Samples,
     request: Request,
     *,
     effort: Effort,
     cache: StageCache,
     progress: Progress,
 ) -> Candidates:
-    """Collect evidence on calibration texts, order every site's units, set up the oracle.
+    """Collect evidence on calibration rows, order every site's units, set up the oracle.
 
     Raises:
-        UsageError: activations are not finite, or the data holds too few texts.
+        UsageError: activations are not finite, or the data holds too few rows.
     """
-    inputs = prepared.source.inputs
 
     def calibrating(limit: int) -> list[Feeds]:
-        chosen = text_set(evaluator, splits.calibration, inputs, limit=limit, seed=request.seed)
-        return chosen.batches
+        return samples.draw("calibration", limit=limit, seed=request.seed).batches
 
     calibration = calibrating(effort.calibration_texts)
     repair = calibrating(effort.repair_texts)
     key = fingerprint(
         prepared.key,
-        splits.sha256,
+        samples.sha256,
+        _digest(calibration),  # how texts are read: another tokenizer, another length
         effort.calibration_texts,
         request.seed,
         request.include,
         request.exclude,
     )
-    stats, sweeps = _evidence(prepared, calibration, key, request, cache, progress)
+    stats, sweeps = _evidence(
+        prepared, calibration, key, request, cache, progress, unit=samples.unit
+    )
     levels = Levels(
         prepared.sites,
+        prepared.calls,
         prepared.weights,
         stats,
         sweeps,
@@ -138,20 +90,15 @@ def gather(
     )
     progress.stage("oracle on dense")
 
-    def readout(output: Tensor, feeds: Mapping[str, Tensor]) -> Tensor:
-        return pool(output, feeds["attention_mask"], evaluator.pooling)
-
     def scorer(limit: int, seed: int, *, prefixes: bool) -> Scorer:
-        chosen = text_set(evaluator, splits.search, inputs, limit=limit, seed=seed)
+        drawn = samples.draw("search", limit=limit, seed=seed)
         return Scorer(
             prepared.executor,
             levels,
-            chosen.batches,
-            readout=readout,
+            drawn.batches,
+            readout=drawn.readout,
+            oracle=drawn.oracle,
             prefixes=prefixes,
-            oracle=lambda dense, candidate: evaluator.oracle(
-                dense[chosen.order], candidate[chosen.order], pairs=chosen.pairs
-            ),
         )
 
     first = scorer(effort.search_texts, request.seed, prefixes=True)
@@ -166,6 +113,15 @@ def gather(
     return Candidates(levels, ladders, first, second, repair, numerics, notes, key)
 
 
+def _digest(batches: Sequence[Feeds]) -> str:
+    digest = hashlib.sha256()
+    for batch in batches:
+        for name, values in sorted(batch.items()):
+            digest.update(f"{name} {tuple(values.shape)}".encode())
+            digest.update(values.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def _evidence(
     prepared: Prepared,
     batches: Sequence[Feeds],
@@ -173,12 +129,17 @@ def _evidence(
     request: Request,
     cache: StageCache,
     progress: Progress,
+    *,
+    unit: str,
 ) -> tuple[dict[str, InputStats], dict[str, Sweep]]:
-    modules = [
-        m
-        for s in prepared.structure.sites
-        for m in (*s.producers, *(c.module for c in s.consumers))
-    ]
+    modules = list(
+        dict.fromkeys(
+            m
+            for s in prepared.structure.sites
+            for m in (*s.producers, *(c.module for c in s.consumers))
+            if not prepared.calls[m].convolution or m in {c.module for c in s.consumers}
+        )
+    )
     folder = cache.get("evidence", key)
     if folder is not None:
         progress.stage("evidence")
@@ -201,11 +162,14 @@ def _evidence(
         seed=request.seed,
         on_batch=lambda: progress.advance(),
     )
-    progress.done(f"{sum(len(b['input_ids']) for b in batches):,} texts")
+    rows = sum(len(next(iter(batch.values()))) for batch in batches)
+    progress.done(f"{rows:,} {unit}")
     progress.stage("order units", len(prepared.structure.sites))
     sweeps = {}
     for site in prepared.structure.sites:
-        sweeps[site.name] = sweep_site(site, prepared.weights, stats, seed=request.seed)
+        sweeps[site.name] = sweep_site(
+            site, prepared.weights, stats, prepared.calls, seed=request.seed
+        )
         progress.advance(1, site.name)
     progress.done()
     cache.put("evidence", key, _evidence_files(stats, sweeps))
@@ -283,10 +247,13 @@ def _numerics(
         )
     figures = {}
     for scheme in schemes:
-        full = {n: Level(s.units, scheme) for n, s in prepared.sites.items()}
+        full = {
+            n: Level(s.units, scheme if prepared.on_integers(s) else "fp32")
+            for n, s in prepared.sites.items()
+        }
         ms = prices.fixed_ms + sum(prices.ms(n, lv) for n, lv in full.items())
         figures[scheme] = (ms, scorer.score(Allocation(full, ms, 0.0)))
-    if not figures:
+    if not figures or not any(map(prepared.on_integers, prepared.sites.values())):
         return ("fp32",)
     fastest = min(ms for ms, _ in figures.values())
     close = [n for n, (ms, _) in figures.items() if ms <= fastest * STATIC_MARGIN]
@@ -308,6 +275,8 @@ def _ladder(
 ) -> Ladder:
     site = prepared.sites[name]
     widths = widths_of(site, step=target.width_step) if request.prune else [site.units]
+    if not prepared.on_integers(site):
+        numerics = ("fp32",)
     rungs = [
         Rung(level, prices.ms(name, level), sweep.errors[site.units - width])
         for width in widths
@@ -316,4 +285,4 @@ def _ladder(
     return Ladder(name, sweep.order, tuple(rungs))
 
 
-__all__ = ["Candidates", "TextSet", "gather", "text_set"]
+__all__ = ["Candidates", "gather"]

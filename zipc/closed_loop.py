@@ -176,20 +176,33 @@ def choose(
     progress: Progress,
     state: SearchState | None = None,
 ) -> tuple[Allocation, float, SearchState]:
-    """Search at a latency ratio to dense, then pick among the finalists on more texts."""
+    """Search at a latency ratio to dense, then pick among the finalists on more texts.
+
+    Raises:
+        TargetUnreachable: no allocation is predicted to reach the ratio; carries the best speedup.
+    """
     progress.stage("search", trials)
     scorer = candidates.scorer
-    found = search(
-        problem,
-        budget_ms=prices.budget_ms(ratio),
-        score=scorer.score,
-        adopt=lambda a: void(scorer.score(a, keep=True)),
-        trials=trials,
-        seconds=seconds,
-        rng=rng,
-        progress=progress,
-        state=state,
-    )
+    try:
+        found = search(
+            problem,
+            budget_ms=prices.budget_ms(ratio),
+            score=scorer.score,
+            adopt=lambda a: void(scorer.score(a, keep=True)),
+            trials=trials,
+            seconds=seconds,
+            rng=rng,
+            progress=progress,
+            state=state,
+        )
+    except TargetUnreachable as error:  # it knows sums of prices only, not what they come out at
+        best = 1 / prices.ratio(problem.fastest_ms)
+        raise TargetUnreachable(
+            f"No allocation is predicted to reach {1 / ratio:.2f}x: with everything removed that "
+            f"can be removed the model takes {prices.dense_ms / best:.2f} ms, "
+            f"a speedup of {best:.2f}x.",
+            best_speedup=best,
+        ) from error
     finalists = [(problem.allocation(c), c) for _, c in found.top]
     least = FILLED * prices.budget_ms(ratio)
     filled = [f for f in finalists if f[0].predicted_ms >= least] or finalists
@@ -258,16 +271,24 @@ class _Loop:
         fastest one."""
         if target is None:
             return self.solution(self.attempt(self.fastest()))
+        attempts: list[_Attempt] = []
         try:
-            return self.run(target)
+            return self.run(target, attempts)
         except TargetUnreachable as error:
             self.progress.info(f"{error} Building the fastest artifact there is.")
-            return self.solution(self.attempt(self.fastest()), unreachable=str(error))
+            fastest = self.attempt(self.fastest())
+            if fastest.speedup < target * ACCEPT[0]:
+                return self.solution(fastest, unreachable=str(error))
+        attempts.append(fastest)
+        try:  # it measures faster than predicted: some of it can be given back
+            return self.run(target, attempts)
+        except TargetUnreachable:
+            return self.solution(fastest)
 
-    def run(self, target: float) -> Solution:
+    def run(self, target: float, attempts: list[_Attempt]) -> Solution:
+        """Search, build and look until a look is close; `attempts` holds earlier ones and grows."""
         rng = np.random.default_rng(self.request.seed)
-        scale, state = 1.0, None
-        attempts: list[_Attempt] = []
+        scale, state = _bias(attempts) if attempts else 1.0, None
         for turn in range(self.effort.rounds):
             share = 1.0 if turn == 0 else 0.25
             allocation, loss, state = choose(

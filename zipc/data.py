@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,11 +22,10 @@ from zipc.read_table import (
     read_table,
     to_number,
 )
+from zipc.splitting import Part, cut
 
 Label = float | int | str | None
 Task = Literal["similarity", "classification", "regression", "none"]
-
-MIN_ROWS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +48,15 @@ class Splits:
     labels: tuple[str, ...]  # names of the classes, sorted; empty unless task is classification
     description: str
     sha256: str  # of all four splits as cut: everything later depends on the data through it only
+
+    def rows(self, part: Part) -> tuple[Row, ...]:
+        parts: dict[Part, tuple[Row, ...]] = {
+            "calibration": self.calibration,
+            "search": self.search,
+            "dev": self.dev,
+            "test": self.test,
+        }
+        return parts[part]
 
 
 def load_splits(
@@ -75,7 +83,7 @@ def load_splits(
     first = tables.get("train") or next(iter(tables.values()))
     if not first.rows:
         raise UsageError(f"{first.path} has no rows under its header. Check --data.")
-    texts, label = _choose_columns(first, text_columns, label_column)
+    texts, label = choose_columns(first, text_columns, label_column)
     read: dict[str, list[Row]] = {}
     skipped = 0
     for role, table in tables.items():
@@ -84,9 +92,12 @@ def load_splits(
         read[role] = _rows(table, texts, label if has_label else None)
         skipped += len(table.rows) + table.ragged - len(read[role])
     task, read = _type_labels(read, pair=len(texts) == 2)
-    parts, notes = _cut(read, {role: table.path for role, table in tables.items()}, seed, task)
+    paths = {role: table.path for role, table in tables.items()}
+    labelled = None if task == "none" else _has_label
+    made = cut(read, paths, key=_key, labelled=labelled, seed=seed)
+    parts = made.parts
     if skipped:
-        notes.append(f"{skipped:,} incomplete rows skipped")
+        made.notes.append(f"{skipped:,} incomplete rows skipped")
     labels: tuple[str, ...] = ()
     if task == "classification":
         seen = {row.label for rows in parts.values() for row in rows if row.label is not None}
@@ -95,8 +106,6 @@ def load_splits(
         task, f"{len(labels)} classes"
     )
     told = [f"text: {', '.join(texts)}", f"label: {label} ({kind})" if kind else "no labels"]
-    sizes = [f"{name} {len(parts[name]):,}" for name in ("calibration", "search", "dev", "test")]
-    told.append(f"{' / '.join(sizes)} ({notes[0]})")
     return Splits(
         calibration=tuple(parts["calibration"]),
         search=tuple(parts["search"]),
@@ -104,80 +113,13 @@ def load_splits(
         test=tuple(parts["test"]),
         task=task,
         labels=labels,
-        description=" · ".join([*told, *notes[1:]]),
+        description=" · ".join([*told, made.description]),
         sha256=_digest(parts),
     )
 
 
-# ------------------------------------------------------------------------------------- splitting
-
-
-def _cut(
-    read: dict[str, list[Row]], paths: dict[str, Path], seed: int, task: Task
-) -> tuple[dict[str, list[Row]], list[str]]:
-    """Return the four parts and, first, where the test rows come from."""
-    different = len({_key(row) for rows in read.values() for row in rows})
-    place = next(iter(paths.values()))
-    place = place if len(paths) == 1 else place.parent
-    if different < MIN_ROWS:
-        raise UsageError(
-            f"{place} has {different} different usable rows; at least {MIN_ROWS} are needed to "
-            "calibrate, search and test. A few thousand are better: pass more with --data."
-        )
-    labelled = {role: any(r.label is not None for r in rows) for role, rows in read.items()}
-    test_role = "test" if "test" in read else "dev"
-    if "dev" in read and task != "none" and not labelled.get("test"):
-        test_role = "dev"
-    pool_role = "train" if "train" in read else "dev"
-    if task != "none" and test_role in read and not labelled[test_role]:
-        test_role = pool_role
-    parts: dict[str, list[Row]] = {"calibration": [], "search": [], "dev": [], "test": []}
-    if pool_role == test_role or len(read) == 1:
-        role = pool_role if pool_role in read else next(iter(read))
-        for row in read[role]:
-            in_test = _fraction(row, "test") < 0.3
-            name = "test" if in_test else _pool_part(row, seed, search=2 / 7, dev=0.0)
-            parts[name].append(row)
-        parts["dev"] = parts["search"]
-        notes = [f"cut by hash from {paths[role].name}"]
-    else:
-        own_dev = "dev" in read and "dev" not in (pool_role, test_role)
-        for row in read[pool_role]:
-            parts[_pool_part(row, seed, search=0.25, dev=0.0 if own_dev else 0.1)].append(row)
-        if own_dev:
-            parts["dev"] = read["dev"]
-        parts["test"] = read[test_role]
-        notes = [f"from {paths[test_role].name}"]
-        if "test" in read and test_role == "dev":
-            notes.append(f"{paths['test'].name} has no labels, so {paths['dev'].name} is the test")
-        notes += _drop_leaks(parts)
-    if task != "none":
-        for name in ("dev", "test"):
-            parts[name] = [row for row in parts[name] if row.label is not None]
-    for name in ("calibration", "search", "test"):
-        if len(parts[name]) < 2:
-            raise UsageError(
-                f"{place} leaves {len(parts[name])} rows for the {name} part. "
-                "Pass more data with --data."
-            )
-    return parts, notes
-
-
-def _drop_leaks(parts: dict[str, list[Row]]) -> list[str]:
-    """Take rows of test out of the parts the compiler learns from."""
-    test = {_key(row) for row in parts["test"]}
-    dropped = 0
-    for name in ("calibration", "search"):
-        kept = [row for row in parts[name] if _key(row) not in test]
-        dropped += len(parts[name]) - len(kept)
-        parts[name] = kept
-    return [f"{dropped:,} rows that also occur in test dropped"] if dropped else []
-
-
-def _pool_part(row: Row, seed: int, *, search: float, dev: float) -> str:
-    if _fraction(row, "dev") < dev:
-        return "dev"
-    return "search" if _fraction(row, f"search{seed}") < search else "calibration"
+def _has_label(row: Row) -> bool:
+    return row.label is not None
 
 
 def _key(row: Row) -> str:
@@ -185,12 +127,7 @@ def _key(row: Row) -> str:
     return "\x1f".join(sorted(" ".join(text.casefold().split()) for text in row.texts))
 
 
-def _fraction(row: Row, salt: str) -> float:
-    digest = hashlib.sha256(f"{salt}\x1e{_key(row)}".encode("utf-8", "surrogatepass")).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64
-
-
-def _digest(parts: dict[str, list[Row]]) -> str:
+def _digest(parts: Mapping[Part, list[Row]]) -> str:
     digest = hashlib.sha256()
     for name in sorted(parts):
         rows = [[*row.texts, row.label] for row in parts[name]]
@@ -201,7 +138,7 @@ def _digest(parts: dict[str, list[Row]]) -> str:
 # ------------------------------------------------------------------------------ columns and labels
 
 
-def _choose_columns(
+def choose_columns(
     table: Table, texts: tuple[str, ...], label: str | None
 ) -> tuple[tuple[str, ...], str | None]:
     """Take the columns the user named, guess the others by name and then by content."""

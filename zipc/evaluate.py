@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from zipc.batches import Batch, Texts, count_truncated, tokenize_batches
 from zipc.core.errors import UsageError
 from zipc.data import Row, Splits
-from zipc.metrics import METRICS, metric_value, paired_bootstrap
+from zipc.losses import Loss, cosine_loss, divergence, mean_loss, unexplained
+from zipc.metrics import EvalResult, choose_metric, metric_value, paired_bootstrap
 from zipc.pooling import Pooling, pool, read_model_json, read_pooling
 from zipc.predict import Array, Run, onnx_run, torch_run
 from zipc.user_function import UserFunction, call_user_function, load_user_function
@@ -34,17 +34,12 @@ __all__ = [
     "tokenize_batches",
 ]
 Head = Literal["embedding", "classes", "regression"]
+LOSSES: dict[Head, Loss] = {
+    "embedding": cosine_loss,
+    "classes": divergence,
+    "regression": unexplained,
+}
 COSINE_SHARE = 0.1  # of each embedding's own cosine in the oracle, beside the similarities
-
-
-@dataclass(frozen=True, slots=True)
-class EvalResult:
-    """A quality figure with what is needed to compare it: see `metrics.paired_bootstrap`."""
-
-    value: float  # x100, except for a user's function, whose figure is kept as it is
-    per_row: npt.NDArray[np.float64]  # (n, 2) prediction and target; (0, 2) for a user's function
-    n: int
-    outputs: Array  # (texts, d) embeddings of the different texts, or logits of the rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,21 +71,11 @@ class Evaluator:
         """
         dense = torch.as_tensor(dense_outputs).float()
         candidate = torch.as_tensor(candidate_outputs).float()
-        if not torch.isfinite(dense).all():
-            raise UsageError("The dense model gives NaN or infinity on the search data.")
-        if not torch.isfinite(candidate).all():
-            return float("inf")
-        if self.head == "embedding":
-            loss = 1 - torch.nn.functional.cosine_similarity(dense, candidate, dim=-1)
-            if pairs is not None and len(pairs) > 2:
-                agreement = _correlation(_similarity(dense, pairs), _similarity(candidate, pairs))
-                return 1 - agreement + COSINE_SHARE * float(loss.double().mean())
-        elif self.head == "classes":
-            log_p, log_q = dense.log_softmax(-1), candidate.log_softmax(-1)
-            loss = (log_p.exp() * (log_p - log_q)).sum(-1)
-        else:
-            loss = (dense - candidate).square() / dense.var(correction=0).clamp_min(1e-12)
-        return float(loss.double().mean())
+        loss = mean_loss(LOSSES[self.head], dense, candidate)
+        if self.head == "embedding" and pairs is not None and len(pairs) > 2 and loss < math.inf:
+            agreement = _correlation(_similarity(dense, pairs), _similarity(candidate, pairs))
+            return 1 - agreement + COSINE_SHARE * loss
+        return loss
 
     def score_onnx(
         self,
@@ -243,7 +228,7 @@ def make_evaluator(
     """
     if metric is not None and user_function is not None:
         raise UsageError("Give --metric or --eval, not both.")
-    config = _model_config(model_dir)
+    config = model_config(model_dir)
     pooling = read_pooling(model_dir, has_logits=has_logits)
     head: Head = "embedding"
     if has_logits:
@@ -264,20 +249,13 @@ def make_evaluator(
     if user_function is not None:
         user, chosen = load_user_function(user_function), Path(user_function).name
     else:
-        chosen = metric or fitting[0]
-        if chosen not in fitting:
-            close = difflib.get_close_matches(chosen, METRICS, n=1)
-            hint = f" Did you mean '{close[0]}'?" if close and close[0] != chosen else ""
-            raise UsageError(
-                f"The metric '{chosen}' does not fit this model and data ({head} output, task "
-                f"{splits.task}). Metrics that fit: {', '.join(fitting)}.{hint}"
-            )
+        chosen = choose_metric(metric, fitting, what=f"{head} output, task {splits.task}")
     if chosen == "agreement" and metric is None:
         why = "no labels" if splits.task == "none" else f"labels unusable with {head} outputs"
         notes.append(f"metric: agreement with the dense model x100, not accuracy ({why})")
     class_index: dict[str, int] = {}
     if chosen in ("accuracy", "f1", "mcc"):
-        class_index, note = _class_order(config, splits)
+        class_index, note = class_order(config, splits.labels)
         notes.append(note)
     evaluator = Evaluator(
         metric=chosen,
@@ -298,35 +276,36 @@ def make_evaluator(
     return replace(evaluator, notes=tuple(notes))
 
 
-def _class_order(config: dict[str, Any], splits: Splits) -> tuple[dict[str, int], str]:
+def class_order(config: dict[str, Any], labels: Sequence[str]) -> tuple[dict[str, int], str]:
     """Map the data's labels to the model's classes: by name, else by number, else sorted."""
     named = {str(name): int(index) for index, name in (config.get("id2label") or {}).items()}
     default = all(name == f"LABEL_{index}" for name, index in named.items())
     if not named or default:
         count = len(named) or int(config.get("num_labels") or 2)
-        if all(label.isdecimal() for label in splits.labels):
-            return {label: int(label) for label in splits.labels}, "classes: numbers of the data"
-        if not set(splits.labels) <= set(named):
-            if len(splits.labels) != count:
+        if all(label.isdecimal() for label in labels):
+            return {label: int(label) for label in labels}, "classes: numbers of the data"
+        if not set(labels) <= set(named):
+            if len(labels) != count:
                 raise UsageError(
-                    f"The data has the classes {', '.join(splits.labels[:10])} and the model "
+                    f"The data has the classes {', '.join(labels[:10])} and the model "
                     f"{count} without names. Name them in id2label of its config.json."
                 )
-            order = {label: index for index, label in enumerate(splits.labels)}
+            order = {label: index for index, label in enumerate(labels)}
             return order, "classes: the model does not name them, taken in sorted order"
     folded = {name.casefold(): index for name, index in named.items()}
-    if all(label.casefold() in folded for label in splits.labels):
-        return {label: folded[label.casefold()] for label in splits.labels}, "classes: id2label"
-    if all(label.isdecimal() and int(label) < len(named) for label in splits.labels):
-        return {label: int(label) for label in splits.labels}, "classes: numbers of the data"
-    missing = [label for label in splits.labels if label.casefold() not in folded]
+    if all(label.casefold() in folded for label in labels):
+        return {label: folded[label.casefold()] for label in labels}, "classes: id2label"
+    if all(label.isdecimal() and int(label) < len(named) for label in labels):
+        return {label: int(label) for label in labels}, "classes: numbers of the data"
+    missing = [label for label in labels if label.casefold() not in folded]
     raise UsageError(
         f"The data has classes the model does not know: {', '.join(missing[:10])}. "
-        f"Its classes: {', '.join(list(named)[:20])}. Check --label-column."
+        f"Its classes: {', '.join(list(named)[:20])}. "
+        "Check --label-column, or the names of the class folders."
     )
 
 
-def _model_config(model_dir: Path) -> dict[str, Any]:
+def model_config(model_dir: Path) -> dict[str, Any]:
     path = model_dir / "config.json"
     if not path.exists():
         raise UsageError(f"{model_dir} has no config.json. Give a Hugging Face model folder.")

@@ -23,6 +23,7 @@ from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 from zipc.core.errors import CorruptFile, UsageError
 from zipc.core.files import read_json
 from zipc.core.types import Progress, Runner, Silent, Workload
+from zipc.core.workload import read_workload, workload_document
 from zipc.profiler.runners.onnxruntime import OnnxRuntimeRunner
 from zipc.profiler.timing import interleave, warm_up
 from zipc.proof import MIN_PAIRS, Interval, batch_interval, log_ratio_interval, percentiles
@@ -85,7 +86,8 @@ class GateResult:
 
     def to_json(self) -> dict[str, Any]:
         """Return a document for `--format json`."""
-        return {**asdict(self), "exit_code": self.exit_code}
+        load = None if self.workload is None else workload_document(self.workload)
+        return {**asdict(self), "workload": load, "exit_code": self.exit_code}
 
 
 def check(
@@ -117,7 +119,7 @@ def check(
     timed = [rule for rule in rules if rule.metric in QUANTILES]
     decided = {r: _compare_sizes(r, new=new, base=base) for r in rules if r.metric == "size"}
     if timed and runners is None:
-        workload = workload or _recorded_workload(base) or _recorded_workload(new) or Workload()
+        workload = workload or workload_of(new, base)
         runners = (
             OnnxRuntimeRunner(graph_of(new), workload=workload),
             OnnxRuntimeRunner(graph_of(base), workload=workload),
@@ -142,6 +144,15 @@ def check(
         elapsed_s=trial.elapsed_s,
         workload=workload,
     )
+
+
+def workload_of(new: Path, base: Path) -> Workload:
+    """What the baseline was compiled for, else the new artifact, else the usual workload.
+
+    Raises:
+        CorruptFile: a manifest has no usable workload.
+    """
+    return _recorded_workload(base) or _recorded_workload(new) or Workload()
 
 
 def parse_rules(text: str) -> tuple[Rule, ...]:
@@ -308,6 +319,8 @@ def bytes_of(graph: Path) -> int:
         model = onnx.load(str(graph), load_external_data=False)
     except Exception as error:  # protobuf's errors share no base
         raise UsageError(f"{graph} is not an ONNX file: {error}") from error
+    if not model.HasField("graph"):
+        raise UsageError(f"{graph} is not an ONNX file: it holds no graph.")
     files = {
         graph.parent / ExternalDataInfo(tensor).location
         for tensor in model.graph.initializer
@@ -324,8 +337,8 @@ def _recorded_workload(artifact: Path) -> Workload | None:
     if not path.is_file():
         return None
     try:
-        return Workload(**read_json(path)["workload"])
-    except (KeyError, TypeError) as error:
+        return read_workload(read_json(path, advice="Compile again.")["workload"])
+    except (KeyError, TypeError, ValueError) as error:
         raise CorruptFile(f"{path} has no usable workload ({error!r}). Compile again.") from error
 
 

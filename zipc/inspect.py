@@ -12,11 +12,12 @@ import onnx
 
 from zipc.build import integer_kernels
 from zipc.core.errors import UsageError
-from zipc.core.types import Site
+from zipc.core.request import Request
+from zipc.core.types import InputSpec, Site
 from zipc.gate import bytes_of
-from zipc.model_source import SourceModel, load_source
+from zipc.model_source import load_source, settle, trace_source
 from zipc.pruner.graph.sites import find_sites
-from zipc.pruner.graph.trace import Program, trace
+from zipc.pruner.graph.verify import verify
 from zipc.pruner.ladder import widths_of
 from zipc.targets import load_target
 
@@ -27,6 +28,8 @@ def inspect_model(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     target: str = "cpu",
+    weights: str | None = None,
+    input_shapes: Sequence[InputSpec] = (),
 ) -> dict[str, Any]:
     """Sites, units, legal widths and consumers of MODEL, and what was left alone and why.
 
@@ -37,9 +40,15 @@ def inspect_model(
         UnsupportedModel: it cannot be traced.
     """
     step = load_target(target).width_step
-    source = load_source(model)
-    program = _traced(source)
-    structure = find_sites(program, include=include, exclude=exclude)
+    request = Request(model=model, weights=weights, input_shapes=tuple(input_shapes))
+    source = load_source(model, weights=weights, input_shapes=input_shapes)
+    program = trace_source(source, batch=settle(request, source).batch_size)
+    structure = verify(
+        source.module,
+        program,
+        find_sites(program, include=include, exclude=exclude),
+        source.example(),
+    )
     sizes = {name: tensor.numel() for name, tensor in program.tensors.values()}
     return {
         "model": source.source,
@@ -48,8 +57,9 @@ def inspect_model(
         "architecture": type(source.module).__name__,
         "parameters": sum(p.numel() for p in source.module.parameters()),
         "inputs": source.inputs,
+        "input_shapes": {spec.name: list(spec.shape) for spec in source.specs},
         "outputs": [name for _, name in source.outputs],
-        "max_length": source.max_length,
+        "max_length": source.max_length or None,
         "sites": [_site(site, sizes, step) for site in structure.sites],
         "left_alone": [{"path": a.path, "reason": a.reason} for a in structure.left_alone],
         "notes": source.notes,
@@ -84,12 +94,6 @@ def inspect_onnx(path: Path) -> dict[str, Any]:
         "ops": dict(ops.most_common()),
         "integer_products": integer_kernels(path),
     }
-
-
-def _traced(source: SourceModel) -> Program:
-    program = trace(source.module, source.example(), dynamic=source.dynamic, limits=source.limits)
-    program.outputs = [program.outputs[i] for i, _ in source.outputs]
-    return program
 
 
 def _site(site: Site, sizes: dict[str, int], step: int) -> dict[str, Any]:

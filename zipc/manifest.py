@@ -10,9 +10,10 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 import zipc
 from zipc.core.errors import CorruptFile
-from zipc.core.files import read_json, write_json
+from zipc.core.files import read_json, sha256_file, write_json
 from zipc.core.request import Request
-from zipc.core.types import Artifact, LeftAlone, Level, TableKind, VerdictName, Workload
+from zipc.core.types import Artifact, LeftAlone, Level, TableKind, VerdictName
+from zipc.core.workload import WorkloadField
 
 SCHEMA_VERSION = 1  # raised by every change of a field below
 FILE_NAME = "manifest.json"
@@ -49,6 +50,7 @@ class RequestRecord(BaseModel):
     def of(cls, request: Request) -> Self:
         fields = dataclasses.asdict(request)
         kept = {k: v for k, v in fields.items() if k not in ("output", "cache_dir")}
+        kept["input_shapes"] = [str(spec) for spec in request.input_shapes]
         return cls.model_validate({k: list(v) if type(v) is tuple else v for k, v in kept.items()})
 
 
@@ -112,7 +114,7 @@ class Manifest(Record):
     schema_version: int = SCHEMA_VERSION
     zipc_version: str = zipc.__version__
     target: str
-    workload: Workload
+    workload: WorkloadField
     model: ModelRecord
     request: RequestRecord
     allocation: tuple[AllocationRecord, ...]
@@ -135,6 +137,14 @@ class Manifest(Record):
     def to_json(self) -> dict[str, Any]:
         return self.model_dump(mode="json")
 
+    def changed_files(self, out: Path) -> list[str]:
+        """Files of `out` that are missing or not those the manifest describes."""
+        return [
+            file.path
+            for file in self.files
+            if not (out / file.path).is_file() or sha256_file(out / file.path) != file.sha256
+        ]
+
     @classmethod
     def read(cls, out: Path) -> Self:
         """Read the manifest of a finished compile.
@@ -148,7 +158,7 @@ class Manifest(Record):
                 f"{out} is not a finished compile: it has no {FILE_NAME}. "
                 f"Run: zipc compile MODEL --data DATA -o {out}"
             )
-        document = read_json(path)
+        document = read_json(path, advice=_AGAIN)
         _check_schema(document, path)
         try:
             return cls.model_validate_json(path.read_bytes(), strict=True)

@@ -2,18 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import difflib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from scipy.stats import rankdata
 
+from zipc.core.errors import UsageError
+
 Array = npt.NDArray[np.float64]
 
 
+def _nothing() -> npt.NDArray[Any]:
+    return np.empty((0, 0))
+
+
+@dataclass(frozen=True, slots=True)
+class EvalResult:
+    """A quality figure with what is needed to compare it: see `paired_bootstrap`."""
+
+    value: float  # x100 but for losses; a user's function's figure is kept as it is
+    per_row: Array  # (n, 2) prediction and target; (0, 2) for a user's function
+    n: int
+    outputs: npt.NDArray[Any] = field(default_factory=_nothing)  # what `agreement` is read from
+
+
 def metric_value(metric: str, per_row: Array) -> float:
-    """Compute a named metric x100 from `per_row` (n, 2): prediction and target of each row."""
+    """Compute a named metric from `per_row` (n, 2): prediction and target of each row."""
     return float(METRICS[metric](per_row[:, 0], per_row[:, 1]))
+
+
+def lower_is_better(metric: str) -> bool:
+    """Whether a smaller figure is a better model; a user's own metric is taken to grow."""
+    return metric in LOWER_IS_BETTER
+
+
+def choose_metric(wanted: str | None, fitting: Sequence[str], *, what: str) -> str:
+    """Return the wanted metric, or the first that fits.
+
+    Raises:
+        UsageError: the wanted one does not fit; `what` describes model and data.
+    """
+    chosen = wanted or fitting[0]
+    if chosen not in fitting:
+        close = difflib.get_close_matches(chosen, METRICS, n=1)
+        hint = f" Did you mean '{close[0]}'?" if close and close[0] != chosen else ""
+        raise UsageError(
+            f"The metric '{chosen}' does not fit this model and data ({what}). "
+            f"Metrics that fit: {', '.join(fitting)}.{hint}"
+        )
+    return chosen
 
 
 def paired_bootstrap(
@@ -104,6 +145,21 @@ def agreement(prediction: Array, target: Array) -> Array:
     return np.asarray(100 * prediction.mean(axis=-1))
 
 
+def share(hits: Array, count: Array) -> Array:
+    """Hits x100 of all that was counted, where a row holds many: pixels, tokens."""
+    return np.asarray(100 * hits.sum(axis=-1) / np.maximum(count.sum(axis=-1), 1))
+
+
+def loss(total: Array, count: Array) -> Array:
+    """Mean loss in nats, from each row's sum and its number of tokens."""
+    return np.asarray(total.sum(axis=-1) / np.maximum(count.sum(axis=-1), 1))
+
+
+def perplexity(total: Array, count: Array) -> Array:
+    """Exponential of the mean loss."""
+    return np.exp(loss(total, count))
+
+
 METRICS: dict[str, Callable[[Array, Array], Array]] = {
     "spearman": spearman,
     "pearson": pearson,
@@ -111,4 +167,9 @@ METRICS: dict[str, Callable[[Array, Array], Array]] = {
     "f1": f1,
     "mcc": mcc,
     "agreement": agreement,
+    "pixel_accuracy": share,
+    "token_accuracy": share,
+    "loss": loss,
+    "perplexity": perplexity,
 }
+LOWER_IS_BETTER = frozenset({"loss", "perplexity"})

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import glob
 import os
 import shutil
@@ -51,27 +53,22 @@ def check_output(out: Path) -> None:
 def staged(out: Path) -> Iterator[Path]:
     """A fresh folder beside `out` that replaces it when the block ends without an error.
 
+    Two runs may write the same `out` at once; the one that ends last stays.
+
     Raises:
         UsageError: the disk is full or the folder cannot be written.
     """
     try:
-        _clear_leftovers(out)
-        fresh = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.zipc-"))
-        fresh.chmod(0o755)
-        try:
+        with contextlib.ExitStack() as held:
+            with _locked(out.parent):
+                _clear_leftovers(out)
+                fresh = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.zipc-"))
+                held.callback(shutil.rmtree, fresh, ignore_errors=True)
+                held.enter_context(_locked(fresh))  # other runs see that it is no leftover
+            fresh.chmod(0o755)
             yield fresh
-            old = fresh.with_name(fresh.name + OLD)
-            if out.exists():
-                out.rename(old)
-            try:
-                fresh.rename(out)
-            except OSError:
-                if old.exists():
-                    old.rename(out)
-                raise
-            shutil.rmtree(old, ignore_errors=True)
-        finally:
-            shutil.rmtree(fresh, ignore_errors=True)
+            with _locked(out.parent):
+                _take_place(fresh, out)
     except OSError as error:
         raise UsageError(
             f"Cannot write {out} ({error.strerror or error}). Free some space or choose another "
@@ -79,13 +76,53 @@ def staged(out: Path) -> Iterator[Path]:
         ) from error
 
 
+def _take_place(fresh: Path, out: Path) -> None:
+    old = fresh.with_name(fresh.name + OLD)
+    if out.exists():
+        out.rename(old)
+    try:
+        fresh.rename(out)
+    except OSError:
+        if old.exists():
+            old.rename(out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def _clear_leftovers(out: Path) -> None:
     """Remove what a killed run left; give back an output that it had moved aside."""
     for stale in out.parent.glob(f".{glob.escape(out.name)}.zipc-*"):
         if stale.name.endswith(OLD) and not out.exists():
             stale.rename(out)
-        else:
+            continue
+        with (
+            contextlib.suppress(BlockingIOError, FileNotFoundError),  # in use, or just gone
+            _locked(stale, wait=False),
+        ):
             shutil.rmtree(stale, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, *, wait: bool = True) -> Iterator[None]:
+    """Hold a folder's advisory lock, which the system lets go of when the process dies.
+
+    A file system without such locks is used without them.
+
+    Raises:
+        BlockingIOError: another process holds it, and `wait` is false.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            if error.errno not in (errno.EBADF, errno.ENOLCK, errno.ENOTSUP, errno.EINVAL):
+                raise
+        yield
+    finally:
+        os.close(handle)
 
 
 def write_artifacts(
@@ -95,7 +132,7 @@ def write_artifacts(
     reference: bytes | None,
     structure: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
-    source_folder: Path,
+    source_folder: Path | None,
     samples: Mapping[str, Any],
 ) -> tuple[Artifact, ...]:
     """Write everything but the manifest; returns the list of files for it."""
@@ -108,7 +145,8 @@ def write_artifacts(
     write_json(checkpoint / "structure.json", structure)
     separate = {n: t.contiguous().clone() for n, t in tensors.items()}  # tied ones twice
     write_atomic(checkpoint / "model.safetensors", save(separate, metadata={"format": "pt"}))
-    _copy_texts(source_folder, checkpoint)
+    if source_folder is not None:
+        _copy_texts(source_folder, checkpoint)
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     return tuple(
         Artifact(

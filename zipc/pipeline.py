@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +18,10 @@ from zipc.core.errors import UsageError
 from zipc.core.memory import release
 from zipc.core.request import Request
 from zipc.core.types import Allocation, LeftAlone, Progress, Site, Target
-from zipc.data import Splits, load_splits
 from zipc.effort import effort_of
-from zipc.evaluate import Evaluator, make_evaluator
 from zipc.latency_tables.store import TableStore, default_cache_dir
 from zipc.manifest import Manifest
-from zipc.model_source import SourceModel, load_source
+from zipc.model_source import SourceModel, load_source, settle
 from zipc.output import check_output, staged, write_artifacts
 from zipc.prepare import Prepared, prepare
 from zipc.pricing import Prices, price
@@ -30,6 +29,7 @@ from zipc.profiler.runners.onnxruntime import OnnxRuntimeRunner
 from zipc.profiler.timing import warm_up
 from zipc.proof import default_pairs, paired_speedup
 from zipc.record import make_manifest, read_quality, samples_of
+from zipc.samples import Samples, kind_of, open_samples
 from zipc.stage_cache import StageCache
 from zipc.targets import load_target
 
@@ -44,6 +44,7 @@ def compile_model(request: Request, *, progress: Progress) -> Manifest:
     with _one_thread():
         clock, cache = Clock(progress), _cache(request)
         setup = _set_up(request, clock)
+        request = setup.request
         dense = dense_model(setup.prepared)
         reference = OnnxRuntimeRunner(dense, workload=request.workload)
         goal = target_speedup(request, reference)
@@ -66,8 +67,7 @@ def compile_model(request: Request, *, progress: Progress) -> Manifest:
         timing = paired_speedup(reference, compiled, pairs=pairs, progress=clock)
         clock.stage("quality on test")
         quality = read_quality(
-            setup.evaluator,
-            setup.splits,
+            setup.samples,
             dense=dense,
             compiled=found.built.model,
             seed=request.seed,
@@ -90,7 +90,7 @@ def compile_model(request: Request, *, progress: Progress) -> Manifest:
                 prepared=setup.prepared,
                 prices=setup.prices,
                 candidates=setup.candidates,
-                splits=setup.splits,
+                samples=setup.samples,
                 found=found,
                 timing=timing,
                 quality=quality,
@@ -150,6 +150,7 @@ def plan_model(request: Request, *, progress: Progress) -> Plan:
     with _one_thread():
         clock = Clock(progress)
         setup = _set_up(request, clock)
+        request = setup.request
         reference = OnnxRuntimeRunner(dense_model(setup.prepared), workload=request.workload)
         goal = target_speedup(request, reference)
         problem = make_problem(setup.prepared, setup.prices, setup.candidates, clock)
@@ -177,8 +178,8 @@ def plan_model(request: Request, *, progress: Progress) -> Plan:
             predicted_ms=ratio * setup.prices.dense_ms,
             predicted_speedup=1 / ratio,
             oracle_loss=loss,
-            split=split_sizes(setup.splits),
-            notes=[setup.splits.description, *setup.evaluator.notes, *setup.candidates.notes],
+            split={str(part): count for part, count in setup.samples.sizes.items()},
+            notes=[setup.samples.description, *setup.samples.notes, *setup.candidates.notes],
         )
 
 
@@ -209,7 +210,8 @@ def profile_model(request: Request, *, progress: Progress) -> ProfileResult:
     with _one_thread():
         clock = Clock(progress)
         target = load_target(request.target)
-        _, prices = _price(_load(request, clock), request, target, clock)
+        source, request = _load(request, clock)
+        _, prices = _price(source, request, target, clock)
         fitted = prices.table.correction
         return ProfileResult(
             table_path=prices.path,
@@ -225,9 +227,9 @@ def profile_model(request: Request, *, progress: Progress) -> ProfileResult:
 class Setup:
     """All that is known before the first candidate is scored."""
 
+    request: Request  # with every size filled in
     target: Target
-    splits: Splits
-    evaluator: Evaluator
+    samples: Samples
     prepared: Prepared
     prices: Prices
     candidates: Candidates
@@ -235,44 +237,25 @@ class Setup:
 
 def _set_up(request: Request, progress: Progress) -> Setup:
     target = load_target(request.target)
-    if request.data is None:
-        raise UsageError(
-            "--data is needed: unlabelled texts like those the model will see decide which parts "
-            "can go, and held-out ones read the quality. A csv, tsv, jsonl or txt file will do, "
-            "for example: --data examples/stsb"
-        )
+    kind_of(request)
     if request.recover != "none":
         raise UsageError(f"--recover {request.recover} is not available; the only choice is none.")
+    if not request.prune and request.numerics == target.reference_numeric:
+        raise UsageError(
+            f"--no-prune with --numerics {request.numerics} leaves the model as it is. Drop one."
+        )
     effort = effort_of(request.effort)
-    splits = load_splits(
-        request.data,
-        text_columns=request.text_columns,
-        label_column=request.label_column,
-        seed=request.seed,
-    )
-    progress.info(f"data: {splits.description}")
     cache = _cache(request)
-    source = _load(request, progress)
-    if source.tokenizer is None:
-        raise UsageError(f"{source.folder} has no tokenizer: the texts of --data cannot be read.")
-    evaluator = make_evaluator(
-        source.folder,
-        source.tokenizer,
-        splits,
-        metric=request.metric,
-        user_function=request.evaluator,
-        has_logits=source.has_logits,
-        max_length=source.max_length,
-    )
-    for note in evaluator.notes:
-        progress.info(note)
+    source, request = _load(request, progress)
+    samples = open_samples(source, request)
+    for line in (f"data: {samples.description}", *samples.notes):
+        progress.info(line)
     prepared, prices = _price(source, request, target, progress)
     candidates = gather(
         prepared,
         prices,
         target,
-        splits,
-        evaluator,
+        samples,
         request,
         effort=effort,
         cache=cache,
@@ -281,19 +264,21 @@ def _set_up(request: Request, progress: Progress) -> Setup:
     _tell_discarded(cache, progress)
     for note in candidates.notes:
         progress.info(note)
-    return Setup(target, splits, evaluator, prepared, prices, candidates)
+    return Setup(request, target, samples, prepared, prices, candidates)
 
 
-def _load(request: Request, progress: Progress) -> SourceModel:
-    progress.stage("load model")
-    source = load_source(request.model)
-    progress.done(type(source.module).__name__)
-    if request.sequence_length > source.max_length:
+def _load(request: Request, progress: Progress) -> tuple[SourceModel, Request]:
+    processors = os.cpu_count() or 1
+    if request.threads > processors:
         raise UsageError(
-            f"--sequence-length {request.sequence_length} is more than the model takes "
-            f"({source.max_length})."
+            f"--threads {request.threads} is more than the {processors} processors of this machine."
         )
-    return source
+    progress.stage("load model")
+    source = load_source(request.model, weights=request.weights, input_shapes=request.input_shapes)
+    progress.done(type(source.module).__name__)
+    for note in source.notes:
+        progress.info(note)
+    return source, settle(request, source)
 
 
 def _price(
@@ -335,11 +320,6 @@ def target_speedup(request: Request, reference: OnnxRuntimeRunner) -> float | No
     raise UsageError(
         "Give a goal: --speedup 2x or --latency 5ms (or --no-prune for numerics only)."
     )
-
-
-def split_sizes(splits: Splits) -> dict[str, int]:
-    parts = ("calibration", "search", "dev", "test")
-    return {part: len(getattr(splits, part)) for part in parts}
 
 
 def _output(request: Request) -> Path:

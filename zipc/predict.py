@@ -1,8 +1,8 @@
-"""One batch in, pooled embeddings or logits out: from an ONNX file, or from a torch module."""
+"""One batch in, outputs out: from an ONNX file, or from a torch module."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,18 @@ from zipc.pooling import Pooling, pool
 Array = npt.NDArray[Any]
 Run = Callable[[Batch], Array]  # -> (b, d)
 OUTPUTS = {"logits": "logits", "pooler": "pooler_output"}  # else last_hidden_state
+Outputs = dict[str, Array]  # by name, rows first
+Predict = Callable[[Mapping[str, Array]], Outputs]
 INTEGERS = {"tensor(int64)": np.int64, "tensor(int32)": np.int32}
+TYPES: dict[str, Any] = {
+    **INTEGERS,
+    "tensor(float)": np.float32,
+    "tensor(double)": np.float64,
+    "tensor(float16)": np.float16,
+    "tensor(int8)": np.int8,
+    "tensor(uint8)": np.uint8,
+    "tensor(bool)": np.bool_,
+}
 
 
 def onnx_run(model: Path | bytes, pooling: Pooling, *, threads: int = 1) -> Run:
@@ -27,19 +38,7 @@ def onnx_run(model: Path | bytes, pooling: Pooling, *, threads: int = 1) -> Run:
     Raises:
         UsageError: it cannot be loaded, or has inputs or outputs other than a text encoder's.
     """
-    name = "the model" if isinstance(model, bytes) else str(model)
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 4
-    try:
-        session = ort.InferenceSession(
-            model if isinstance(model, bytes) else str(model),
-            options,
-            providers=["CPUExecutionProvider"],
-        )
-    except Exception as error:  # ONNX Runtime's own exceptions share no public base
-        raise UsageError(f"ONNX Runtime cannot load {name}: {_first_line(error)}") from error
+    session, name = _open(model, threads)
     types = {value.name: value.type for value in session.get_inputs()}
     unknown = set(types) - {"input_ids", "attention_mask", "token_type_ids"}
     if unknown:
@@ -53,10 +52,7 @@ def onnx_run(model: Path | bytes, pooling: Pooling, *, threads: int = 1) -> Run:
         feeds = batch.feeds
         feeds.setdefault("token_type_ids", np.zeros_like(batch.input_ids))
         cast = {key: feeds[key].astype(INTEGERS.get(kind, np.int64)) for key, kind in types.items()}
-        try:
-            (found,) = session.run([wanted], cast)
-        except Exception as error:
-            raise UsageError(f"ONNX Runtime cannot run {name}: {_first_line(error)}") from error
+        (found,) = _run(session, [wanted], cast, name=name)
         return pool(np.asarray(found), batch.attention_mask, pooling)
 
     return run
@@ -76,6 +72,60 @@ def torch_run(module: torch.nn.Module, pooling: Pooling) -> Run:
         return np.asarray(pooled.float().cpu().numpy())
 
     return run
+
+
+def onnx_predict(model: Path | bytes, outputs: Sequence[str], *, threads: int = 1) -> Predict:
+    """Load a graph into ONNX Runtime (CPU, default optimisations) as a function of named arrays.
+
+    Arrays the graph has no input for are left out.
+
+    Raises:
+        UsageError: it cannot be loaded, lacks an output, or an input is not among the arrays.
+    """
+    session, name = _open(model, threads)
+    types = {value.name: value.type for value in session.get_inputs()}
+    given = [value.name for value in session.get_outputs()]
+    lacking = [output for output in outputs if output not in given]
+    if lacking:
+        raise UsageError(f"{name} has no output '{lacking[0]}', only {', '.join(given)}.")
+    strange = [input for input, kind in types.items() if kind not in TYPES]
+    if strange:
+        raise UsageError(f"{name} takes {types[strange[0]]} as {strange[0]}: zipc cannot feed it.")
+
+    def predict(feeds: Mapping[str, Array]) -> Outputs:
+        missing = sorted(set(types) - set(feeds))
+        if missing:
+            raise UsageError(f"{name} has inputs the data does not: {', '.join(missing)}.")
+        cast = {k: np.asarray(feeds[k]).astype(TYPES[t]) for k, t in types.items()}
+        return dict(zip(outputs, _run(session, outputs, cast, name=name), strict=True))
+
+    return predict
+
+
+def _open(model: Path | bytes, threads: int) -> tuple[Any, str]:
+    name = "the model" if isinstance(model, bytes) else str(model)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    try:
+        session = ort.InferenceSession(
+            model if isinstance(model, bytes) else str(model),
+            options,
+            providers=["CPUExecutionProvider"],
+        )
+    except Exception as error:  # ONNX Runtime's own exceptions share no public base
+        raise UsageError(f"ONNX Runtime cannot load {name}: {_first_line(error)}") from error
+    return session, name
+
+
+def _run(
+    session: Any, outputs: Sequence[str], feeds: Mapping[str, Array], *, name: str
+) -> list[Array]:
+    try:
+        return list(session.run(list(outputs), dict(feeds)))
+    except Exception as error:
+        raise UsageError(f"ONNX Runtime cannot run {name}: {_first_line(error)}") from error
 
 
 def _pick(out: Any, wanted: str) -> torch.Tensor:

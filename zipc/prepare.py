@@ -17,11 +17,12 @@ from zipc.core.request import Request
 from zipc.core.types import LeftAlone, Progress, Site
 from zipc.exporters.graph import OnnxGraph
 from zipc.exporters.onnx_export import check_parity, export_dense
-from zipc.model_source import SourceModel
+from zipc.model_source import SourceModel, trace_source
 from zipc.profiler.runners.onnxruntime import OnnxRuntimeRunner
 from zipc.pruner.graph.interpret import Executor, Variant
-from zipc.pruner.graph.sites import Structure, find_sites
-from zipc.pruner.graph.trace import Program, trace
+from zipc.pruner.graph.sites import Structure, find_sites, without
+from zipc.pruner.graph.trace import MapCall, Program
+from zipc.pruner.graph.verify import verify
 from zipc.stage_cache import StageCache
 
 PARITY_BOUND = 1e-4  # norm of dense ONNX minus torch, relative to torch
@@ -48,6 +49,15 @@ class Prepared:
         return self.structure.left_alone
 
     @property
+    def calls(self) -> dict[str, MapCall]:
+        return {c.module: c for c in reversed(self.program.maps)}
+
+    def on_integers(self, site: Site) -> bool:
+        """Whether all maps of a site have integer kernels here: linear maps do."""
+        maps = (*site.producers, *(c.module for c in site.consumers))
+        return not any(self.calls[m].convolution for m in maps)
+
+    @property
     def weights(self) -> dict[str, Tensor]:
         return dict(self.program.tensors.values())
 
@@ -62,10 +72,11 @@ def prepare(
         ExportMismatch: ONNX Runtime does not reproduce the torch module.
     """
     progress.stage("trace")
+    program = trace_source(source, batch=request.batch_size)
     example = source.example()
-    program = trace(source.module, example, dynamic=source.dynamic, limits=source.limits)
-    program.outputs = [program.outputs[i] for i, _ in source.outputs]
     structure = find_sites(program, include=request.include, exclude=request.exclude)
+    structure = verify(source.module, program, structure, example)
+    structure = _searched(structure)
     if not structure.sites:
         reasons = "; ".join(f"{a.path}: {a.reason}" for a in structure.left_alone[:3])
         raise UnsupportedModel(
@@ -77,7 +88,8 @@ def prepare(
     key = fingerprint(
         source.sha256,
         source.outputs,
-        source.inputs,
+        source.specs,
+        str(program.exported.graph),  # a factory's code may change under equal weights
         _versions(),
         dataclasses.asdict(request.workload),
     )
@@ -92,6 +104,12 @@ def prepare(
     parity = _check(executor, dense, source, request)
     progress.done("reused" if reused else f"parity {parity:.1e}")
     return Prepared(source, program, structure, executor, dense, parity, key)
+
+
+def _searched(structure: Structure) -> Structure:
+    """The sites a search may change. The residual width reprices all others: it stays."""
+    reason = "the residual width is not searched: it would change the price of every other site"
+    return without(structure, {s.name: reason for s in structure.sites if s.kind == "width"})
 
 
 def _check(executor: Executor, dense: OnnxGraph, source: SourceModel, request: Request) -> float:
@@ -115,7 +133,13 @@ def _versions() -> list[str]:
 
 
 def _save_graph(cache: StageCache, key: str, graph: OnnxGraph) -> None:
-    side = {"weights": graph.weights, "shapes": graph.shapes, "types": graph.types}
+    side = {
+        "weights": graph.weights,
+        "shapes": graph.shapes,
+        "types": graph.types,
+        "origin": graph.origin,
+        "results": graph.results,
+    }
     cache.put(
         "export", key, {"dense.onnx": graph.to_bytes(), "names.json": json.dumps(side).encode()}
     )
@@ -129,4 +153,5 @@ def _load_graph(cache: StageCache, key: str) -> OnnxGraph | None:
     side = json.loads((folder / "names.json").read_text())
     graph.weights = {k: (str(v[0]), bool(v[1])) for k, v in side["weights"].items()}
     graph.shapes, graph.types = side["shapes"], side["types"]
+    graph.origin, graph.results = side["origin"], side["results"]
     return graph

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from zipc.exporters.graph import OnnxGraph
 from zipc.exporters.site_graph import block_ends, extract
 from zipc.exporters.specialise import Edit, Int8Weights, specialise
 from zipc.latency_tables import correction
-from zipc.latency_tables.store import TableStore
+from zipc.latency_tables.store import TableStore, differences
 from zipc.latency_tables.table import Entry, LatencyTable
 from zipc.numerics.int8 import STATIC, quantize_weight
 from zipc.prepare import Prepared
@@ -28,10 +28,13 @@ from zipc.profiler.fingerprint import device_fingerprint, device_state
 from zipc.profiler.runners.onnxruntime import OnnxRuntimeRunner
 from zipc.profiler.sweep import PricedGraph, sweep
 from zipc.profiler.timing import interleave, warm_up
-from zipc.pruner.graph.surgery import cut
+from zipc.pruner.graph.cuts import Cuts
+from zipc.pruner.graph.sites import sizes_at
 from zipc.pruner.ladder import widths_of
+from zipc.pruner.maps import matrices
 
-WHOLE = "model"
+WHOLE, NARROWEST = "model", "model-narrowest"
+MIN_SHARE = 0.05
 DENSE = Level(1, "fp32")  # the level under which the whole dense model stands in a table
 SWEEP_ROUNDS = 20
 CORRECTION_POINTS = 6
@@ -51,9 +54,14 @@ class Prices:
     fixed_ms: float
     seconds: float
     from_cache: bool
+    dense_prices: dict[str, float]
+    share: float  # of what a level saves on its site alone that the whole model saves too
 
     def ms(self, site: str, level: Level) -> float:
-        return self.table.price(self.signatures[site], level) * self.calls[site]
+        """Time of all calls of a site at a level, as part of the whole model."""
+        alone = self.table.price(self.signatures[site], level)
+        dense = self.dense_prices[site]
+        return (dense - self.share * (dense - alone)) * self.calls[site]
 
     def ratio(self, allocation_ms: float) -> float:
         """Latency relative to dense that a sum of prices means for the whole model."""
@@ -66,10 +74,13 @@ class Prices:
         return max(raw, 0.0) * self.dense_ms
 
 
-def offered_levels(site: Site, target: Target) -> list[Level]:
+def offered_levels(prepared: Prepared, site: Site, target: Target) -> list[Level]:
     """Every level the table prices for a site, the dense one included."""
     widths = widths_of(site, step=target.width_step)
-    return [Level(0), *(Level(w, n) for n in target.numerics for w in widths if w)]
+    integers = prepared.on_integers(site)
+    numerics = [n for n in target.numerics if integers or not n.startswith("int8")]
+    removed = [Level(0)] if site.removable else []
+    return [*removed, *(Level(w, n) for n in numerics for w in widths if w)]
 
 
 def price(
@@ -82,8 +93,10 @@ def price(
 ) -> Prices:
     """Load the table of this model's sites, or measure what is missing in it.
 
+    A table that was measured on another device is measured anew, unless the request allows it.
+
     Raises:
-        TableMissing: a stored table was measured on another device (see --allow-table-mismatch).
+        TableMissing: an allowed table of another device lacks prices.
     """
     workload = request.workload
     parts: dict[str, OnnxGraph] = {}
@@ -92,7 +105,8 @@ def price(
     for site in prepared.structure.sites:
         part = extract(prepared.dense, block_ends(prepared.dense, site))
         ops = [n.op_type for n in specialise(part, Edit()).nodes]
-        signature = f"{site.kind}-{site.units}-{short_hash(site.signature, ops)[:10]}"
+        fed = [part.shapes[i.name] for i in part.proto.graph.input]
+        signature = f"{site.kind}-{site.units}-{short_hash(site.signature, ops, fed)[:10]}"
         signatures[site.name] = signature
         parts.setdefault(signature, part)
         examples.setdefault(signature, site)
@@ -101,13 +115,24 @@ def price(
     )
     path = store.path(target.name, workload, target.runtime, key)
     prints = device_fingerprint(runtime=target.runtime)
-    stored = store.load(path, fingerprint=prints, allow_mismatch=request.allow_table_mismatch)
+    stored = store.load(path, fingerprint=None)
+    changed = differences(stored.fingerprint, prints) if stored else []
+    if changed and request.allow_table_mismatch:
+        stored = store.load(path, fingerprint=prints, allow_mismatch=True)
+    elif changed:
+        progress.info(
+            f"the latency table is of another device or state ({'; '.join(changed)}): measured anew"
+        )
+        stored = None
     graphs = [PricedGraph(WHOLE, DENSE, lambda: specialise(prepared.dense, Edit()).to_bytes())]
+    narrow = _narrowest(prepared, target) if _overlapping(prepared) else None
+    if narrow is not None:
+        graphs.append(PricedGraph(NARROWEST, DENSE, lambda: _whole(prepared, narrow)))
     for signature, part in parts.items():
         site = examples[signature]
         graphs += [
             PricedGraph(signature, level, _builder(part, site, level, prepared))
-            for level in offered_levels(site, target)
+            for level in offered_levels(prepared, site, target)
         ]
     largest = max(parts, key=lambda s: sum(a.size for a in parts[s].arrays.values()))
     anchor_bytes = specialise(parts[largest], Edit()).to_bytes()
@@ -128,7 +153,7 @@ def price(
         if stored is not None and stored.fingerprint != prints:
             raise TableMissing(
                 f"The table {path} lacks {len(missing)} entries and was measured on another device;"
-                f" it cannot be extended here. Run: zipc profile {request.model}"
+                " it cannot be extended here. Run the same command without --allow-table-mismatch."
             )
         if len(missing) < len(graphs):
             progress.info(f"{len(graphs) - len(missing)} prices reused from the latency table")
@@ -141,8 +166,43 @@ def price(
         table.price(signatures[s.name], Level(s.units, "fp32")) * s.calls
         for s in prepared.structure.sites
     )
+    least = [
+        s.calls
+        * min(table.price(signatures[s.name], lv) for lv in offered_levels(prepared, s, target))
+        for s in prepared.structure.sites
+    ]
+    fixed_ms = dense_ms - sites
+    share = 1.0
+    if narrow is not None:
+        gains = sum(
+            s.calls
+            * (
+                table.price(signatures[s.name], Level(s.units, "fp32"))
+                - table.price(signatures[s.name], narrow[s.name])
+            )
+            for s in prepared.structure.sites
+        )
+        gained = dense_ms - table.price(NARROWEST, DENSE)
+        share = min(max(gained / gains, MIN_SHARE), 1.0) if gains > 0 else 1.0
+    else:
+        # No whole is faster than one of its parts. Prices of a busy machine can say so; the check
+        # on whole models below then finds them out.
+        fixed_ms = max(fixed_ms, max(least) - sum(least))
+    dense_prices = {
+        s.name: table.price(signatures[s.name], Level(s.units, "fp32"))
+        for s in prepared.structure.sites
+    }
     prices = Prices(
-        table, path, signatures, calls, dense_ms, dense_ms - sites, seconds, not missing
+        table,
+        path,
+        signatures,
+        calls,
+        dense_ms,
+        fixed_ms,
+        seconds,
+        not missing,
+        dense_prices,
+        share,
     )
     if table.correction is None:
         fitted = _fit_correction(prepared, target, prices, workload, progress)
@@ -190,6 +250,28 @@ def _measure(
     return held[0], time.monotonic() - started
 
 
+def _overlapping(prepared: Prepared) -> bool:
+    """Whether sites share maps, as in a chain of convolutions: each then prices them once more."""
+    sites = prepared.structure.sites
+    maps = [m for s in sites for m in {*s.producers, *(c.module for c in s.consumers)}]
+    return len(maps) > len(set(maps))
+
+
+def _narrowest(prepared: Prepared, target: Target) -> dict[str, Level]:
+    """Every site at the least width above none, in fp32."""
+    step = target.width_step
+    return {
+        s.name: Level(min(w for w in widths_of(s, step=step) if w))
+        for s in prepared.structure.sites
+    }
+
+
+def _whole(prepared: Prepared, levels: Mapping[str, Level]) -> bytes:
+    """The whole model at some levels, with unrepaired weights."""
+    kept = {n: tuple(range(lv.width)) for n, lv in levels.items()}
+    return specialise(prepared.dense, plain_edit(prepared, levels, kept)).to_bytes()
+
+
 def _builder(part: OnnxGraph, site: Site, level: Level, prepared: Prepared) -> Callable[[], bytes]:
     def build() -> bytes:
         kept = {site.name: tuple(range(level.width))}
@@ -200,32 +282,40 @@ def _builder(part: OnnxGraph, site: Site, level: Level, prepared: Prepared) -> C
 
 
 def plain_edit(
-    prepared: Prepared, levels: dict[str, Level], kept: dict[str, tuple[int, ...]]
+    prepared: Prepared, levels: Mapping[str, Level], kept: Mapping[str, tuple[int, ...]]
 ) -> Edit:
     """An edit with the right shapes and unrepaired weights: latency does not depend on values."""
-    weights = prepared.weights
-    tensors: dict[str, np.ndarray[Any, Any]] = {}
+    weights, calls = prepared.weights, prepared.calls
+    cut = [prepared.sites[n] for n, lv in levels.items() if not lv.removed]
+    cuts = Cuts(cut)
+    tensors = {p: cuts.cut(weights[p], p, kept).numpy() for p in cuts.pieces}
     removed: dict[str, np.ndarray[Any, Any]] = {}
     integers: dict[str, Int8Weights] = {}
     for name, level in levels.items():
         site = prepared.sites[name]
         if level.removed:
             for consumer in site.consumers:
-                rows = weights[consumer.module + ".weight"].shape[0]
-                removed[consumer.module] = np.zeros(rows, dtype=np.float32)
+                call = calls[consumer.module]
+                shape = cuts.shape(call.weight, weights[call.weight].shape, widths_in(levels))
+                removed[consumer.module] = np.zeros(shape[call.out_dim], dtype=np.float32)
             continue
-        for parameter in {s.parameter for s in site.slices}:
-            tensors[parameter] = cut(weights[parameter], site, parameter, kept[name]).numpy()
         if level.numeric == "fp32":
             continue
         for module in (*site.producers, *(c.module for c in site.consumers)):
-            rounded = quantize_weight(torch.from_numpy(tensors[module + ".weight"]))
+            call = calls[module]
+            matrix = matrices(call, torch.from_numpy(tensors[call.weight]))[0]
+            rounded = quantize_weight(matrix)
             integers[module] = Int8Weights(
                 rounded.values.numpy(),
                 rounded.scale.numpy(),
                 (0.05, 128) if level.numeric == STATIC else None,
             )
-    return Edit(tensors, removed, integers)
+    size_of = sizes_at(prepared.structure, widths_in(levels))
+    return Edit(tensors, removed, integers, size_of)
+
+
+def widths_in(levels: Mapping[str, Level]) -> dict[str, int]:
+    return {n: lv.width for n, lv in levels.items()}
 
 
 def random_levels(prepared: Prepared, target: Target, rng: np.random.Generator) -> dict[str, Level]:
@@ -239,6 +329,8 @@ def random_levels(prepared: Prepared, target: Target, rng: np.random.Generator) 
         wanted = float(np.clip(density + rng.normal(0, 0.2), 0, 1)) * site.units
         width = int(widths[np.abs(widths - wanted).argmin()])
         numeric = policy or mixed[int(rng.integers(len(mixed)))]
+        if not prepared.on_integers(site):
+            numeric = "fp32"
         levels[site.name] = Level(width, numeric) if width else Level(0)
     return levels
 
@@ -260,9 +352,7 @@ def measure_points(
     found = []
     for _ in range(points):
         levels = random_levels(prepared, target, rng)
-        kept = {n: tuple(range(lv.width)) for n, lv in levels.items()}
-        graph = specialise(prepared.dense, plain_edit(prepared, levels, kept))
-        runner = OnnxRuntimeRunner(graph.to_bytes(), workload=workload)
+        runner = OnnxRuntimeRunner(_whole(prepared, levels), workload=workload)
         warm_up(runner)
         base, times = interleave([dense, runner], rounds=rounds)
         total = prices.fixed_ms + sum(prices.ms(n, lv) for n, lv in levels.items())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from scipy import stats
 from zipc.core.errors import CorruptFile, UsageError
 from zipc.core.files import read_json
 from zipc.core.types import PairedTiming, Progress, Runner, Silent, VerdictName, Workload
+from zipc.core.workload import read_workload, workload_document
 from zipc.profiler.runners.onnxruntime import OnnxRuntimeRunner
 from zipc.profiler.timing import interleave, warm_up
 
@@ -122,7 +123,7 @@ class BenchResult:
         timing = self.timing
         return {
             "out": self.out,
-            "workload": asdict(self.workload),
+            "workload": workload_document(self.workload),
             "promised_speedup": self.promised_speedup,
             "recorded_speedup": self.recorded_speedup,
             "speedup": timing.speedup,
@@ -190,17 +191,13 @@ def _manifest(out: Path) -> Any:
     ):
         if not (out / name).is_file():
             raise UsageError(f"{out} has no {name}, which the measurement needs. {command}")
-    return read_json(out / "manifest.json")
+    return read_json(out / "manifest.json", advice="Compile again.")
 
 
 def _workload(manifest: Any, *, threads: int | None, path: Path) -> Workload:
     try:
-        recorded = manifest["workload"]
-        return Workload(
-            int(recorded["batch_size"]),
-            int(recorded["sequence_length"]),
-            int(recorded["threads"]) if threads is None else threads,
-        )
+        recorded = read_workload(manifest["workload"])
+        return recorded if threads is None else replace(recorded, threads=threads)
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptFile(f"{path} has no usable workload ({error!r}). Compile again.") from error
 

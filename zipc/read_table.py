@@ -72,15 +72,15 @@ class Table:
         return [row[index] for row in self.rows]
 
 
-def find_files(path: Path) -> dict[str, Path]:
+def find_files(path: Path, suffixes: Sequence[str] = SUFFIXES) -> dict[str, Path]:
     """Map roles (train, dev, test, or "all" for a lone file) to the files at `path`.
 
     Raises:
         UsageError: nothing there, no file of a known kind, or two files for one role.
     """
     if path.is_file():
-        if _suffix(path) not in SUFFIXES:
-            raise UsageError(f"{path} is not one of {', '.join(SUFFIXES)} (or those with .gz).")
+        if _suffix(path) not in suffixes:
+            raise UsageError(f"{path} is not one of {', '.join(suffixes)} (or those with .gz).")
         return {"all": path}
     if not path.is_dir():
         raise UsageError(f"There is no file or folder {path}. Check --data.")
@@ -89,11 +89,11 @@ def find_files(path: Path) -> dict[str, Path]:
         for file in sorted(path.iterdir())
         if file.is_file()
         and not file.name.startswith(".")
-        and _suffix(file) in SUFFIXES
+        and _suffix(file) in suffixes
         and _stem(file).casefold() not in NOT_DATA
     ]
     if not found:
-        raise UsageError(f"The folder {path} has no data file ({', '.join(SUFFIXES)}).")
+        raise UsageError(f"The folder {path} has no data file ({', '.join(suffixes)}).")
     if len(found) == 1:
         return {"all": found[0]}
     roles: dict[str, Path] = {}
@@ -124,8 +124,6 @@ def read_table(path: Path, wanted: Collection[str] = ()) -> Table:
         UsageError: it is empty, not UTF-8, or not what its suffix says.
     """
     content = _read_text(path)
-    if not content.strip():
-        raise UsageError(f"{path} is empty.")
     suffix = _suffix(path)
     if suffix == ".txt":
         lines = _lines(content)
@@ -148,6 +146,15 @@ def read_table(path: Path, wanted: Collection[str] = ()) -> Table:
     if len(set(names)) < len(names):
         raise UsageError(f"{path} names a column twice: {', '.join(names)}.")
     return Table(path, names, even, ragged)
+
+
+def read_plain(path: Path) -> str:
+    """Read a text file as it is, its line ends as newlines.
+
+    Raises:
+        UsageError: it is empty or not UTF-8.
+    """
+    return "\n".join(_lines(_read_text(path)))
 
 
 def is_missing(value: Any) -> bool:
@@ -260,6 +267,8 @@ def _read_text(path: Path) -> str:
         ) from error
     if "\0" in content:
         raise UsageError(f"{path} contains zero bytes: it is binary, or UTF-16 and not UTF-8.")
+    if not content.strip():
+        raise UsageError(f"{path} is empty.")
     return content
 
 

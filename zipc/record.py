@@ -14,8 +14,7 @@ from zipc.candidates import Candidates
 from zipc.closed_loop import Found
 from zipc.core.request import Request
 from zipc.core.types import Artifact, PairedTiming, Target, VerdictName
-from zipc.data import Splits
-from zipc.evaluate import Evaluator, paired_bootstrap
+from zipc.core.workload import workload_document
 from zipc.manifest import (
     AllocationRecord,
     DataRecord,
@@ -26,32 +25,31 @@ from zipc.manifest import (
     RequestRecord,
     SizeRecord,
 )
+from zipc.metrics import paired_bootstrap
 from zipc.prepare import Prepared
 from zipc.pricing import Prices
 from zipc.proof import percentiles, verdict
+from zipc.samples import Samples
 
 MB = 1e6
 
 
-def read_quality(
-    evaluator: Evaluator, splits: Splits, *, dense: bytes, compiled: bytes, seed: int
-) -> QualityRecord:
+def read_quality(samples: Samples, *, dense: bytes, compiled: bytes, seed: int) -> QualityRecord:
     """Read the metric from both ONNX files on the test rows: the only place that reads them."""
-    before = evaluator.score_onnx(dense, splits.test, reference="self")
-    after = evaluator.score_onnx(compiled, splits.test, reference=before)
+    before, after = samples.compare(dense, compiled, "test")
     interval = paired_bootstrap(
-        before.per_row, after.per_row, metric=evaluator.metric, n=1000, seed=seed
+        before.per_row, after.per_row, metric=samples.metric, n=1000, seed=seed
     )
     return QualityRecord(
-        metric=evaluator.metric,
-        split=evaluator.split_name,
+        metric=samples.metric,
+        split="test",
         dense=before.value,
         compiled=after.value,
         one_shot=after.value,
         interval=interval,
         rows=after.n,
-        batch_deviation=evaluator.sentence_alone_deviation(compiled, splits.test),
-        notes=evaluator.notes,
+        batch_deviation=samples.deviation(compiled, "test"),
+        notes=samples.notes,
     )
 
 
@@ -60,9 +58,7 @@ def samples_of(timing: PairedTiming, request: Request) -> dict[str, Any]:
     return {
         "schema_version": 1,
         "unit": "ms",
-        "batch_size": request.batch_size,
-        "sequence_length": request.sequence_length,
-        "threads": request.threads,
+        **workload_document(request.workload),
         "reference_ms": [round(t, 5) for t in timing.reference_ms],
         "compiled_ms": [round(t, 5) for t in timing.candidate_ms],
     }
@@ -76,7 +72,7 @@ def make_manifest(
     prepared: Prepared,
     prices: Prices,
     candidates: Candidates,
-    splits: Splits,
+    samples: Samples,
     found: Found,
     timing: PairedTiming,
     quality: QualityRecord,
@@ -139,9 +135,9 @@ def make_manifest(
         ),
         data=DataRecord(
             source=str(request.data).rpartition("/")[2] or str(request.data),
-            sha256=splits.sha256,
-            rows={p: len(getattr(splits, p)) for p in ("calibration", "search", "dev", "test")},
-            description=splits.description,
+            sha256=samples.sha256,
+            rows={str(part): count for part, count in samples.sizes.items()},
+            description=samples.description,
         ),
         files=files,
         timings_s=dict(seconds),
@@ -152,9 +148,8 @@ def make_manifest(
 
 
 def _verdict(timing: PairedTiming, goal: float | None, found: Found) -> VerdictName:
-    if found.solution.unreachable:
-        return "missed"
-    return verdict(timing, goal if goal is not None else 1.0)
+    says = verdict(timing, goal if goal is not None else 1.0)
+    return "missed" if found.solution.unreachable and says != "validated" else says
 
 
 def _parameters(tensors: Mapping[str, Tensor]) -> int:

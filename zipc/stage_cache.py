@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,13 +17,15 @@ from zipc.core.errors import UsageError
 
 CAP_BYTES = 4 << 30
 _SUMS = "sums.json"
+_NEW = ".new-"  # prefix of what is being written
+_STALE_S = 86_400.0
 
 
 class StageCache:
     """`put` and `get` folders of files under `root/<stage>/<key>`.
 
     An entry whose files do not match their recorded hashes (truncated, edited) is deleted and
-    counts as absent: the stage runs again.
+    counts as absent: the stage runs again. Several processes may share a root.
     """
 
     def __init__(self, root: Path, *, cap_bytes: int = CAP_BYTES) -> None:
@@ -42,7 +47,8 @@ class StageCache:
             self.discarded.append(f"{stage}/{key}")
             shutil.rmtree(folder, ignore_errors=True)
             return None
-        os.utime(folder)
+        with contextlib.suppress(OSError):  # on a disk that can only be read, nothing is evicted
+            os.utime(folder)
         return folder
 
     def put(self, stage: str, key: str, files: Mapping[str, bytes]) -> Path:
@@ -54,15 +60,22 @@ class StageCache:
         folder = self.root / stage / key
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".new-"))
+            temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=_NEW))
+            aside = temporary.with_name(temporary.name + ".old")
             try:
                 for name, content in files.items():
                     (temporary / name).write_bytes(content)
                 sums = {n: hashlib.sha256(c).hexdigest() for n, c in files.items()}
                 (temporary / _SUMS).write_text(json.dumps(sums))
-                shutil.rmtree(folder, ignore_errors=True)
-                temporary.rename(folder)
+                with contextlib.suppress(FileNotFoundError):
+                    folder.rename(aside)
+                try:
+                    temporary.rename(folder)
+                except OSError as error:  # another process has just put the same entry
+                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                        raise
             finally:
+                shutil.rmtree(aside, ignore_errors=True)
                 shutil.rmtree(temporary, ignore_errors=True)
         except OSError as error:
             raise UsageError(
@@ -77,17 +90,27 @@ class StageCache:
         shutil.rmtree(self.root / stage / key, ignore_errors=True)
 
     def _evict(self, *, keep: Path) -> None:
-        """Delete the entries used longest ago until the rest fits the cap."""
-        entries = [
-            d for d in self.root.glob("*/*") if d.is_dir() and not d.name.startswith(".new-")
-        ]
-        sizes = {d: sum(f.stat().st_size for f in d.iterdir()) for d in entries}
-        total = sum(sizes.values())
-        for folder in sorted(entries, key=lambda d: d.stat().st_mtime):
+        """Delete the entries used longest ago until the rest fits the cap.
+
+        What a killed process left half-written goes after a day.
+        """
+        entries: list[tuple[float, int, Path]] = []
+        for folder in self.root.glob("*/*"):
+            try:
+                used = folder.stat().st_mtime
+                size = sum(file.stat().st_size for file in folder.iterdir())
+            except OSError:  # another process has just deleted it
+                continue
+            if not folder.name.startswith(_NEW):
+                entries.append((used, size, folder))
+            elif time.time() - used > _STALE_S:
+                shutil.rmtree(folder, ignore_errors=True)
+        total = sum(size for _, size, _ in entries)
+        for _, size, folder in sorted(entries):
             if total <= self._cap:
                 return
             if folder != keep:
-                total -= sizes[folder]
+                total -= size
                 shutil.rmtree(folder, ignore_errors=True)
 
 

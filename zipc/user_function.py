@@ -1,23 +1,21 @@
-"""`--eval file.py:function`: the user's own figure of quality, f(predict, rows) -> float."""
+"""`--eval file.py:function`: the user's own figure of quality, f(predict, rows) -> float.
+
+Of a text table, `rows` are its rows and `predict` takes texts and gives embeddings or logits. Of
+any other data, `rows` are arrays by name (the model's inputs and `labels`), and `predict` takes
+such arrays and gives the outputs by name.
+"""
 
 from __future__ import annotations
 
-import difflib
-import importlib.util
 import math
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy.typing as npt
-
-from zipc.batches import Texts
 from zipc.core.errors import UsageError
-from zipc.data import Row
+from zipc.user_code import FAILURES, load_function, told
 
-Predict = Callable[[Sequence[Texts]], npt.NDArray[Any]]  # embeddings or logits (n, d)
-UserFunction = Callable[[Predict, Sequence[Row]], float]
+UserFunction = Callable[[Any, Any], float]  # predict, rows
 
 
 def load_user_function(source: str) -> UserFunction:
@@ -26,31 +24,11 @@ def load_user_function(source: str) -> UserFunction:
     Raises:
         UsageError: no such file or function, or importing the file fails.
     """
-    file, _, name = source.rpartition(":")
-    if not file or not name.isidentifier():
-        raise UsageError(f"--eval {source}: give it as path/to/file.py:function.")
-    path = Path(file).expanduser()
-    if not path.is_file():
-        raise UsageError(f"--eval {source}: there is no file {path}.")
-    spec = importlib.util.spec_from_file_location("zipc_user_evaluation", path)
-    if spec is None or spec.loader is None:
-        raise UsageError(f"--eval {source}: {path.name} is not a Python file.")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise UsageError(f"--eval {source}: importing it raised {_told(error, path)}.") from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        names = [n for n, value in vars(module).items() if callable(value) and n[0] != "_"]
-        close = difflib.get_close_matches(name, names, n=1)
-        hint = f" Did you mean '{close[0]}'?" if close else ""
-        raise UsageError(f"--eval {source}: {path.name} has no function '{name}'.{hint}")
-    return function  # type: ignore[no-any-return]
+    return load_function(source, flag="--eval")[0]
 
 
 def call_user_function(
-    function: UserFunction, predict: Predict, rows: Sequence[Row], *, source: str
+    function: UserFunction, predict: Callable[..., Any], rows: Any, *, source: str
 ) -> float:
     """Call the user's function and check that it gives a finite number.
 
@@ -61,9 +39,9 @@ def call_user_function(
         value = function(predict, rows)
     except UsageError:  # from our own predict
         raise
-    except Exception as error:
+    except FAILURES as error:
         path = Path(source.rpartition(":")[0])
-        raise UsageError(f"--eval {source} raised {_told(error, path)}.") from error
+        raise UsageError(f"--eval {source} raised {told(error, path)}") from error
     try:
         number = float(value)
     except (TypeError, ValueError) as error:
@@ -71,10 +49,3 @@ def call_user_function(
     if not math.isfinite(number):
         raise UsageError(f"--eval {source} gave {number}, not a finite number.")
     return number
-
-
-def _told(error: Exception, path: Path) -> str:
-    text = f"{type(error).__name__}: {error}"
-    frames = traceback.extract_tb(error.__traceback__)
-    lines = [frame.lineno for frame in frames if Path(frame.filename).name == path.name]
-    return f"{text} (line {lines[-1]})" if lines else text

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import operator
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter_ns
 from typing import Any
@@ -15,6 +17,12 @@ from zipc.core.errors import ExportMismatch, UsageError
 from zipc.core.types import Workload
 
 PROVIDERS = ["CPUExecutionProvider"]
+_OPERATORS: Mapping[type[ast.operator], Callable[[int, int], int]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv,
+}
 MAX_ID = 8  # random token ids stay below the size of any vocabulary (those of letters have ~30)
 
 _DTYPES: Mapping[str, type[np.generic]] = {
@@ -89,33 +97,87 @@ class OnnxRuntimeRunner:
         return {name: feeds[name] for name in wanted}
 
     def _cannot_run(self, error: Exception) -> ExportMismatch:
-        return ExportMismatch(f"ONNX Runtime {ort.__version__} cannot run {self._name}: {error}")
+        return ExportMismatch(
+            f"ONNX Runtime {ort.__version__} cannot run {self._name}: {one_line(error)}. "
+            "A sequence may be longer than the graph takes: give a smaller --sequence-length."
+        )
+
+
+def one_line(error: Exception, *, longest: int = 300) -> str:
+    """What ONNX Runtime says, without line breaks, and without the middle where it is long.
+
+    It begins with the node and ends with the reason; between them lie signatures of its own code.
+    """
+    text = " ".join(str(error).split()).rstrip(". ")
+    half = longest // 2
+    return text if len(text) <= longest else f"{text[:half]} … {text[-half:]}"
 
 
 def default_feeds(session: Any, workload: Workload, seed: int = 0) -> dict[str, np.ndarray]:
     """Make one input per graph input, from its name, type and shape.
 
-    A symbolic first axis is the batch, any other symbolic axis the sequence. The values of an
-    input depend on its name and the seed only, so two graphs are timed on the same data.
+    An input that the workload names has exactly the shape given there. Elsewhere, an axis has the
+    size the workload has for its name, also in an expression of names; under any other name a
+    symbolic first axis is the batch, and the rest the sequence. The values of an input depend on
+    its name and the seed only, so two graphs are timed on the same data.
 
     Raises:
-        UsageError: an input has a type that is not a plain tensor of numbers.
+        UsageError: an input has a type that is not a plain tensor of numbers, or the workload does
+            not say how large it is.
     """
     feeds: dict[str, np.ndarray] = {}
     for node in session.get_inputs():
         if node.type not in _DTYPES:
             raise UsageError(f"Cannot make data for input {node.name!r} of type {node.type}.")
-        shape = tuple(
-            dim if isinstance(dim, int) else _symbolic(axis, workload)
-            for axis, dim in enumerate(node.shape)
-        )
+        shape = _shape(node.name, node.shape, workload)
         rng = np.random.default_rng([seed, zlib.crc32(node.name.encode())])
         feeds[node.name] = _values(node.name, shape, dtype=np.dtype(_DTYPES[node.type]), rng=rng)
     return feeds
 
 
-def _symbolic(axis: int, workload: Workload) -> int:
-    return workload.batch_size if axis == 0 else workload.sequence_length
+def _shape(name: str, dims: Sequence[int | str | None], workload: Workload) -> tuple[int, ...]:
+    given = workload.input_shapes.get(name)
+    if given is None:
+        return tuple(_size(name, dim, axis, workload) for axis, dim in enumerate(dims))
+    fixed = [n for n, dim in zip(given, dims, strict=False) if isinstance(dim, int) and n != dim]
+    if len(given) != len(dims) or fixed:
+        raise UsageError(
+            f"The workload gives input {name!r} the shape {list(given)}, but the graph takes "
+            f"{list(dims)}. Compile the model for that shape with --input-shapes."
+        )
+    return given
+
+
+def _size(name: str, dim: int | str | None, axis: int, workload: Workload) -> int:
+    if isinstance(dim, int):
+        return dim
+    size = None if dim is None else _evaluate(dim, workload.axes)
+    if size is None:
+        size = workload.batch_size if axis == 0 else workload.sequence_length
+    if size is None:
+        raise UsageError(
+            f"Axis {axis} of input {name!r} ({dim or 'unnamed'}) is open, and the workload "
+            f"({workload}) does not say how large it is. Give --input-shapes."
+        )
+    return size
+
+
+def _evaluate(expression: str, axes: Mapping[str, int]) -> int | None:
+    """A size such as "batch", "4*batch" or "past + 1"; None where a name in it is unknown."""
+    try:
+        return _value(ast.parse(expression, mode="eval").body, axes)
+    except (SyntaxError, KeyError, ZeroDivisionError):
+        return None
+
+
+def _value(node: ast.expr, axes: Mapping[str, int]) -> int:
+    if isinstance(node, ast.Constant) and type(node.value) is int:
+        return node.value
+    if isinstance(node, ast.Name):
+        return axes[node.id]
+    if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
+        return _OPERATORS[type(node.op)](_value(node.left, axes), _value(node.right, axes))
+    raise KeyError(ast.dump(node))
 
 
 def _values(
@@ -157,6 +219,6 @@ def _load(model: Path | bytes, *, options: Mapping[str, Any], name: str) -> Any:
         return ort.InferenceSession(source, session_options, providers=PROVIDERS)
     except Exception as error:  # ONNX Runtime's errors share no base
         raise ExportMismatch(
-            f"ONNX Runtime {ort.__version__} cannot load {name}: {error}. "
+            f"ONNX Runtime {ort.__version__} cannot load {name}: {one_line(error)}. "
             "Export it again, or install the ONNX Runtime it was made for."
         ) from error

@@ -13,7 +13,7 @@ from zipc.pruner.graph.interpret import Env, Executor
 from zipc.pruner.levels import Levels
 
 Feeds = Mapping[str, Tensor]
-Readout = Callable[[Tensor, Feeds], Tensor]  # model output, feeds -> pooled embeddings or logits
+Readout = Callable[[Sequence[Tensor], Feeds], Tensor]  # model outputs, feeds -> what is judged
 Oracle = Callable[[Tensor, Tensor], float]  # dense, candidate -> loss
 
 
@@ -24,11 +24,11 @@ class _Prefix:
 
 
 class Scorer:
-    """The oracle on a fixed set of texts, with the live values of one allocation kept.
+    """The oracle on a fixed set of rows, with the live values of one allocation kept.
 
     Candidates of a search resemble the best one so far. Whatever comes before the first site at
     which they differ is not computed again. Without `prefixes` nothing is kept, which is what a
-    large set of texts scored a few times wants.
+    large set of rows scored a few times wants.
     """
 
     def __init__(
@@ -92,6 +92,6 @@ class Scorer:
                 result, envs = self._executor.run(feeds, variant, start=first, live=live, cuts=cuts)
                 if keep and base is not None:
                     envs = {**{c: e for c, e in base.live[i].items() if c <= first}, **envs}
-                outputs.append(self._readout(result[0], feeds))
+                outputs.append(self._readout(result, feeds))
                 saved.append(envs)
         return torch.cat(outputs), saved

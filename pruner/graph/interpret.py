@@ -10,35 +10,46 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
 
 from zipc.core.types import Site
-from zipc.pruner.graph.sites import Structure
-from zipc.pruner.graph.trace import LinearCall, Program
+from zipc.pruner.graph.rules import CREATED
+from zipc.pruner.graph.sites import Extent, Structure, extent_size
+from zipc.pruner.graph.trace import MapCall, Program, op_name
 from zipc.pruner.products import linear
 
-LinearFn = Callable[[Tensor], Tensor]
 Env = dict[str, Any]
+
+
+class MapWeights(Protocol):
+    """What replaces the weights of a map: `seen` is its input as the product reads it."""
+
+    @property
+    def weight(self) -> Tensor: ...
+    @property
+    def bias(self) -> Tensor | None: ...
+    def seen(self, x: Tensor) -> Tensor: ...
 
 
 @dataclass(slots=True)
 class Variant:
     """One candidate. Empty fields mean the dense model.
 
-    `linears` maps a linear's module path to its replacement; `constants` maps the module path of a
-    removed consumer to its bias; `widths` gives units kept per site; `tensors` overrides others.
+    `maps` gives the weights of maps by module path; `constants` maps the module path of a removed
+    consumer to its bias; `widths` gives units kept per site; `tensors` overrides others.
     """
 
-    linears: Mapping[str, LinearFn] = field(default_factory=dict)
+    maps: Mapping[str, MapWeights] = field(default_factory=dict)
     constants: Mapping[str, Tensor] = field(default_factory=dict)
     widths: Mapping[str, int] = field(default_factory=dict)
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-_RESHAPES = {"view", "reshape", "_unsafe_view", "expand"}
+_RESHAPES = frozenset({"view", "reshape", "_unsafe_view", "expand"})
+_SPLITS = frozenset({"split", "chunk", "split_with_sizes"})
 _SKIP = ("_assert", "sym_constrain")
 _PLANS = 512  # execution plans kept
 
@@ -48,15 +59,12 @@ class Executor:
 
     def __init__(self, program: Program, structure: Structure) -> None:
         self.program = program
-        self.calls: dict[str, LinearCall] = {c.node: c for c in program.linears}
+        self.structure = structure
+        self.calls: dict[str, MapCall] = {c.node: c for c in program.maps}
         self._index = {n.name: i for i, n in enumerate(program.nodes)}
         self._symbols = _input_symbols(program)
         self._values = dict(program.tensors.values())
-        self._site_dims = {
-            name: {i: f for i, f in enumerate(dims) if any(s for s, _ in f)}
-            for name, dims in structure.shapes.items()
-            if any(s for f in dims for s, _ in f)
-        }
+        self._parameters = frozenset(program.tensors)
         self._plans: dict[tuple[frozenset[str], ...], tuple[list[fx.Node], dict[str, int]]] = {}
 
     def run(
@@ -69,7 +77,7 @@ class Executor:
         cuts: Sequence[int] = (),
         stop: int | None = None,
         captured: dict[str, Tensor] | None = None,
-        on_linear: Callable[[LinearCall, Tensor], None] | None = None,
+        on_map: Callable[[MapCall, Tensor], None] | None = None,
     ) -> tuple[list[Tensor], dict[int, Env]]:
         """Run nodes `start..`; returns the outputs and the live values at each of `cuts`.
 
@@ -77,7 +85,7 @@ class Executor:
         nodes that `captured` has keys for are written into it.
 
         `live` must hold the values a run left at cut `start`; what that run had no need of, because
-        all its readers were removed, is computed again. `on_linear` sees every linear's input,
+        all its readers were removed, is computed again. `on_map` sees every map's input,
         before it runs.
         """
         env: Env = dict(live or {})
@@ -92,7 +100,7 @@ class Executor:
                 saved[cut] = {k: v for k, v in env.items() if last_use.get(k, -1) >= cut}
             if stop is not None and at >= stop:
                 return [], saved
-            env[node.name] = self._step(node, env, feeds, variant, symbols, on_linear)
+            env[node.name] = self._step(node, env, feeds, variant, symbols, on_map)
             if captured is not None and node.name in captured:
                 captured[node.name] = env[node.name]
             for source in node.all_input_nodes:
@@ -102,14 +110,18 @@ class Executor:
 
     def position(self, module: str) -> int:
         """Index of the first node that a change at `module` can affect."""
-        return min(self._index[c.node] for c in self.program.linears if c.module == module)
+        return min(self._index[c.node] for c in self.program.maps if c.module == module)
 
     def first_effect(self, site: Site) -> int:
         """Index of the first node that a change of the level of `site` can affect."""
-        maps = {*site.producers, *(c.module for c in site.consumers)}
-        others = {s.parameter for s in site.slices if s.parameter.rpartition(".")[0] not in maps}
-        held = [self._index[p] for p, (name, _) in self.program.tensors.items() if name in others]
-        return min([*map(self.position, site.producers), *held])
+        cut = {piece.parameter for piece in site.slices}
+        names = {p for p, (name, _) in self.program.tensors.items() if name in cut}
+        return min(
+            self._index[user.name]
+            for node in self.program.nodes
+            if node.name in names
+            for user in node.users
+        )
 
     def _step(
         self,
@@ -118,43 +130,88 @@ class Executor:
         feeds: Mapping[str, Tensor],
         variant: Variant,
         symbols: Mapping[str, int],
-        on_linear: Callable[[LinearCall, Tensor], None] | None,
+        on_map: Callable[[MapCall, Tensor], None] | None,
     ) -> Any:
         if node.op == "placeholder":
-            held = self.program.tensor_of(node)
-            if held is not None:
-                return variant.tensors.get(held[0], held[1])
             return feeds.get(node.name)
+
+        def value(source: fx.Node) -> Any:
+            held = self.program.tensor_of(source)
+            return env[source.name] if held is None else variant.tensors.get(held[0], held[1])
+
         call = self.calls.get(node.name)
         if call is not None:
             constant = variant.constants.get(call.module)
             if constant is not None:
-                sizes = [_concrete(s, symbols) for s in _val(node)[:-1]]
-                return constant.expand(*sizes, -1)
+                return self._constant(node, call, constant, variant, symbols)
             x = env[call.source]
-            if on_linear is not None:
-                on_linear(call, x)
-            replaced = variant.linears.get(call.module)
-            if replaced is not None:
-                return replaced(x)
+            if on_map is not None:
+                on_map(call, x)
+            return self._map(node, call, x, variant, value)
+        args: list[Any] = list(fx.map_arg(node.args, value))
+        kwargs = fx.map_arg(node.kwargs, value)
+        if variant.widths:
+            name = op_name(node)
+            if name in _SPLITS and node.name in self.structure.pieces:
+                sizes = [extent_size(e, variant.widths) for e in self.structure.pieces[node.name]]
+                at = args[2] if len(args) > 2 else kwargs.get("dim", 0)
+                return torch.split(args[0], sizes, dim=at)  # type: ignore[arg-type]
+            if name == "group_norm":
+                args[1] = extent_size(self.structure.groups[node.name], variant.widths)
+            if name == "layer_norm":
+                args[1] = list(args[0].shape[-len(args[1]) :])
+            if node.name in self.structure.shapes:
+                at = 1 if name in _RESHAPES else CREATED.get(name, -1)
+                if at >= 0:
+                    args[at] = self._resized(node, list(args[at]), variant.widths)
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def _map(
+        self,
+        node: fx.Node,
+        call: MapCall,
+        x: Tensor,
+        variant: Variant,
+        value: Callable[[fx.Node], Any],
+    ) -> Tensor:
+        held = variant.maps.get(call.module)
+        if held is not None:
+            x, weight, bias = held.seen(x), held.weight, held.bias
+        else:
             weight = variant.tensors.get(call.weight, self._values[call.weight])
             bias = None
             if call.bias is not None:
                 bias = variant.tensors.get(call.bias, self._values[call.bias])
-            return linear(x, weight, bias)
-        args: Any = fx.map_arg(node.args, lambda n: env[n.name])
-        kwargs = fx.map_arg(node.kwargs, lambda n: env[n.name])
-        name = str(node.target).removeprefix("aten.").split(".")[0]
-        if name in _RESHAPES and node.name in self._site_dims and variant.widths:
-            args = (args[0], self._resized(node, list(args[1]), variant.widths), *args[2:])
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        if not call.convolution:
+            return linear(x, weight if call.out_dim == 0 else weight.T, bias)
+        args: list[Any] = list(fx.map_arg(node.args[3:], value))
+        if call.groups > 1 and variant.widths:
+            args[3] = extent_size(self.structure.groups[node.name], variant.widths)
+        result: Tensor = node.target(x, weight, bias, *args)  # type: ignore[operator]
+        return result
+
+    def _constant(
+        self,
+        node: fx.Node,
+        call: MapCall,
+        constant: Tensor,
+        variant: Variant,
+        symbols: Mapping[str, int],
+    ) -> Tensor:
+        """What a map gives that has lost its whole input: its bias at every position."""
+        sizes = [_concrete(s, symbols) for s in _val(node)]
+        for i, extent in enumerate(self.structure.shapes.get(node.name, ())):
+            kept = extent_size(extent, variant.widths)
+            sizes[i] = sizes[i] if kept is None else kept
+        if not call.convolution:
+            return constant.expand(*sizes)
+        return constant.view(-1, *[1] * (len(sizes) - 2)).expand(*sizes)
 
     def _resized(self, node: fx.Node, shape: list[Any], widths: Mapping[str, int]) -> list[Any]:
-        for i, factors in self._site_dims[node.name].items():
-            size = 1
-            for site, dense in factors:
-                kept = widths.get(site) if site is not None else None
-                size *= kept if kept is not None else int(dense or 1)
+        for i, extent in enumerate(self.structure.shapes[node.name]):
+            if not _has_site(extent):
+                continue
+            size = extent_size(extent, widths)
             if shape[i] != -1 or sum(1 for s in shape if s == -1) > 1:
                 shape[i] = size
         return shape
@@ -177,6 +234,8 @@ class Executor:
                 if name in given or (call is not None and call.module in removed):
                     continue
                 for source in by_name[name].all_input_nodes:
+                    if source.name in self._parameters:
+                        continue
                     last[source.name] = max(last.get(source.name, -1), self._index[name])
                     stack.append(source.name)
             for output in self.program.outputs:
@@ -190,6 +249,10 @@ class Executor:
                 self._plans.clear()
             self._plans[removed, given] = order, last
         return self._plans[removed, given]
+
+
+def _has_site(extent: Extent) -> bool:
+    return any(f.site is not None or any(map(_has_site, f.segments)) for f in extent)
 
 
 def _val(node: fx.Node) -> Sequence[Any]:
@@ -216,4 +279,4 @@ def _input_symbols(program: Program) -> list[tuple[str, int, str]]:
     return found
 
 
-__all__ = ["Env", "Executor", "LinearFn", "Variant"]
+__all__ = ["Env", "Executor", "MapWeights", "Variant"]

@@ -2,23 +2,88 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
-from zipc.core.types import Consumer, LeftAlone, Site, Slice
-from zipc.pruner.graph.axes import Atom, Axes, Dim, flatten, product
-from zipc.pruner.graph.trace import LinearCall, Program
+import numpy as np
+
+from zipc.core.types import Consumer, Index, Kind, LeftAlone, Site, Slice
+from zipc.pruner.graph.axes import Atom, Dim, flatten, leaves, owners, pin, repeats
+from zipc.pruner.graph.rules import HEADS, RESIDUAL, Axes
+from zipc.pruner.graph.trace import MapCall, Program, op_name
+
+
+@dataclass(frozen=True, slots=True)
+class Factor:
+    """One factor of a dimension: a site's units, a fixed number, or extents laid end to end."""
+
+    size: int | None  # None: symbolic
+    site: str | None = None
+    segments: tuple[Extent, ...] = ()
+
+
+Extent = tuple[Factor, ...]
+
+
+def extent_size(extent: Extent, widths: Mapping[str, int]) -> int | None:
+    """Size of a dimension at the given widths (units kept by site); None if it is symbolic."""
+    total = 1
+    for factor in extent:
+        if factor.segments:
+            parts = [extent_size(s, widths) for s in factor.segments]
+            total *= sum(p for p in parts if p is not None)
+        elif factor.size is None:
+            return None
+        else:
+            total *= factor.size if factor.site is None else widths.get(factor.site, factor.size)
+    return total
+
+
+@dataclass(frozen=True, slots=True)
+class Rewrite:
+    """An attribute of a module that is `factor` times the units kept at a site."""
+
+    module: str
+    attribute: str
+    site: str
+    factor: int
 
 
 @dataclass(frozen=True, slots=True)
 class Structure:
-    """What discovery found: sites in execution order, the rest, and the named dimensions."""
+    """What discovery found: sites in execution order, the rest, and the named dimensions.
+
+    `shapes` has the extents of every node's result in which a site takes part, `pieces` those of
+    the results of a split along the dimension that is split, `groups` the count of groups that a
+    convolution or normalisation is called with.
+    """
 
     sites: list[Site]
     left_alone: list[LeftAlone]
-    shapes: dict[str, list[tuple[tuple[str | None, int | None], ...]]]
-    # node name -> per output dimension its factors, each (site name | None, size | None=dynamic)
+    shapes: dict[str, tuple[Extent, ...]]
+    pieces: dict[str, tuple[Extent, ...]] = field(default_factory=dict)
+    groups: dict[str, Extent] = field(default_factory=dict)
+    attributes: tuple[Rewrite, ...] = ()  # of modules, see `verify`
+
+
+def sizes_at(structure: Structure, widths: Mapping[str, int]) -> Callable[[str, int], int | None]:
+    """The size of any axis of a traced node's result at the given widths; None: as it was."""
+
+    def size_of(node: str, axis: int) -> int | None:
+        extents = structure.shapes.get(node)
+        return None if extents is None else extent_size(extents[axis], widths)
+
+    return size_of
+
+
+@dataclass(slots=True)
+class _Use:
+    """A tensor dimension that an atom takes part in."""
+
+    parameter: str
+    dim: int
+    own: np.ndarray[tuple[int], np.dtype[np.int64]]  # unit of each position, -1: another's
 
 
 def find_sites(
@@ -26,73 +91,151 @@ def find_sites(
 ) -> Structure:
     """Derive sites by dependency closure over the traced graph.
 
-    A site is a class of dimensions that nothing pins, produced by linear maps and contracted by
-    linear maps. `include`/`exclude` are globs over site names.
+    A site is a class of dimensions that nothing pins, produced by maps and contracted by maps.
+    `include`/`exclude` are globs over site names.
     """
     axes = Axes(program)
-    members: dict[int, tuple[Atom, list[tuple[str, int, Dim, int]]]] = {}
-    for name, dims in axes.parameters.items():
-        for d, dim in enumerate(dims):
-            atoms = flatten(dim)
-            for i, atom in enumerate(atoms):
-                members.setdefault(id(atom), (atom, []))[1].append((name, d, atoms, i))
+    for dims in axes.of.values():
+        for dim in dims:
+            if repeats(dim):
+                pin([dim], "its units meet each other in one dimension")
+    members = _members(axes)
     position = {node.name: i for i, node in enumerate(program.nodes)}
-    weights = {call.weight: call for call in reversed(program.linears)}
+    calls: dict[str, MapCall] = {call.weight: call for call in reversed(program.maps)}
     sites: list[tuple[int, Site, Atom]] = []
     pinned: dict[str, str] = {}
     live = _live(program)
-    for atom, uses in members.values():
-        produced = [weights[n] for n, d, _, _ in uses if d == 0 and n in weights]
-        contracted = [weights[n] for n, d, _, _ in uses if d == 1 and n in weights]
+    for atom, uses in members:
+        produced = [calls[u.parameter] for u in uses if _gives(u, calls, atom, axes)]
+        contracted = [u for u in uses if _contracts(u, calls, atom, axes)]
         if atom.pins:
             for call in produced:
                 pinned.setdefault(call.module, atom.pins[0])
         if atom.pins or not produced or not contracted:
             continue
-        if not all(c.node in live for c in contracted):
+        if not all(calls[u.parameter].node in live for u in contracted):
             for call in produced:
                 pinned.setdefault(call.module, "it does not reach the outputs asked for")
             continue
-        site = _site(atom, uses, produced, contracted, program)
+        site = _site(atom, uses, produced, contracted, calls, program)
         sites.append((min(position[c.node] for c in produced), site, atom))
     sites.sort(key=lambda s: s[0])
     left: list[LeftAlone] = []
     kept: list[tuple[Site, Atom]] = []
-    owner: dict[str, str] = {}  # tensor -> the site that cuts it
     for _, site, atom in sites:
-        name = site.name if all(s.name != site.name for s, _ in kept) else "+".join(site.producers)
-        site = replace(site, name=name)
-        reason = _conflict(site, owner)
-        if not _wanted(name, include, exclude):
-            left.append(LeftAlone(name, "excluded by --include/--exclude"))
-        elif reason:
-            left.append(LeftAlone(name, reason))
+        name = _unique(site, [s.name for s, _ in kept])
+        if _wanted(name, include, exclude):
+            kept.append((replace(site, name=name), atom))
         else:
-            kept.append((site, atom))
-            owner |= {s.parameter: name for s in site.slices}
-    in_sites = {m for _, s, _ in sites for m in (*s.producers, *(c.module for c in s.consumers))}
-    for call in program.linears:
-        if call.module not in in_sites:
+            left.append(LeftAlone(name, "excluded by --include/--exclude"))
+    carried = {piece.parameter for _, site, _ in sites for piece in site.slices}
+    for call in program.maps:
+        if call.weight not in carried:
             reason = pinned.get(call.module, "nothing that consumes its output is a linear map")
             entry = LeftAlone(call.module, f"its output width is fixed: {reason}")
             if entry not in left:
                 left.append(entry)
-    names = {id(a): s.name for s, a in kept}
+    return _structure(axes, kept, left)
+
+
+def without(structure: Structure, reasons: Mapping[str, str]) -> Structure:
+    """The structure less some sites, which are left alone for the reasons given."""
+    gone = set(reasons)
+
+    def fixed(extent: Extent) -> Extent:
+        return tuple(
+            Factor(
+                f.size,
+                None if f.site in gone else f.site,
+                tuple(fixed(s) for s in f.segments),
+            )
+            for f in extent
+        )
+
+    return Structure(
+        [s for s in structure.sites if s.name not in gone],
+        [*structure.left_alone, *(LeftAlone(n, r) for n, r in reasons.items())],
+        {n: tuple(map(fixed, dims)) for n, dims in structure.shapes.items()},
+        {n: tuple(map(fixed, dims)) for n, dims in structure.pieces.items()},
+        {n: fixed(extent) for n, extent in structure.groups.items()},
+        tuple(a for a in structure.attributes if a.site not in gone),
+    )
+
+
+def _members(axes: Axes) -> list[tuple[Atom, list[_Use]]]:
+    """Every atom that tensors carry, with the dimensions that carry it."""
+    found: dict[int, tuple[Atom, list[_Use]]] = {}
+    for name, dims in axes.parameters.items():
+        for d, dim in enumerate(dims):
+            atoms = {id(leaf): leaf for leaf in leaves(dim)}
+            if not any(_may_be_site(atom) for atom in atoms.values()):
+                for key, atom in atoms.items():
+                    whole = np.zeros(0, dtype=np.int64)
+                    found.setdefault(key, (atom, []))[1].append(_Use(name, d, whole))
+                continue
+            for key, own in owners(dim).items():
+                found.setdefault(key, (atoms[key], []))[1].append(_Use(name, d, own))
+    return list(found.values())
+
+
+def _may_be_site(atom: Atom) -> bool:
+    return not atom.pins and isinstance(atom.size, int)
+
+
+def _in_groups(atom: Atom, call: MapCall, axes: Axes) -> bool:
+    """Whether the atom counts the groups of a grouped map: such a map only passes it on."""
+    return any(leaf is atom for leaf in leaves(axes.groups.get(call.node, [])))
+
+
+def _gives(use: _Use, calls: Mapping[str, MapCall], atom: Atom, axes: Axes) -> bool:
+    call = calls.get(use.parameter)
+    return call is not None and use.dim == call.out_dim and not _in_groups(atom, call, axes)
+
+
+def _contracts(use: _Use, calls: Mapping[str, MapCall], atom: Atom, axes: Axes) -> bool:
+    call = calls.get(use.parameter)
+    return call is not None and use.dim == call.in_dim and not _in_groups(atom, call, axes)
+
+
+def _structure(axes: Axes, kept: list[tuple[Site, Atom]], left: list[LeftAlone]) -> Structure:
+    names = {id(atom): site.name for site, atom in kept}
+
+    def extent(dim: Dim) -> Extent:
+        return tuple(
+            Factor(
+                a.size if isinstance(a.size, int) else None,
+                names.get(id(a)),
+                tuple(extent(s) for s in a.segments or ()),
+            )
+            for a in flatten(dim)
+        )
+
     shapes = {
-        node: [tuple(_factor(a, names) for a in flatten(dim)) for dim in dims]
+        node: tuple(map(extent, dims))
         for node, dims in axes.of.items()
+        if any(id(leaf) in names for dim in dims for leaf in leaves(dim))
     }
-    return Structure([s for s, _ in kept], left, shapes)
+    pieces: dict[str, tuple[Extent, ...]] = {}
+    for node in axes.program.nodes:
+        results = axes.many.get(node.name)
+        if results and op_name(node) in ("split", "chunk", "split_with_sizes"):
+            at = int(node.args[2]) if len(node.args) > 2 else int(node.kwargs.get("dim", 0))  # type: ignore[arg-type]
+            pieces[node.name] = tuple(extent(dims[at]) for dims in results)
+    return Structure(
+        [s for s, _ in kept], left, shapes, pieces, {n: extent(g) for n, g in axes.groups.items()}
+    )
 
 
-def _conflict(site: Site, owner: dict[str, str]) -> str | None:
-    """Why a site cannot be decided on its own: every tensor is cut by one site, along one axis."""
-    for piece in site.slices:
-        if piece.parameter in owner:
-            return f"{piece.parameter} is cut by site {owner[piece.parameter]} already"
-        if sum(p.parameter == piece.parameter for p in site.slices) > 1:
-            return f"{piece.parameter} carries its units twice"
-    return None
+def _unique(site: Site, taken: Sequence[str]) -> str:
+    """A name no other site has: that of the producing modules, if need be all, or numbered."""
+    if site.name not in taken:
+        return site.name
+    full = "+".join(site.producers)
+    number = 2
+    name = full
+    while name in taken:
+        name, number = f"{full}#{number}", number + 1
+    return name
 
 
 def _live(program: Program) -> set[str]:
@@ -107,10 +250,6 @@ def _live(program: Program) -> set[str]:
     return found
 
 
-def _factor(atom: Atom, names: dict[int, str]) -> tuple[str | None, int | None]:
-    return names.get(id(atom)), atom.size if isinstance(atom.size, int) else None
-
-
 def _wanted(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
     if include and not any(fnmatchcase(name, g) for g in include):
         return False
@@ -119,39 +258,53 @@ def _wanted(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
 
 def _site(
     atom: Atom,
-    uses: list[tuple[str, int, Dim, int]],
-    produced: list[LinearCall],
-    contracted: list[LinearCall],
+    uses: Sequence[_Use],
+    produced: Sequence[MapCall],
+    contracted: Sequence[_Use],
+    calls: Mapping[str, MapCall],
     program: Program,
 ) -> Site:
-    slices = tuple(
-        Slice(name, d, product(atoms[:i]), product(atoms[i + 1 :])) for name, d, atoms, i in uses
-    )
-    consumed = {c.weight for c in contracted}
+    units = int(atom.size)
+    slices = tuple(Slice(u.parameter, u.dim, _index(u, units)) for u in uses)
     consumers = tuple(
-        Consumer(weight_module, s.outer, s.inner)
-        for s in slices
-        if s.dim == 1 and s.parameter in consumed
-        for weight_module in [s.parameter.rpartition(".")[0]]
+        Consumer(calls[u.parameter].module, _index(u, units), calls[u.parameter].kernel)
+        for u in contracted
     )
     producers = tuple(dict.fromkeys(c.module for c in produced))
-    heads = "heads" in atom.roles
-    units = int(atom.size)
-    calls = sum(1 for c in program.linears if c.weight == contracted[0].weight)
-    shapes = sorted(
-        (s.dim, *map(int, next(t for n, t in program.tensors.values() if n == s.parameter).shape))
-        for s in slices
-    )
+    kind = _kind(atom, [*produced, *(calls[u.parameter] for u in contracted)])
+    runs = sum(1 for c in program.maps if c.weight == contracted[0].parameter)
+    tensors = dict(program.tensors.values())
+    shapes = sorted((s.dim, *tensors[s.parameter].shape) for s in slices)
     return Site(
         name=_common(producers),
-        kind="heads" if heads else "ffn",
+        kind=kind,
         units=units,
         slices=slices,
         consumers=consumers,
         producers=producers,
-        signature=f"{'heads' if heads else 'ffn'}-{units}-{shapes}-x{calls}",
-        calls=calls,
+        signature=f"{kind}-{units}-{shapes}-x{runs}",
+        calls=runs,
+        removable=kind != "width"
+        and all(bool((u.own >= 0).all()) for u in contracted)
+        and all(calls[u.parameter].groups == 1 for u in contracted)
+        and not {c.module for c in consumers} & set(producers)
+        and not any(c.transposed for c in [*produced, *(calls[u.parameter] for u in contracted)]),
     )
+
+
+def _kind(atom: Atom, calls: Sequence[MapCall]) -> Kind:
+    if HEADS in atom.roles:
+        return "heads"
+    if RESIDUAL in atom.roles:
+        return "width"
+    return "channels" if any(c.convolution for c in calls) else "ffn"
+
+
+def _index(use: _Use, units: int) -> Index:
+    """Positions of each unit, ascending."""
+    order = np.argsort(use.own, kind="stable")
+    order = order[np.searchsorted(use.own[order], 0) :]
+    return tuple(tuple(row) for row in order.reshape(units, -1).tolist())
 
 
 def _common(paths: Sequence[str]) -> str:

@@ -6,7 +6,8 @@ compile take the same path, so a checkpoint that loads is a checkpoint that was 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,24 +16,49 @@ from torch import Tensor, nn
 from zipc.core.errors import CorruptFile
 from zipc.core.types import Site
 from zipc.numerics.int8 import DYNAMIC, STATIC, Int8Linear
+from zipc.pruner.graph.cuts import Cuts
+from zipc.pruner.graph.sites import Structure, extent_size
+from zipc.pruner.graph.trace import Program, op_name
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
-# Attributes in which modules remember what a site's size was. The value is rewritten only where it
-# equals the dense size, so an unrelated attribute of the same name stays as it is.
+# What modules remember of the shape of a tensor: class -> tensor -> attribute of each dimension.
+# The attributes of the channels that a grouped map holds per group are multiplied by its groups.
+REMEMBERED: dict[str, tuple[str, tuple[str, ...]]] = {
+    "Linear": ("weight", ("out_features", "in_features")),
+    "Conv1D": ("weight", ("nx", "nf")),
+    **dict.fromkeys(["Conv1d", "Conv2d", "Conv3d"], ("weight", ("out_channels", "in_channels"))),
+    **dict.fromkeys(
+        ["ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d"],
+        ("weight", ("in_channels", "out_channels")),
+    ),
+    **dict.fromkeys(["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"], ("weight", ("num_features",))),
+    "GroupNorm": ("weight", ("num_channels",)),
+    "Embedding": ("weight", ("num_embeddings", "embedding_dim")),
+    "PReLU": ("weight", ("num_parameters",)),
+}
+PER_GROUP = ("Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d")
+
+
+# Attributes in which modules remember what a site's size was. A hint only: whether a module with
+# them rewritten computes the right thing is tried out (`verify`).
 UNIT_COUNTS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "num_key_value_heads")
-TOTAL_WIDTHS = ("all_head_size", "inner_dim", "embed_dim", "dim", "intermediate_size")
+TOTAL_WIDTHS = tuple("all_head_size inner_dim embed_dim dim intermediate_size split_size".split())
+
+
+Window = Sequence[Sequence[int]]  # (kernel, stride, padding, dilation) of each spatial axis
 
 
 class ConstantMap(nn.Module):
-    """What a linear map becomes when nothing of its input is left: its bias."""
+    """What a map becomes when nothing of its input is left: its bias."""
 
-    def __init__(self, features: int) -> None:
+    def __init__(self, features: int, window: Window = ()) -> None:
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(features))
+        self.window = window
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.bias.expand(*x.shape[:-1], -1)
+        return _spread(self.bias, x, self.window)
 
 
 class EmptyMap(nn.Module):
@@ -41,68 +67,78 @@ class EmptyMap(nn.Module):
     The shapes between the two, and whatever else carries the units, stay as they were.
     """
 
-    def __init__(self, features: int) -> None:
+    def __init__(self, features: int, window: Window = ()) -> None:
         super().__init__()
         self.features = features
+        self.window = window
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.new_zeros(*x.shape[:-1], self.features)
+        return _spread(x.new_zeros(self.features), x, self.window)
+
+
+def _spread(values: Tensor, x: Tensor, window: Window) -> Tensor:
+    """A value per output channel at every position that a map of `x` has."""
+    if not window:
+        return values.expand(*x.shape[:-1], -1)
+    sizes = [
+        (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, (k, s, p, d) in zip(x.shape[2:], window, strict=True)
+    ]
+    return values.view(-1, *[1] * len(sizes)).expand(len(x), -1, *sizes)
 
 
 def describe(
     model: nn.Module,
-    sites: Sequence[Site],
+    program: Program,
+    structure: Structure,
     *,
     widths: Mapping[str, int],
-    numerics: Mapping[str, str],
+    numerics: Mapping[str, str] | None = None,
+    biased: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """The structure document of `model` after the given widths and numerics (module -> numeric)."""
-    linears: dict[str, dict[str, Any]] = {}
-    tensors: dict[str, list[int]] = {}
-    stubs: dict[str, dict[str, Any]] = {}
-    attributes: dict[str, dict[str, int]] = {}
+    """The structure document of `model` at the given widths and numerics (module -> numeric).
+
+    `biased` are maps that get a bias which the dense model lacks.
+    """
+    numerics = numerics or {}
     modules = dict(model.named_modules())
-    shapes = {n: list(t.shape) for n, t in (*model.named_parameters(), *model.named_buffers())}
-    for site in sites:
-        kept = widths[site.name]
-        if kept == 0:
-            for consumer in site.consumers:
-                stubs[consumer.module] = {
-                    "kind": "constant",
-                    "features": shapes[consumer.module + ".weight"][0],
-                }
-            for path in site.producers:
-                features = site.units * _unit_width(site, path)
-                stubs[path] = {"kind": "empty", "features": features}
-            continue
-        for piece in site.slices:
-            shapes[piece.parameter][piece.dim] = piece.outer * kept * piece.inner
-            owner = piece.parameter.rpartition(".")[0]
-            if not isinstance(modules.get(owner), nn.Linear):
-                tensors[piece.parameter] = shapes[piece.parameter]
-        for path in _owners(site):
-            found = _rewrites(modules[path], site, kept)
-            if found:
-                attributes.setdefault(path, {}).update(found)
-    touched = {m for s in sites for m in (*s.producers, *(c.module for c in s.consumers))}
-    for path in sorted(touched | set(numerics)):
-        if path in stubs:
-            continue
-        out_features, in_features = shapes[path + ".weight"]
-        linears[path] = {
-            "in_features": in_features,
-            "out_features": out_features,
-            "bias": True if path in touched else getattr(modules[path], "bias", None) is not None,
-            "numeric": numerics.get(path, "fp32"),
-        }
-        if path in {p for s in sites for p in s.producers}:
-            linears[path]["bias"] = getattr(modules[path], "bias", None) is not None
+    calls = {call.module: call for call in program.maps}
+    dense = {n: list(t.shape) for n, t in (*model.named_parameters(), *model.named_buffers())}
+    stubs: dict[str, dict[str, Any]] = {}
+    for site in structure.sites:
+        if widths.get(site.name, site.units) == 0:
+            for path in [*site.producers, *(c.module for c in site.consumers)]:
+                call = calls[path]
+                features = dense[call.weight][call.out_dim] * (
+                    call.groups if call.transposed else 1
+                )
+                kind = "empty" if path in site.producers else "constant"
+                stubs[path] = {"kind": kind, "features": features, "window": call.window or []}
+    # around a removed site all shapes stay as they were, less what other sites cut
+    widths = {name: width for name, width in widths.items() if width}
+    cuts = Cuts(s for s in structure.sites if s.name in widths)
+    shapes = {n: cuts.shape(n, dense[n], widths) for n in cuts.pieces if n in dense}
+    shapes = {n: s for n, s in shapes.items() if s != dense[n] and _owner(n) not in stubs}
+    for path, stub in stubs.items():  # what a stub gives may be cut by other sites
+        name = calls[path].weight
+        if name in cuts.pieces:
+            stub["features"] = cuts.shape(name, dense[name], widths)[calls[path].out_dim]
+    attributes: dict[str, dict[str, Any]] = {}
+    groups = _groups(program, structure, widths)
+    for path in {_owner(n) for n in shapes}:
+        found = _own_attributes(modules[path], shapes.get(f"{path}.weight"), groups.get(path))
+        attributes.setdefault(path, {}).update(found)
+    for rewrite in structure.attributes:
+        value = widths.get(rewrite.site, 0) * rewrite.factor
+        if value and rewrite.module not in stubs:
+            attributes.setdefault(rewrite.module, {})[rewrite.attribute] = value
     return {
         "schema_version": SCHEMA_VERSION,
-        "linears": linears,
-        "tensors": tensors,
+        "tensors": shapes,
+        "numerics": {p: n for p, n in numerics.items() if n != "fp32" and p not in stubs},
+        "biased": [p for p in biased if p not in stubs and modules[p].bias is None],
         "stubs": stubs,
-        "attributes": attributes,
+        "attributes": {p: a for p, a in attributes.items() if a},
     }
 
 
@@ -118,70 +154,116 @@ def apply_structure_(model: nn.Module, document: Mapping[str, Any]) -> None:
             f"{SCHEMA_VERSION}. Update zipc, or compile again."
         )
     try:
-        for path, spec in document["linears"].items():
-            model.get_submodule(path)
-            shape = (int(spec["in_features"]), int(spec["out_features"]))
-            fresh: nn.Module
-            if spec["numeric"] == "fp32":
-                fresh = nn.Linear(*shape, bias=bool(spec["bias"]))
-            elif spec["numeric"] in (DYNAMIC, STATIC):
-                fresh = Int8Linear(*shape, bias=bool(spec["bias"]), numeric=spec["numeric"])
-            else:
-                raise ValueError(f"unknown numeric {spec['numeric']!r} of {path}")
-            model.set_submodule(path, fresh)
+        for name, shape in document["tensors"].items():
+            _reshape_(model, name, [int(n) for n in shape])
+        for path, values in document["attributes"].items():
+            owner = model.get_submodule(path)
+            for attribute, value in values.items():
+                getattr(owner, attribute)  # one that is not there is of another architecture
+                setattr(owner, attribute, _typed(value))
+        for path in document["biased"]:
+            owner = model.get_submodule(path)
+            weight = owner.get_parameter("weight")
+            features = getattr(owner, "out_channels", getattr(owner, "out_features", None))
+            owner.bias = nn.Parameter(weight.new_zeros(int(features or weight.shape[-1])))
+        for path, numeric in document["numerics"].items():
+            if numeric not in (DYNAMIC, STATIC):
+                raise ValueError(f"unknown numeric {numeric!r} of {path}")
+            old = model.get_submodule(path)
+            weight = old.get_parameter("weight")
+            shape = list(weight.shape if isinstance(old, nn.Linear) else weight.T.shape)
+            made = Int8Linear(shape[1], shape[0], bias=old.bias is not None, numeric=numeric)
+            model.set_submodule(path, made)
         for path, spec in document["stubs"].items():
             model.get_submodule(path)
             stub = {"constant": ConstantMap, "empty": EmptyMap}[spec["kind"]]
-            model.set_submodule(path, stub(int(spec["features"])))
-        for name, shape_list in document["tensors"].items():
-            owner, _, leaf = name.rpartition(".")
-            old = getattr(model.get_submodule(owner), leaf)
-            new = torch.zeros(*shape_list, dtype=old.dtype)
-            value = nn.Parameter(new) if isinstance(old, nn.Parameter) else new
-            setattr(model.get_submodule(owner), leaf, value)
-        for path, values in document["attributes"].items():
-            for attribute, number in values.items():
-                setattr(model.get_submodule(path), attribute, int(number))
+            model.set_submodule(path, stub(int(spec["features"]), spec["window"]))
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise CorruptFile(f"structure.json does not fit the model: {error}") from error
 
 
-def cut(tensor: Tensor, site: Site, name: str, kept: Sequence[int]) -> Tensor:
-    """Keep units `kept` of `site` in the tensor called `name`."""
-    for piece in site.slices:
-        if piece.parameter == name:
-            index = columns(piece.outer, site.units, piece.inner, kept)
-            tensor = tensor.index_select(piece.dim, index)
-    return tensor
+def reshaped(model: nn.Module, document: Mapping[str, Any]) -> nn.Module:
+    """A copy of `model` reshaped to a document; what it does not change is shared, not copied."""
+    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    made = copy.deepcopy(model, dict(shared))
+    apply_structure_(made, document)
+    return made
 
 
-def columns(outer: int, units: int, inner: int, kept: Iterable[int]) -> Tensor:
-    """Flat indices of `kept` units in a dimension laid out (outer, units, inner)."""
-    grid = torch.arange(outer * units * inner).view(outer, units, inner)
-    return grid[:, list(kept), :].reshape(-1)
+def _owner(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
-def _unit_width(site: Site, path: str) -> int:
-    for piece in site.slices:
-        if piece.parameter == path + ".weight" and piece.dim == 0:
-            return piece.outer * piece.inner
-    raise AssertionError(f"{path} does not produce {site.name}")
+def _ancestors(path: str) -> list[str]:
+    parts = path.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts))]
 
 
-def _owners(site: Site) -> list[str]:
-    """Modules that may remember the site's size: the parents of its producers."""
-    parents = [p.rpartition(".")[0] for p in site.producers]
-    return sorted({p for p in parents if p})
+def _typed(value: Any) -> Any:
+    return tuple(int(v) for v in value) if isinstance(value, list) else int(value)
 
 
-def _rewrites(module: nn.Module, site: Site, kept: int) -> dict[str, int]:
-    inner = _unit_width(site, site.producers[0])
-    found = {}
-    for name, value in vars(module).items():
-        if type(value) is not int:
-            continue
-        if site.kind == "heads" and name in UNIT_COUNTS and value == site.units:
-            found[name] = kept
-        if name in TOTAL_WIDTHS and value == site.units * inner:
-            found[name] = kept * inner
+def _reshape_(model: nn.Module, name: str, shape: list[int]) -> None:
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    old = getattr(module, leaf)
+    new = torch.zeros(shape, dtype=old.dtype, device=old.device)
+    if isinstance(old, nn.Parameter):
+        setattr(module, leaf, nn.Parameter(new, requires_grad=old.requires_grad))
+    else:
+        setattr(module, leaf, new)
+
+
+def _groups(program: Program, structure: Structure, widths: Mapping[str, int]) -> dict[str, int]:
+    """Groups left, by the path of the module that is called with them."""
+    found: dict[str, int] = {}
+    for node in program.nodes:
+        extent = structure.groups.get(node.name)
+        if extent is not None and op_name(node) not in ("layer_norm",):
+            stack = node.meta.get("nn_module_stack") or {"": ("", "")}
+            found[str(list(stack.values())[-1][0])] = extent_size(extent, widths) or 1
+    return found
+
+
+def _own_attributes(
+    module: nn.Module, weight: Sequence[int] | None, groups: int | None
+) -> dict[str, Any]:
+    """What a module of a known class must remember of the new shape of its weight."""
+    kind = next((c.__name__ for c in type(module).__mro__ if c.__name__ in REMEMBERED), None)
+    if isinstance(module, nn.LayerNorm) and weight is not None:
+        return {"normalized_shape": list(weight)}
+    if kind is None or weight is None:
+        return {}
+    found: dict[str, Any] = dict(zip(REMEMBERED[kind][1], weight, strict=False))
+    if kind in PER_GROUP:
+        found["groups"] = groups or 1
+        shared = "out_channels" if kind.startswith("ConvTranspose") else "in_channels"
+        found[shared] *= found["groups"]
+    if kind == "GroupNorm":
+        found["num_groups"] = groups or int(module.num_groups)  # type: ignore[arg-type]
+    return found
+
+
+def attribute_candidates(
+    model: nn.Module, site: Site, *, every: bool
+) -> list[tuple[str, str, int]]:
+    """(module, attribute, factor) of integers that may be the site's size times a factor.
+
+    They are those of modules around the ones that carry the units; `every` takes any attribute of
+    the right value, otherwise only those with a name that says so.
+    """
+    around = {_owner(_owner(piece.parameter)) for piece in site.slices}
+    if every:
+        around |= {p for path in around for p in _ancestors(path)}
+    factors = {1, *(len(piece.index[0]) for piece in site.slices)}
+    found = []
+    for path in sorted(p for p in around if p):
+        module = model.get_submodule(path)
+        for name, value in vars(module).items():
+            if type(value) is not int or value == 0 or value % site.units:
+                continue
+            factor = value // site.units
+            counts = name in UNIT_COUNTS and site.kind == "heads"
+            if counts or (factor in factors and (every or name in TOTAL_WIDTHS)):
+                found.append((path, name, factor))
     return found

@@ -12,16 +12,33 @@ from torch import Tensor, fx, nn
 from zipc.core.errors import UnsupportedModel
 from zipc.core.quiet import hush
 
+# Modules whose whole forward pass is one map with `weight` and `bias`.
+MAP_MODULES = frozenset(
+    "Linear Conv1D Conv1d Conv2d Conv3d ConvTranspose1d ConvTranspose2d ConvTranspose3d".split()
+)
+
 
 @dataclass(frozen=True, slots=True)
-class LinearCall:
-    """One `aten.linear` of the graph: `module` is the path of the nn.Linear that owns it."""
+class MapCall:
+    """One linear map or convolution in the graph: `module` is the path of the module that owns it.
+
+    `out_dim` and `in_dim` are the dimensions of `weight` that give and contract channels; of a
+    grouped map one of them holds all groups. `kernel` is the number of columns per channel.
+    """
 
     node: str
     module: str
     weight: str
     bias: str | None
     source: str  # node name of the input
+    out_dim: int = 0
+    in_dim: int = 1
+    kernel: int = 1
+    groups: int = 1
+    convolution: bool = False
+    transposed: bool = False  # a transposed convolution
+    window: tuple[tuple[int, int, int, int], ...] | None = ()
+    # (kernel, stride, padding, dilation) of each axis; None where they do not say the output size
 
 
 @dataclass(slots=True)
@@ -37,7 +54,7 @@ class Program:
     tensors: dict[str, tuple[str, Tensor]]
     inputs: list[str]
     outputs: list[fx.Node]
-    linears: list[LinearCall]
+    maps: list[MapCall]
     fixed: dict[str, str] = field(default_factory=dict)  # tensor that must keep its size -> why
 
     def tensor_of(self, node: Any) -> tuple[str, Tensor] | None:
@@ -57,20 +74,27 @@ def trace(
 ) -> Program:
     """Export `model` on `example`, given by keyword; the axes named in `dynamic` stay symbolic.
 
-    `limits` gives the largest size of a named axis.
+    An axis may be named by another one and a number, as in "past+1". `limits` gives the largest
+    size of a named axis.
 
     Raises:
         UnsupportedModel: torch.export cannot follow the module; names the reason.
     """
     limits = limits or {}
     names = dict.fromkeys(name for axes in dynamic.values() for name in axes.values())
-    dims = {name: torch.export.Dim(name, max=limits.get(name)) for name in names}
+    roots = dict.fromkeys(name.partition("+")[0] for name in names)
+    dims = {name: torch.export.Dim(name, max=limits.get(name)) for name in roots}
+    for name in names:
+        root, _, more = name.partition("+")
+        dims[name] = dims[root] + int(more) if more else dims[root]
     shapes = {k: {i: dims[n] for i, n in dynamic.get(k, {}).items()} for k in example}
     try:
         with torch.no_grad(), hush():
             exported = torch.export.export(
                 model, (), kwargs=dict(example), dynamic_shapes=shapes, strict=False
             )
+            if any(_in_place(node) for node in exported.graph.nodes):
+                exported = exported.run_decompositions({})  # the same operations, none in place
     except Exception as error:  # torch.export raises many unrelated types
         first = str(error).strip().splitlines()[0] if str(error).strip() else ""
         raise UnsupportedModel(
@@ -81,6 +105,11 @@ def trace(
     program = program_of(exported)
     program.fixed |= _tied(model)
     return program
+
+
+def _in_place(node: fx.Node) -> bool:
+    name = op_name(node)
+    return name.endswith("_") and not name.startswith("_")
 
 
 def _tied(model: nn.Module) -> dict[str, str]:
@@ -111,16 +140,78 @@ def program_of(exported: torch.export.ExportedProgram) -> Program:
     inputs = [n for n in signature.user_inputs if isinstance(n, str)]
     by_name = {n.name: n for n in nodes}
     outputs = [by_name[n] for n in signature.user_outputs if isinstance(n, str) and n in by_name]
-    linears = []
-    for node in nodes:
-        if node.target is torch.ops.aten.linear.default:
-            weight = tensors.get(getattr(node.args[1], "name", ""))
-            if weight is None:
-                continue
-            bias = node.args[2] if len(node.args) > 2 else None
-            bias_name = tensors[bias.name][0] if isinstance(bias, fx.Node) else None
-            module = weight[0].rpartition(".")[0]
-            source = node.args[0]
-            assert isinstance(source, fx.Node)
-            linears.append(LinearCall(node.name, module, weight[0], bias_name, source.name))
-    return Program(exported, nodes, tensors, inputs, outputs, linears, fixed)
+    maps = [call for node in nodes if (call := _map_call(node, tensors)) is not None]
+    return Program(exported, nodes, tensors, inputs, outputs, maps, fixed)
+
+
+def op_name(node: fx.Node) -> str:
+    """The bare name of a node's operation, such as `conv2d`."""
+    if isinstance(node.target, str) or node.op != "call_function":
+        return ""
+    named = str(node.target)
+    if named.startswith("aten."):
+        return named.removeprefix("aten.").split(".")[0]
+    return str(getattr(node.target, "__name__", named))
+
+
+_LINEAR = {"linear": (1, 0, 2), "addmm": (2, 1, 0), "mm": (1, 0, None), "matmul": (1, 0, None)}
+_CONVOLUTIONS = frozenset(
+    "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d".split()
+)
+
+
+def _map_call(node: fx.Node, tensors: Mapping[str, tuple[str, Tensor]]) -> MapCall | None:
+    """What a node computes, if it is a map with a parameter as weight."""
+    op = op_name(node)
+    if op not in _LINEAR and op not in _CONVOLUTIONS:
+        return None
+    places = _LINEAR.get(op, (1, 0, 2))
+    weight_node, source = node.args[places[0]], node.args[places[1]]
+    weight = tensors.get(getattr(weight_node, "name", ""))
+    if weight is None or not isinstance(source, fx.Node) or source.name in tensors:
+        return None
+    bias_node = None
+    if places[2] is not None and len(node.args) > places[2]:
+        bias_node = node.args[places[2]]
+    bias = tensors.get(getattr(bias_node, "name", ""))
+    if isinstance(bias_node, fx.Node) and bias is None:
+        return None
+    name, value = weight
+    names = (node.name, name.rpartition(".")[0], name, bias[0] if bias else None, source.name)
+    if op == "linear":
+        return MapCall(*names)
+    if op in _LINEAR:
+        return MapCall(*names, out_dim=1, in_dim=0) if value.dim() == 2 else None
+    transposed = "transpose" in op
+    groups = node.args[6] if len(node.args) > 6 else node.kwargs.get("groups", 1)
+    return MapCall(
+        *names,
+        out_dim=1 if transposed else 0,
+        in_dim=0 if transposed else 1,
+        kernel=1 if transposed else value[0, 0].numel(),
+        groups=int(groups),  # type: ignore[arg-type]
+        convolution=True,
+        transposed=transposed,
+        window=None if transposed else _window(node, value),
+    )
+
+
+def _window(node: fx.Node, weight: Tensor) -> tuple[tuple[int, int, int, int], ...] | None:
+    kernel = [int(k) for k in weight.shape[2:]]
+    axes = len(kernel)
+
+    def each(place: int, name: str, default: int) -> list[int] | None:
+        value: Any = node.args[place] if len(node.args) > place else node.kwargs.get(name, default)
+        if value == "same":
+            spans = [d * (k - 1) for k, d in zip(kernel, each(5, "dilation", 1) or [], strict=True)]
+            return None if any(span % 2 for span in spans) else [span // 2 for span in spans]
+        if value == "valid":
+            value = 0
+        values = list(value) if isinstance(value, (list, tuple)) else [value]
+        return values if len(values) == axes else values * axes
+
+    parts = each(3, "stride", 1), each(4, "padding", 0), each(5, "dilation", 1)
+    stride, padding, dilation = parts
+    if stride is None or padding is None or dilation is None:
+        return None
+    return tuple(zip(kernel, stride, padding, dilation, strict=True))

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from tests.zoo import dense_prediction, vision
 from tests.zoo.huggingface import _made, pairs
-from tests.zoo.values import VOCABULARY, images, ready, tokens
+from tests.zoo.values import VOCABULARY, images, randomise_, tokens
 from zipc.exporters.finish import finish
 from zipc.exporters.graph import OnnxGraph
 from zipc.exporters.onnx_export import check_parity, export_dense
@@ -48,6 +48,10 @@ class Everything(nn.Module):
         y = vision.shuffle(self.grouped(vision.shuffle(y, groups=3)), groups=2)
         y = self.up(F.relu(y)) + self.scale.expand(x.shape[0], self.width, 1, 1)
         return self.head(F.adaptive_avg_pool2d(y, 2).reshape(x.shape[0], 4 * self.width))
+
+
+def _pixels(*, batch: int = 2, seed: int = 0) -> dict[str, Tensor]:
+    return {"pixel_values": images(batch=batch, size=16, seed=seed)["x"]}
 
 
 def _gpt2(heads: int) -> nn.Module:
@@ -84,7 +88,7 @@ def _t5(heads: int) -> nn.Module:
         tie_word_embeddings=False,  # the tied head divides by the root of the width
         use_cache=False,
     )
-    return _made("T5ForConditionalGeneration", config)
+    return _made("T5ForConditionalGeneration", config, feeds=pairs())
 
 
 def _vit(heads: int) -> nn.Module:
@@ -96,7 +100,7 @@ def _vit(heads: int) -> nn.Module:
         image_size=16,
         patch_size=8,
     )
-    return _made("ViTForImageClassification", config)
+    return _made("ViTForImageClassification", config, feeds=_pixels())
 
 
 def _swin(heads: int) -> nn.Module:
@@ -109,18 +113,23 @@ def _swin(heads: int) -> nn.Module:
         window_size=2,
         mlp_ratio=1.5,
     )
-    return _made("SwinForImageClassification", config)
+    return _made("SwinForImageClassification", config, feeds=_pixels())
 
 
 def _convnext(width: int) -> nn.Module:
     config = transformers.ConvNextConfig(
         hidden_sizes=[width, 2 * width], depths=[1, 1], num_stages=2, patch_size=2, image_size=16
     )
-    return _made("ConvNextForImageClassification", config)
+    return _made("ConvNextForImageClassification", config, feeds=_pixels())
+
+
+def _drawn(module: nn.Module) -> nn.Module:
+    randomise_(module)
+    return module.eval().requires_grad_(False)
 
 
 def _plain(make: Callable[..., nn.Module], *widths: Any) -> tuple[nn.Module, nn.Module]:
-    wide, narrow = (ready(make(w)) for w in widths)
+    wide, narrow = (_drawn(make(w)) for w in widths)
     return wide, narrow
 
 
@@ -156,17 +165,17 @@ PAIRS = {
     ),
     "vit": lambda: (
         (_vit(4), _vit(3)),
-        partial(images, size=16, name="pixel_values"),
+        _pixels,
         PIXELS,
     ),
     "swin": lambda: (
         (_swin(3), _swin(2)),
-        partial(images, size=16, name="pixel_values"),
+        _pixels,
         PIXELS,
     ),
     "convnext": lambda: (
         (_convnext(8), _convnext(5)),
-        partial(images, size=16, name="pixel_values"),
+        _pixels,
         PIXELS,
     ),
 }
@@ -220,7 +229,7 @@ def _is_tensor(node: Any) -> bool:
 
 
 def test_resizing_to_the_same_sizes_changes_nothing() -> None:
-    module, example = ready(Everything(4)), SMALL()
+    module, example = _drawn(Everything(4)), SMALL()
     program = _traced(module, example, IMAGE)
     graph = export_dense(program.exported, example, outputs=[(0, "result")], dynamic=IMAGE)
     before = graph.to_bytes()

@@ -20,6 +20,7 @@ from tests.tiny_models import (
     build,
     case,
     dense_graph,
+    edit_of,
     everything,
     exported,
     first,
@@ -60,13 +61,6 @@ def onnx_output(model: bytes, feeds: Mapping[str, Tensor]) -> np.ndarray:
 def torch_output(module: torch.nn.Module, feeds: Mapping[str, Tensor]) -> np.ndarray:
     with torch.no_grad():
         return first(module(**feeds)).numpy()
-
-
-def edit_of(made: Case, kept: Kept) -> Edit:
-    tensors, constants = sliced(made, kept)
-    return Edit(
-        {n: t.numpy() for n, t in tensors.items()}, {n: t.numpy() for n, t in constants.items()}
-    )
 
 
 @families
@@ -191,8 +185,7 @@ def quantised(
     made: Case, kept: Kept, numeric: str, *, only: int | None = None
 ) -> tuple[Edit, dict[str, tuple[Int8Weights, ActivationRange | None]]]:
     """An edit with every linear of the kept sites in int8."""
-    tensors, constants = sliced(made, kept)
-    weights = made.weights | tensors
+    weights = made.weights | sliced(made, kept)[0]
     modules = []
     for site in made.sites[:only]:
         if kept[site.name]:
@@ -213,14 +206,7 @@ def quantised(
             at = activation_range(float(inputs[path].min()), float(inputs[path].max()))
         pair = None if at is None else (at.scale, at.zero_point)
         held[path] = (Int8Weights(rounded.values.numpy(), rounded.scale.numpy(), pair), at)
-    return (
-        Edit(
-            {n: t.numpy() for n, t in tensors.items()},
-            {n: t.numpy() for n, t in constants.items()},
-            {path: w for path, (w, _) in held.items()},
-        ),
-        held,
-    )
+    return edit_of(made, kept, {path: w for path, (w, _) in held.items()}), held
 
 
 def simulated(
@@ -242,7 +228,9 @@ def simulated(
 
 def surgered_int8(made: Case, kept: Kept, numerics: Mapping[str, str]) -> torch.nn.Module:
     widths = {name: len(units) for name, units in kept.items()}
-    document = surgery.describe(made.module, made.sites, widths=widths, numerics=numerics)
+    document = surgery.describe(
+        made.module, made.program, made.structure, widths=widths, numerics=numerics
+    )
     module = copy.deepcopy(made.module)
     surgery.apply_structure_(module, document)
     float_state = surgered(made, kept).state_dict()
@@ -269,7 +257,7 @@ def test_int8_graphs_equal_the_torch_simulation(family: str, numeric: str, tmp_p
         gap = np.abs(got - want)
         assert gap.mean() < INT8_MEAN
         assert gap.max() < INT8_MAX
-    calls = sum(len(dense_graph(family).linear_nodes(p + ".weight")) for p in held)
+    calls = sum(len(dense_graph(family).map_nodes(p + ".weight")) for p in held)
     path = tmp_path / "optimised.onnx"
     session(graph.to_bytes(), optimised=str(path))
     assert count_integer_kernels(onnx.load(path).graph.node) == calls

@@ -127,7 +127,7 @@ def test_adaptive_pooling_of_images_of_any_size_to_several_cells_is_refused() ->
     def pool(x: Tensor) -> Tensor:
         return F.adaptive_avg_pool2d(x, 2)
 
-    with pytest.raises(UnsupportedModel, match="adaptive pooling|traced"):
+    with pytest.raises(UnsupportedModel, match=r"adaptive pooling|traced"):
         exported(pool, {"x": drawn(2, 3, 8, 8)}, {"x": {0: "batch", 2: "height"}})
 
 

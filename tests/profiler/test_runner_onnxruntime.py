@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from zipc.core.errors import ExportMismatch, UsageError
 from zipc.core.types import Workload
-from zipc.profiler.runners.onnxruntime import OnnxRuntimeRunner, default_feeds
+from zipc.profiler.runners.onnxruntime import OnnxRuntimeRunner, default_feeds, one_line
 
 SHAPE = ["batch", "sequence"]
 
@@ -143,3 +143,66 @@ def test_a_missing_file_and_a_missing_input_are_usage_errors(tmp_path: Path):
                 for name in ("input_ids", "attention_mask", "token_type_ids")
             },
         )
+
+
+def _sized(*shapes: list[int | str]) -> ort.InferenceSession:
+    """A graph that passes float inputs x0, x1, ... of the given shapes on."""
+    names = [f"x{i}" for i in range(len(shapes))]
+    graph = helper.make_graph(
+        [helper.make_node("Identity", [name], [f"{name}_out"]) for name in names],
+        "sizes",
+        [helper.make_tensor_value_info(n, 1, s) for n, s in zip(names, shapes, strict=True)],
+        [
+            helper.make_tensor_value_info(f"{n}_out", 1, s)
+            for n, s in zip(names, shapes, strict=True)
+        ],
+    )
+    content = _model(graph).SerializeToString()
+    return ort.InferenceSession(content, providers=["CPUExecutionProvider"])
+
+
+@pytest.mark.parametrize(
+    ("shape", "workload", "expected"),
+    [
+        (["batch", 3, 8, 8], Workload(4, None, input_shapes={"x0": (4, 3, 8, 8)}), (4, 3, 8, 8)),
+        (
+            ["batch", 3, "h", "w"],
+            Workload(1, None, input_shapes={"x0": (1, 3, 6, 5)}),
+            (1, 3, 6, 5),
+        ),
+        (["batch", 16], Workload(4, None, input_shapes={"other": (4, 3)}), (4, 16)),
+        (["16*batch", 7], Workload(3, None), (48, 7)),
+        (["batch", 2, "past + 1", 4], Workload(2, None, past_length=9), (2, 2, 10, 4)),
+        (["batch", "decoder_sequence"], Workload(2, 5), (2, 5)),
+        (["s0", "s1"], Workload(2, 5), (2, 5)),
+        ([3, "sequence"], Workload(2, 5), (3, 5)),
+    ],
+)
+def test_sizes_come_from_the_shapes_then_the_names_then_the_places(
+    shape: list[int | str], workload: Workload, expected: tuple[int, ...]
+):
+    assert default_feeds(_sized(shape), workload)["x0"].shape == expected
+
+
+@pytest.mark.parametrize(
+    ("shape", "workload", "message"),
+    [
+        (["batch", "height"], Workload(1, None), r"Axis 1 of input 'x0' \(height\) is open"),
+        (["batch", 3], Workload(1, None, input_shapes={"x0": (1, 4)}), r"shape \[1, 4\], but"),
+        (["batch", 3], Workload(1, None, input_shapes={"x0": (1, 3, 1)}), r"but the graph takes"),
+    ],
+)
+def test_a_workload_that_does_not_fit_the_graph_is_refused(
+    shape: list[int | str], workload: Workload, message: str
+):
+    with pytest.raises(UsageError, match=message):
+        default_feeds(_sized(shape), workload)
+
+
+def test_what_the_runtime_says_is_told_in_one_line_with_its_reason() -> None:
+    said = "[E] : 1 : FAIL : running Sum node.\n" + "void f(ptrdiff_t) " * 60 + "256 by 2000.\n\n"
+    line = one_line(RuntimeError(said))
+    assert len(line) < 310
+    assert line.startswith("[E] : 1 : FAIL : running Sum node. void")
+    assert line.endswith("256 by 2000")
+    assert one_line(RuntimeError("no graph.\n")) == "no graph"

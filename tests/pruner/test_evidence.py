@@ -29,8 +29,8 @@ def seen(made: Case, batches: list[dict[str, Tensor]], module: str) -> Tensor:
 
 def check(held: InputStats, rows: Tensor) -> None:
     scale = float((rows.T @ rows).abs().max())
-    torch.testing.assert_close(held.gram, rows.T @ rows, atol=1e-5 * scale, rtol=1e-5)
-    torch.testing.assert_close(held.total, rows.sum(0), atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(held.gram, (rows.T @ rows)[None], atol=1e-5 * scale, rtol=1e-5)
+    torch.testing.assert_close(held.total, rows.sum(0)[None], atol=1e-4, rtol=1e-5)
     assert held.gram.dtype == held.total.dtype == torch.float64
     assert held.count == len(rows)
     assert held.low == pytest.approx(min(0.0, float(rows.min())), abs=1e-6)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -32,8 +34,21 @@ def variant(made: Case, kept: Kept) -> Variant:
     return Variant(tensors=tensors, constants=constants, widths=widths)
 
 
+@dataclass(frozen=True)
+class Held:
+    """Weights that stand in for those of a map, as the search holds them."""
+
+    weight: Tensor
+    bias: Tensor | None
+    on_seen: Callable[[Tensor], object] = lambda _: None
+
+    def seen(self, x: Tensor) -> Tensor:
+        self.on_seen(x)
+        return x
+
+
 def searched(made: Case, kept: Kept) -> Variant:
-    """A candidate as the search makes it: whole linear maps in place of tensors."""
+    """A candidate as the search makes it: whole maps in place of tensors."""
     tensors, constants = sliced(made, kept)
     weights = made.weights | tensors
     maps = {}
@@ -41,15 +56,10 @@ def searched(made: Case, kept: Kept) -> Variant:
         if not kept[site.name]:
             continue
         for path in (*site.producers, *(c.module for c in site.consumers)):
-            weight, bias = weights[path + ".weight"], weights.get(path + ".bias")
-
-            def apply(x: Tensor, weight: Tensor = weight, bias: Tensor | None = bias) -> Tensor:
-                return torch.nn.functional.linear(x, weight, bias)
-
-            maps[path] = apply
+            maps[path] = Held(weights[path + ".weight"], weights.get(path + ".bias"))
     others = {n: t for n, t in tensors.items() if n.rpartition(".")[0] not in maps}
     widths = {n: len(k) for n, k in kept.items()}
-    return Variant(linears=maps, constants=constants, widths=widths, tensors=others)
+    return Variant(maps=maps, constants=constants, widths=widths, tensors=others)
 
 
 @families
@@ -104,23 +114,25 @@ def test_a_removed_site_costs_nothing() -> None:
     ran: list[str] = []
     kept = everything(made) | {made.sites[0].name: [], made.sites[3].name: []}
     made.executor.run(
-        made.example, variant(made, kept), on_linear=lambda call, _: ran.append(call.module)
+        made.example, variant(made, kept), on_map=lambda call, _: ran.append(call.module)
     )
     gone = {*made.sites[0].producers, *made.sites[3].producers}
     gone |= {c.module for s in (made.sites[0], made.sites[3]) for c in s.consumers}
     assert not gone & set(ran)
-    assert ran == [c.module for c in made.program.linears if c.module in set(ran)]
+    assert ran == [c.module for c in made.program.maps if c.module in set(ran)]
 
 
 def test_every_call_of_a_shared_module_is_seen_and_replaced() -> None:
     made = case("albert")
     path = made.sites[1].producers[0]
     inputs: list[Tensor] = []
-    made.executor.run(
-        made.example,
-        Variant(linears={path: lambda x: inputs.append(x) or x.new_zeros(*x.shape[:-1], 12)}),
-    )
+    weight, bias = made.weights[path + ".weight"], made.weights[path + ".bias"]
+    held = Held(weight * 0, bias * 0, inputs.append)
+    (got,), _ = made.executor.run(made.example, Variant(maps={path: held}))
     assert len(inputs) == 2
+    tensors = {path + ".weight": weight * 0, path + ".bias": bias * 0}
+    (want,), _ = made.executor.run(made.example, Variant(tensors=tensors))
+    torch.testing.assert_close(got, want, atol=0, rtol=0)
 
 
 def test_a_run_leaves_no_trace_in_the_executor_or_its_arguments() -> None:

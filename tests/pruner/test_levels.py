@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -10,12 +11,11 @@ import torch
 from torch import Tensor
 
 from tests.tiny_models import FAMILIES, Case, case, first, surgered, text
-from zipc.core.types import Allocation, Level
+from zipc.core.types import Allocation, Consumer, Level, Site
 from zipc.numerics.int8 import DYNAMIC, STATIC
 from zipc.pruner.evidence import InputStats, collect
-from zipc.pruner.graph.surgery import columns
 from zipc.pruner.ladder import sweep_site, widths_of
-from zipc.pruner.levels import Levels, LinearState
+from zipc.pruner.levels import Levels, MapState, States
 from zipc.pruner.obs import Sweep
 
 FAMILY_NAMES = ["bert", "bert-classifier", "distilbert", "albert", "mpnet"]
@@ -36,13 +36,24 @@ def data(family: str) -> list[dict[str, Tensor]]:
 @functools.cache
 def sweeps(family: str) -> dict[str, Sweep]:
     made = case(family)
-    return {s.name: sweep_site(s, made.weights, evidence(family)) for s in made.sites}
+    return {s.name: sweep_site(s, made.weights, evidence(family), made.calls) for s in made.sites}
 
 
 def levels(family: str, **options: object) -> Levels:
     made = case(family)
     sites = {s.name: s for s in made.sites}
-    return Levels(sites, made.weights, evidence(family), sweeps(family), **options)  # type: ignore[arg-type]
+    return Levels(  # type: ignore[arg-type]
+        sites, made.calls, made.weights, evidence(family), sweeps(family), **options
+    )
+
+
+def states(held: Levels, site: str, level: Level, *, feedback: bool = False) -> States:
+    """All weights with one site at a level, the others dense."""
+    return held.states(Allocation({site: level}, 0, 0), feedback=feedback)
+
+
+def maps_of(site: Site) -> set[str]:
+    return {*site.producers, *(c.module for c in site.consumers)}
 
 
 def inputs(made: Case, module: str, batches: list[dict[str, Tensor]]) -> Tensor:
@@ -59,9 +70,18 @@ def inputs(made: Case, module: str, batches: list[dict[str, Tensor]]) -> Tensor:
     return torch.cat(rows)
 
 
-def output_error(state: LinearState, made: Case, module: str, keep: Tensor, x: Tensor) -> float:
+def output_error(state: MapState, made: Case, module: str, keep: Tensor, x: Tensor) -> float:
     linear = made.module.get_submodule(module)
-    return float((state(x[:, keep]) - linear(x)).double().square().sum())
+    got = applied(state, x[:, keep])
+    return float((got - linear(x)).double().square().sum())
+
+
+def columns(consumer: Consumer, units: Sequence[int]) -> Tensor:
+    return torch.tensor(sorted(consumer.columns(units)), dtype=torch.long)
+
+
+def applied(state: MapState, x: Tensor) -> Tensor:
+    return torch.nn.functional.linear(state.seen(x), state.weight, state.bias)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -88,13 +108,11 @@ def test_refitted_weights_beat_sliced_ones_and_are_the_least_squares_ones(family
         for width in sorted({1, site.units // 2, site.units - 1}):
             for consumer in site.consumers:
                 path = consumer.module
-                keep = columns(
-                    consumer.outer, site.units, consumer.inner, repaired.kept(site.name, width)
-                )
+                keep = columns(consumer, repaired.kept(site.name, width))
                 x = inputs(made, path, data(family))
                 errors = [
                     output_error(
-                        held.state(site.name, Level(width)).linears[path], made, path, keep, x
+                        states(held, site.name, Level(width)).maps[path], made, path, keep, x
                     )
                     for held in (repaired, plain)
                 ]
@@ -121,8 +139,8 @@ def test_the_error_curve_of_the_ladder_is_what_the_weights_do(family: str) -> No
         energy = float((dense - dense.mean(0)).square().sum())
         curve = sweeps(family)[site.name].errors  # after 0, 1, ..., all removals
         for width in (1, site.units // 2, site.units - 1):
-            keep = columns(consumer.outer, site.units, consumer.inner, held.kept(site.name, width))
-            state = held.state(site.name, Level(width)).linears[consumer.module]
+            keep = columns(consumer, held.kept(site.name, width))
+            state = states(held, site.name, Level(width)).maps[consumer.module]
             error = output_error(state, made, consumer.module, keep, x) / energy
             assert error == pytest.approx(curve[site.units - width], rel=0.02, abs=2e-4)
 
@@ -132,8 +150,8 @@ def test_a_removed_site_gives_the_mean_output(family: str) -> None:
     made = case(family)
     held = levels(family)
     for site in made.sites:
-        state = held.state(site.name, Level(0))
-        assert not state.linears
+        state = states(held, site.name, Level(0))
+        assert not state.maps
         for consumer in site.consumers:
             x = inputs(made, consumer.module, data(family))
             mean = made.module.get_submodule(consumer.module)(x).mean(0)
@@ -172,8 +190,9 @@ def test_error_feedback_lowers_the_output_error_of_rounding(family: str, numeric
     for site in made.sites:
         level = Level(site.units, numeric)
         for feedback in totals:
-            state = held.state(site.name, level, feedback=feedback)
-            for path, linear in state.linears.items():
+            state = states(held, site.name, level, feedback=feedback)
+            assert set(state.maps) == maps_of(site)
+            for path, linear in state.maps.items():
                 x = inputs(made, path, data(family))
                 weight = made.weights[path + ".weight"]
                 totals[feedback] += float(((linear.weight - weight) @ x.T).square().sum())
@@ -186,21 +205,22 @@ def test_int8_levels_are_close_to_fp32_ones_of_the_same_width(family: str) -> No
     held = levels(family)
     for site in made.sites:
         width = max(1, site.units // 2)
-        plain = held.state(site.name, Level(width))
+        plain = states(held, site.name, Level(width))
+        assert set(plain.maps) == maps_of(site)
         for numeric in (DYNAMIC, STATIC):
-            rounded = held.state(site.name, Level(width, numeric))
-            assert rounded.linears.keys() == plain.linears.keys()
+            rounded = states(held, site.name, Level(width, numeric))
+            assert rounded.maps.keys() == plain.maps.keys()
             assert rounded.tensors.keys() == plain.tensors.keys()
-            for path, state in rounded.linears.items():
-                other = plain.linears[path]
+            for path, state in rounded.maps.items():
+                other = plain.maps[path]
                 assert state.integer is not None
                 assert (state.activation is not None) == (numeric == STATIC)
                 gap = float((state.weight - other.weight).abs().max())
                 assert gap <= float(state.integer.scale.max()) * 0.51
                 x = evidence(family)[path].sample[:64]
                 if x.shape[1] == state.weight.shape[1]:
-                    want = other(x)
-                    gap = float((state(x) - want).norm() / want.norm())
+                    want = applied(other, x)
+                    gap = float((applied(state, x) - want).norm() / want.norm())
                     assert gap < 0.05
 
 
@@ -210,16 +230,24 @@ def test_weights_are_made_once_and_the_cache_stays_within_its_size(
     made = case("bert")
     held = levels("bert")
     site = made.sites[1]
-    assert held.state(site.name, Level(5)) is held.state(site.name, Level(5))
-    assert held.state(site.name, Level(5)) is not held.state(site.name, Level(5), feedback=True)
-    one = held.state(site.name, Level(5)).nbytes
+    (path,) = site.producers
+    level = ((site.name, Level(5)),)
+    assert held.map_state(path, level) is held.map_state(path, level)
+    assert held.map_state(path, level) is not held.map_state(path, level, feedback=True)
+    one = size(held.map_state(path, level))
     monkeypatch.setattr("zipc.pruner.levels.CACHE_BYTES", 3 * one)
     monkeypatch.setattr("zipc.pruner.levels.CACHE_MODELS", 0)
     small = levels("bert")
-    for width in range(1, site.units + 1):
-        small.state(site.name, Level(width))
+    for width in range(site.units + 1):
+        states(small, site.name, Level(width))
         assert small._held <= 3 * one or len(small._cache) == 1
-        assert small._held == sum(s.nbytes for s in small._cache.values())
+        assert small._held == sum(map(size, small._cache.values()))
+    assert small._cache
+
+
+def size(held: MapState | Tensor) -> int:
+    """Bytes of the weights that the cache counts; biases and scales are small beside them."""
+    return (held.weight if isinstance(held, MapState) else held).nbytes
 
 
 def test_widths_are_on_the_grid_and_finer_for_narrow_sites() -> None:

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.tiny_models import Case, case, randomise_, text, traced
-from zipc.core.types import Allocation, Level
+from zipc.core.types import Allocation, Level, Site
 from zipc.numerics.int8 import DYNAMIC, STATIC
 from zipc.pruner.compensate.propagate import propagate
 from zipc.pruner.evidence import collect
 from zipc.pruner.graph.interpret import Variant
 from zipc.pruner.ladder import sweep_site
-from zipc.pruner.levels import Levels, LinearState, variant_of
+from zipc.pruner.levels import Levels, MapState, variant_of
 
 RIDGE = 0.03
 
@@ -36,18 +36,23 @@ class Toy(nn.Module):
         return x
 
 
+def maps_of(site: Site) -> list[str]:
+    return [*site.producers, *(c.module for c in site.consumers)]
+
+
 def batches(family: str = "bert", count: int = 4) -> list[dict[str, Tensor]]:
     return [text(family, batch=6, length=11, seed=s) for s in range(count)]
 
 
 def levels_of(made: Case, data: list[dict[str, Tensor]]) -> Levels:
-    modules = [m for s in made.sites for m in (*s.producers, *(c.module for c in s.consumers))]
+    modules = [m for s in made.sites for m in maps_of(s)]
     stats = collect(made.executor, data, modules=modules)
-    sweeps = {s.name: sweep_site(s, made.weights, stats) for s in made.sites}
-    return Levels({s.name: s for s in made.sites}, made.weights, stats, sweeps)
+    sweeps = {s.name: sweep_site(s, made.weights, stats, made.calls) for s in made.sites}
+    sites = {s.name: s for s in made.sites}
+    return Levels(sites, made.calls, made.weights, stats, sweeps)
 
 
-def ridge_by_rows(x: np.ndarray, error: np.ndarray, base: LinearState) -> tuple[Tensor, Tensor]:
+def ridge_by_rows(x: np.ndarray, error: np.ndarray, base: MapState) -> tuple[Tensor, Tensor]:
     """Weight and bias that explain `error` (rows, out) from x (rows, in), by plain least squares.
 
     The penalty on the change of weight is written as extra rows.
@@ -76,13 +81,13 @@ def test_repair_is_the_closed_form_of_least_squares_on_two_blocks() -> None:
 
     ids = torch.cat([b["input_ids"][b["attention_mask"].bool()] for b in data])
     dense = small = module.double().embed(ids)
-    for i, site in enumerate((first, second)):
+    for i in range(2):
         dense = dense + module.down[i](F.gelu(module.up[i](dense)))
-        base = levels.state(site.name, allocation.levels[site.name]).linears
+        base = levels.states(allocation).maps
         up = base[f"up.{i}"]
         hidden = F.gelu(F.linear(small, up.weight.double(), up.bias.double()))
         weight, bias = ridge_by_rows(hidden.numpy(), (dense - small).numpy(), base[f"down.{i}"])
-        fitted = states[site.name].linears[f"down.{i}"]
+        fitted = states.maps[f"down.{i}"]
         torch.testing.assert_close(fitted.weight.double(), weight, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(fitted.bias.double(), bias, rtol=1e-3, atol=1e-4)
         small = small + F.linear(hidden, weight, bias)
@@ -102,9 +107,9 @@ def test_removed_site_leaves_the_mean_of_what_is_missing() -> None:
     middle = start + module.down[0](F.gelu(module.up[0](start)))
     end = middle + module.down[1](F.gelu(module.up[1](middle)))
     lost = (middle - start).mean(0)
-    torch.testing.assert_close(states[first.name].constants["down.0"], lost, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(states.constants["down.0"], lost, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(
-        states[second.name].constants["down.1"],
+        states.constants["down.1"],
         (end - start - lost).mean(0),
         rtol=1e-4,
         atol=1e-5,
@@ -141,11 +146,11 @@ def test_dense_allocation_is_left_as_it_is(family: str) -> None:
     made, data = case(family), batches(family, 2)
     allocation = Allocation({s.name: Level(s.units) for s in made.sites}, 0.0, 0.0)
     states = propagate(made.executor, levels_of(made, data), allocation, data)
-    for state in states.values():
-        for module, linear in state.linears.items():
-            torch.testing.assert_close(
-                linear.weight, made.weights[module + ".weight"], rtol=1e-3, atol=1e-4
-            )
+    assert set(states.maps) == {m for s in made.sites for m in maps_of(s)}
+    for module, held in states.maps.items():
+        torch.testing.assert_close(
+            held.weight, made.weights[module + ".weight"], rtol=1e-3, atol=1e-4
+        )
 
 
 def test_sites_are_repaired_in_the_order_they_run() -> None:
@@ -167,7 +172,7 @@ def test_shared_modules_keep_the_weights_of_their_ladder() -> None:
     levels = levels_of(made, data)
     allocation = Allocation({s.name: Level(2) for s in made.sites}, 0.0, 0.0)
     states = propagate(made.executor, levels, allocation, data)
-    for site in made.sites:
-        assert site.calls == 2
-        expected = levels.state(site.name, Level(2), feedback=True)
-        assert states[site.name] is expected
+    expected = levels.states(allocation, feedback=True)
+    assert all(site.calls == 2 for site in made.sites)
+    assert set(states.maps) == {m for s in made.sites for m in maps_of(s)}
+    assert all(states.maps[m] is expected.maps[m] for m in states.maps)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pytest
@@ -25,12 +25,13 @@ def levels_of(made: Case, family: str) -> Levels:
     batches = [text(family, batch=6, length=9, seed=s) for s in range(3)]
     modules = [m for s in made.sites for m in (*s.producers, *(c.module for c in s.consumers))]
     stats = collect(made.executor, batches, modules=modules)
-    sweeps = {s.name: sweep_site(s, made.weights, stats) for s in made.sites}
-    return Levels({s.name: s for s in made.sites}, made.weights, stats, sweeps)
+    sweeps = {s.name: sweep_site(s, made.weights, stats, made.calls) for s in made.sites}
+    sites = {s.name: s for s in made.sites}
+    return Levels(sites, made.calls, made.weights, stats, sweeps)
 
 
-def readout(output: Tensor, feeds: Mapping[str, Tensor]) -> Tensor:
-    return output.flatten(1)[:, :96]
+def readout(outputs: Sequence[Tensor], feeds: Mapping[str, Tensor]) -> Tensor:
+    return outputs[0].flatten(1)[:, :96]
 
 
 def make(made: Case, levels: Levels, family: str) -> Scorer:
@@ -100,6 +101,6 @@ def test_loss_is_that_of_the_variant_run_by_hand() -> None:
         feeds = text("bert", batch=3, length=n, seed=n)
         for variant, held in ((Variant(), dense), (levels.variant(allocation), outputs)):
             result, _ = made.executor.run(feeds, variant)
-            held.append(readout(result[0], feeds))
+            held.append(readout(result, feeds))
     expected = float(((torch.cat(dense) - torch.cat(outputs)) ** 2).mean())
     assert scorer.score(allocation) == pytest.approx(expected, rel=1e-5)

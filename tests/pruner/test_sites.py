@@ -17,6 +17,7 @@ from tests.tiny_models import (
     FAMILIES,
     Case,
     case,
+    edit_of,
     everything,
     exported,
     first,
@@ -27,7 +28,7 @@ from tests.tiny_models import (
     traced,
     zeroed,
 )
-from zipc.exporters.specialise import Edit, specialise
+from zipc.exporters.specialise import specialise
 from zipc.pruner.graph.interpret import Variant
 from zipc.pruner.graph.sites import find_sites
 
@@ -80,7 +81,8 @@ def prove(made: Case, *, seeds: int = 3) -> None:
             trials.append(
                 everything(made) | {site.name: [u for u in range(site.units) if u != unit]}
             )
-        trials.append(everything(made) | {site.name: []})
+        if site.removable:
+            trials.append(everything(made) | {site.name: []})
     trials += [random_kept(made, seed) for seed in range(seeds)]
     feeds = {"input_ids": IDS.flip(0)[:, :4].repeat(2, 1)}
     for kept in trials:
@@ -102,14 +104,9 @@ def prove_export(made: Case) -> None:
     options = ort.SessionOptions()
     options.log_severity_level = 3
     trials = [random_kept(single, seed) for seed in range(3)]
-    trials += [everything(single) | {s.name: []} for s in single.sites]
+    trials += [everything(single) | {s.name: []} for s in single.sites if s.removable]
     for kept in trials:
-        tensors, constants = sliced(single, kept)
-        edit = Edit(
-            {n: t.numpy() for n, t in tensors.items()},
-            {n: t.numpy() for n, t in constants.items()},
-        )
-        session = ort.InferenceSession(specialise(graph, edit).to_bytes(), options)
+        session = ort.InferenceSession(specialise(graph, edit_of(single, kept)).to_bytes(), options)
         for ids in (IDS, IDS[:1, :1], IDS[:, :3].repeat(2, 1)):
             want = zeroed(single, kept, {"input_ids": ids})
             got = torch.from_numpy(session.run(None, {"input_ids": ids.numpy()})[0])
@@ -168,6 +165,20 @@ def _two_removable_terms(m: Plain, x: Tensor) -> Tensor:
     return m.last(F.gelu(m.first(x))) + m.last(F.gelu(m.other(x)))
 
 
+def _cat(m: Plain, x: Tensor) -> Tensor:
+    return m.end(x + m.wide(torch.cat([m.first(x), m.other(x)], -1)))
+
+
+def _chunked(m: Plain, x: Tensor) -> Tensor:
+    h = m.first(x)
+    left, right = h.chunk(2, -1)
+    return m.end(m.last(h) + m.narrow(left * right))
+
+
+def _flattened(m: Plain, x: Tensor) -> Tensor:
+    return m.last(m.first(x).flatten(0, 1)).view(*x.shape)
+
+
 PRUNABLE = [
     _gated,
     _split_and_merged,
@@ -179,6 +190,9 @@ PRUNABLE = [
     _mean_over_tokens,
     _both_ranks,
     _two_removable_terms,
+    _cat,
+    _chunked,
+    _flattened,
 ]
 
 
@@ -207,30 +221,18 @@ def _tied(m: Plain, x: Tensor) -> Tensor:
     return m.end(x + F.linear(m.first(x), m.first.weight.t()))
 
 
-def _cat(m: Plain, x: Tensor) -> Tensor:
-    return m.end(x + m.wide(torch.cat([m.first(x), m.other(x)], -1)))
-
-
-def _chunked(m: Plain, x: Tensor) -> Tensor:
-    h = m.first(x)
-    left, right = h.chunk(2, -1)
-    return m.end(m.last(h) + m.narrow(left * right))
-
-
 def _literal(m: Plain, x: Tensor) -> Tensor:
     return m.end(x + m.last(m.first(x) * torch.arange(WIDTH, dtype=x.dtype)))
 
 
 LEFT = {
-    "roll": (lambda m, x: m.end(x + m.last(m.first(x).roll(1, -1))), "op roll"),
-    "cumsum": (lambda m, x: m.end(x + m.last(m.first(x).cumsum(-1))), "op cumsum"),
-    "flip": (lambda m, x: m.end(x + m.last(m.first(x).flip(-1))), "op flip"),
+    "roll": (lambda m, x: m.end(x + m.last(m.first(x).roll(1, -1))), "roll runs along it"),
+    "cumsum": (lambda m, x: m.end(x + m.last(m.first(x).cumsum(-1))), "cumsum runs along it"),
+    "flip": (lambda m, x: m.end(x + m.last(m.first(x).flip(-1))), "flip runs along it"),
     "sort": (lambda m, x: m.end(x + m.last(m.first(x).sort(-1).values)), "op sort"),
     "softmax": (lambda m, x: m.end(x + m.last(m.first(x).softmax(-1))), "softmax"),
     "norm": (lambda m, x: m.last(F.layer_norm(m.first(x), (WIDTH,))), "normalisation"),
     "mean": (lambda m, x: m.last(m.first(x) - m.first(x).mean(-1, keepdim=True)), "reduced"),
-    "cat": (_cat, "op cat"),
-    "chunk": (_chunked, "takes it apart"),
     "slice": (lambda m, x: m.narrow(m.first(x)[..., : WIDTH // 2]), "sliced out"),
     "select": (lambda m, x: m.last(m.first(x)) * m.first(x)[..., :1], "sliced out"),
     "index": (lambda m, x: m.last(m.first(x)) * m.first(x)[..., 3, None], "selected"),
@@ -238,10 +240,10 @@ LEFT = {
     "computed weight": (_tied, "used by other operations"),
     "constant in code": (_literal, "created with a fixed size"),
     "unsaved buffer": (lambda m, x: m.last(m.first(x) * m.unsaved), "no checkpoint holds"),
-    "product": (lambda m, x: m.last(m.first(x) @ m.second.weight), "op matmul"),
-    "flattened": (
+    "product": (lambda m, x: m.last(m.first(x) @ m.second.weight), "belongs to a Plain"),
+    "width in the code": (
         lambda m, x: m.last(m.first(x).view(-1, WIDTH)).view(*x.shape),
-        "op view",
+        "does not follow its width",
     ),
 }
 
@@ -310,13 +312,17 @@ def test_one_module_under_two_names_is_left_alone() -> None:
     assert not made.sites
 
 
-def test_chained_widths_are_never_cut_by_two_sites() -> None:
+def test_chained_widths_are_two_sites_that_cut_one_map() -> None:
     made = plain(lambda m, x: m.end(x + m.last(m.second(m.first(x).relu()).relu())))
     prove(made)
-    owners = [p.parameter for s in made.sites for p in s.slices]
-    assert len(owners) == len(set(owners))
-    assert [s.name for s in made.sites] == ["first"]
-    assert any("is cut by site first" in e.reason for e in made.structure.left_alone)
+    prove_export(made)
+    assert [s.name for s in made.sites] == ["first", "second"]
+    cut = [(p.parameter, p.dim, s.name) for s in made.sites for p in s.slices]
+    assert {c for c in cut if c[0] == "second.weight"} == {
+        ("second.weight", 1, "first"),
+        ("second.weight", 0, "second"),
+    }
+    assert len({c[:2] for c in cut}) == len(cut)
 
 
 def test_a_width_that_no_asked_for_output_reads_is_left_alone() -> None:
@@ -344,7 +350,7 @@ def test_every_linear_is_in_a_site_or_left_alone_with_a_reason(family: str) -> N
     made = case(family)
     inside = {m for s in made.sites for m in (*s.producers, *(c.module for c in s.consumers))}
     outside = {e.path: e.reason for e in made.structure.left_alone}
-    for call in made.program.linears:
+    for call in made.program.maps:
         assert (call.module in inside) != (call.module in outside)
     assert all(outside.values())
 

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -24,11 +25,21 @@ from rich.console import Console
 from zipc.cli.app import main
 from zipc.cli.bench import pairs_within
 from zipc.cli.flags import parse_latency, parse_seconds, parse_speedup
+from zipc.cli.printing import show_manifest
 from zipc.cli.progress import Lines, open_progress
 from zipc.cli.running import INTERRUPTED
 from zipc.core.errors import NoisyMeasurement, TargetUnreachable, UsageError
 from zipc.core.request import Request
-from zipc.core.types import Allocation, Artifact, Level, Progress, Site, Workload
+from zipc.core.types import (
+    Allocation,
+    Artifact,
+    InputSpec,
+    LeftAlone,
+    Level,
+    Progress,
+    Site,
+    Workload,
+)
 from zipc.manifest import (
     AllocationRecord,
     LatencyRecord,
@@ -38,10 +49,12 @@ from zipc.manifest import (
     RequestRecord,
     SizeRecord,
 )
-from zipc.targets import load_target, target_names
+from zipc.numerics.int8 import DYNAMIC, STATIC
+from zipc.targets import SUPPORTED, load_target, target_names
 
 ROOT = Path(__file__).parents[2]
 SHA = "ab" * 32
+OWN = 'runtime = "onnxruntime"\n'
 COMPILE = ["compile", "minilm", "--speedup", "2x", "--data", "d", "-o", "OUT"]
 
 Run = Callable[..., tuple[int, str, str]]
@@ -173,6 +186,7 @@ class TestCompile:
             *("--text-column", "b", "--label-column", "c", "--precision", "int8", "--no-prune"),
             *("--include", "x*", "--exclude", "y*", "--effort", "quick", "--seed", "7"),
             *("--threads", "2", "--batch-size", "4", "--sequence-length", "64"),
+            *("--weights", "w.safetensors", "--input-shapes", "x:4x3,ids:4x7:int64"),
             *("--cache-dir", "k", "--no-reference", "--allow-table-mismatch"),
             *("--require", "validated", "--recover", "none"),
         )
@@ -196,6 +210,11 @@ class TestCompile:
                 threads=2,
                 batch_size=4,
                 sequence_length=64,
+                weights="w.safetensors",
+                input_shapes=(
+                    InputSpec("x", "float32", (4, 3)),
+                    InputSpec("ids", "int64", (4, 7)),
+                ),
                 cache_dir=Path("k"),
                 keep_reference=False,
                 allow_table_mismatch=True,
@@ -236,6 +255,14 @@ class TestCompile:
         assert "next: zipc bench OUT" in out
         assert "noise of a library" in err
         assert "noise" not in out
+
+    def test_report_says_where_less_is_better(self, run: Run, pipeline: Any) -> None:
+        quality = QualityRecord(
+            metric="loss", split="test", dense=1.2664, compiled=1.3001, interval=(0.03, 0.0401)
+        )
+        pipeline.compile_model = answer(pipeline, lambda: manifest(quality=quality))
+        expected = "dense 1.2664, compiled 1.3001 (+0.0337, 95 % +0.0300 to +0.0401), lower is"
+        assert expected in run(*COMPILE)[1]
 
     def test_brackets_in_names_are_printed_as_they_are(self, run: Run, pipeline: Any) -> None:
         model = ModelRecord(source="models/[v2]", sha256=SHA)
@@ -355,6 +382,66 @@ class TestFailures:
         assert signal.getsignal(signal.SIGTERM) is before
 
 
+class TestStandardOutput:
+    """What a shell may do to stdout does not change what the exit code means."""
+
+    def zipc(self, *words: str, shell: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        command = shlex.join([sys.executable, "-m", "zipc", *words])
+        return subprocess.run(
+            ["bash", "-o", "pipefail", "-c", shell.format(command)],
+            cwd=ROOT,
+            env={**os.environ, **variables},
+            capture_output=True,
+            text=True,
+        )
+
+    def test_letters_the_encoding_lacks_become_question_marks(self, tmp_path: Path) -> None:
+        manifest(model=ModelRecord(source="modèle · 2×", sha256=SHA)).write(tmp_path)
+        ran = self.zipc("inspect", str(tmp_path), shell="{}", PYTHONIOENCODING="ascii")
+        assert ran.returncode == 0
+        assert "mod?le ? 2?" in ran.stdout
+
+    @pytest.mark.parametrize("form", ["table", "json"])
+    def test_a_reader_that_stops_early_is_no_failure(self, tmp_path: Path, form: str) -> None:
+        made = manifest(left_alone=tuple(LeftAlone(f"part {i}", "x" * 90) for i in range(2000)))
+        made.write(tmp_path)
+        words = ("inspect", str(tmp_path), "--format", form)
+        ran = self.zipc(*words, shell="{} | head -1 >/dev/null")
+        assert (ran.returncode, ran.stdout) == (0, "")
+        assert "Traceback" not in ran.stderr
+        assert "rror" not in ran.stderr
+
+    @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+    @pytest.mark.parametrize("form", ["table", "json"])
+    def test_a_full_disk_is_one_message(self, tmp_path: Path, form: str) -> None:
+        manifest().write(tmp_path)
+        ran = self.zipc("inspect", str(tmp_path), "--format", form, shell="{} > /dev/full")
+        assert ran.returncode == 2
+        assert ran.stderr.splitlines()[-1].startswith("zipc: cannot write to standard output")
+        assert "Traceback" not in ran.stderr
+
+    def test_a_closed_stream_is_written_nothing(self, tmp_path: Path) -> None:
+        manifest().write(tmp_path)
+        assert self.zipc("inspect", str(tmp_path), shell="{} >&- 2>&-").returncode == 0
+
+    def test_lines_end_where_their_text_does(self, run: Run, tmp_path: Path) -> None:
+        manifest().write(tmp_path)
+        _, out, _ = run("inspect", str(tmp_path))
+        assert not [line for line in out.splitlines() if line != line.rstrip()]
+
+
+def test_names_of_sites_stay_whole_on_a_narrow_terminal() -> None:
+    console = Console(file=io.StringIO(), width=40)
+    names = [f"encoder.layer.{i}.attention.self" for i in range(3)]
+    records = tuple(AllocationRecord(site=name, level=Level(4), units=12) for name in names)
+    show_manifest(console, manifest(allocation=records), out=Path("OUT"))
+    assert isinstance(console.file, io.StringIO)
+    printed = console.file.getvalue()
+    assert "…" not in printed
+    folded = "".join(line[:20].split(" ")[0] for line in printed.splitlines())
+    assert all(name in folded for name in names)
+
+
 class TestOtherVerbs:
     def test_plan_prints_levels_and_the_compile_to_run(self, run: Run, pipeline: Any) -> None:
         site = Site("layer.0.heads", "heads", 12, (), (), (), "s")
@@ -365,6 +452,19 @@ class TestOtherVerbs:
         assert "predicted 2.11x" in out
         assert "7/12" in out
         assert "next: zipc compile minilm --target cpu --speedup 2x --data d -o OUT" in out
+
+    def test_plan_s_next_command_asks_for_the_same(self, run: Run, pipeline: Any) -> None:
+        plan = FakePlan(Allocation({"a": Level(7)}, 9.5, 0.1), [])
+        pipeline.plan_model = pipeline.compile_model = answer(pipeline, lambda: plan)
+        flags = "--no-prune --numerics int8 --text-column a --text-column b --exclude 'x *'"
+        flags += " --threads 2 --batch-size 4 --sequence-length 64 --effort quick --seed 3"
+        flags += " --metric pearson --label-column c --cache-dir k --allow-table-mismatch"
+        _, out, _ = run("plan", "m", "--latency", "5ms", "--data", "my data", *shlex.split(flags))
+        following = next(line for line in out.splitlines() if line.startswith("next: zipc "))
+        pipeline.compile_model = answer(pipeline, manifest)
+        run(*shlex.split(following.removeprefix("next: zipc ")))
+        planned, compiled = pipeline.requests
+        assert compiled == replace(planned, output=Path("OUT"))
 
     def test_profile_takes_no_speedup(self, run: Run, pipeline: Any) -> None:
         code, _, err = run("profile", "minilm", "--speedup", "2x")
@@ -413,6 +513,28 @@ class TestOtherVerbs:
             "workload": Workload(threads=2),
         }
 
+    def test_check_keeps_what_the_baseline_was_compiled_for_beside_the_flags_given(
+        self, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from zipc import gate
+
+        seen: dict[str, Any] = {}
+
+        def check(new: Path, base: Path, **keywords: Any) -> FakeGate:
+            seen.update(keywords)
+            return FakeGate()
+
+        monkeypatch.setattr(gate, "check", check)
+        manifest(workload=Workload(8, 32, 1)).write(tmp_path)
+        run("check", "NEW", "--baseline", str(tmp_path), "--threads", "2")
+        assert seen["workload"] == Workload(8, 32, 2)
+
+    @pytest.mark.parametrize("delta", ["-1ms", "0", "soon"])
+    def test_bad_delta_is_told_under_its_own_name(self, run: Run, delta: str) -> None:
+        code, _, err = run("check", "NEW", "--baseline", "BASE", f"--min-delta={delta}")
+        assert code == 2
+        assert f"--min-delta '{delta}'" in err
+
     def test_bench_of_nothing_is_bad_usage(self, run: Run, tmp_path: Path) -> None:
         code, _, err = run("bench", str(tmp_path))
         assert code == 2
@@ -447,6 +569,9 @@ class TestOtherVerbs:
 
 
 class TestTargets:
+    def test_supported_numerics_are_the_implemented_ones(self) -> None:
+        assert SUPPORTED["numerics"] == ("fp32", DYNAMIC, STATIC)
+
     def test_cpu_is_built_in(self) -> None:
         target = load_target("cpu")
         assert (target.name, target.runtime) == ("cpu", "onnxruntime")
@@ -470,6 +595,13 @@ class TestTargets:
             ('runtime = "x"\nnumerics = ["fp32"]\nwidth = 3', "unknown keys: width"),
             ('runtime = "x"\nnumerics = ["fp32"]\nwidth_step = 0', "width_step"),
             ('runtime = "x"\nnumerics = ["int8-static"]', "reference numeric"),
+            ('runtime = "openvino"\nnumerics = ["fp32"]', "runtime 'openvino'.*onnxruntime"),
+            (f'{OWN}numerics = ["fp32", "int3"]', "numerics 'int3'.*int8-static"),
+            (f'{OWN}numerics = ["fp32"]\nconnection = "ssh"', "connection 'ssh'.*local"),
+            (
+                f'{OWN}numerics = ["int8-static"]\nreference_numeric = "int8-static"',
+                "reference_numeric 'int8-static'.*fp32",
+            ),
         ],
     )
     def test_bad_target_file_says_what_is_wrong(self, tmp_path: Path, text: str, said: str) -> None:

@@ -410,7 +410,7 @@ def test_user_function_gets_predict_and_rows(tmp_path: Path, tokenizer: Any) -> 
     assert result.per_row.shape == (0, 2)
     assert result.value == pytest.approx(9.06)
     for name, message in [
-        ("fails", r"mine.py:fails raised AttributeError: .*\(line 7\)"),
+        ("fails", r"mine.py:fails raised AttributeError: .*\n  mine\.py, line 7, in fails: "),
         ("wrong", "mine.py:wrong gave 'good', not a number"),
         ("endless", "mine.py:endless gave nan"),
     ]:
@@ -434,10 +434,19 @@ def test_user_function_that_is_not_there_is_refused(
         evaluator_of(model_folder(tmp_path), tokenizer, splits, user_function=source)
 
 
-def test_user_file_that_does_not_import_is_refused(tmp_path: Path, tokenizer: Any) -> None:
-    (tmp_path / "bad.py").write_text("x = 1\nimport nothing_of_this_name\n")
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("import nothing_of_this_name", r"ModuleNotFoundError.*\n  bad\.py, line 2, in "),
+        ("raise SystemExit(0)", r"SystemExit: 0\n  bad\.py, line 2, in "),
+    ],
+)
+def test_user_file_that_does_not_import_is_refused(
+    tmp_path: Path, tokenizer: Any, line: str, message: str
+) -> None:
+    (tmp_path / "bad.py").write_text(f"x = 1\n{line}\n")
     splits = splits_of(pairs(9), "similarity")
-    with pytest.raises(UsageError, match=r"ModuleNotFoundError.*\(line 2\)"):
+    with pytest.raises(UsageError, match=message):
         evaluator_of(
             model_folder(tmp_path), tokenizer, splits, user_function=f"{tmp_path}/bad.py:f"
         )

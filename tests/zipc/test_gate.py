@@ -267,6 +267,9 @@ def test_missing_and_damaged_artifacts_are_usage_errors(tmp_path: Path):
     (tmp_path / "a" / "manifest.json").write_text("{}")
     with pytest.raises(CorruptFile, match="workload"):
         check(graph, graph.parent)
+    (tmp_path / "empty.onnx").write_bytes(b"")
+    with pytest.raises(UsageError, match="no graph"):
+        check(graph, tmp_path / "empty.onnx", fail_on="size:2%")
     (tmp_path / "text.onnx").write_text("not a graph")
     with pytest.raises(UsageError, match="not an ONNX file"):
         check(tmp_path / "text.onnx", graph, fail_on="size:2%")

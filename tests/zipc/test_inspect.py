@@ -64,6 +64,34 @@ def test_command_line_prints_one_json_document_about_a_model(bare: Path) -> None
     assert all(set(part) == {"path", "reason"} for part in document["left_alone"])
 
 
+def test_command_line_inspects_a_model_of_the_users_own_file(tmp_path: Path) -> None:
+    (tmp_path / "nets.py").write_text(
+        "from torch import nn\n"
+        "def net(): return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))\n"
+        "def bad(): raise ValueError('out of luck')\n"
+    )
+    command = [sys.executable, "-m", "zipc", "inspect", "--format", "json"]
+    shapes = ["--input-shapes", "input:2x8"]
+    ran = subprocess.run(
+        [*command, f"{tmp_path}/nets.py:net", *shapes], cwd=ROOT, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr
+    document = json.loads(ran.stdout)
+    assert document["inputs"] == ["input"]
+    assert document["input_shapes"] == {"input": ["batch", 8]}
+    assert document["outputs"] == ["output"]
+    assert document["max_length"] is None
+    assert [site["units"] for site in document["sites"]] == [16]
+    ran = subprocess.run(
+        [*command, f"{tmp_path}/nets.py:bad", *shapes], cwd=ROOT, capture_output=True, text=True
+    )
+    assert ran.returncode == 2
+    message = json.loads(ran.stdout)["error"]["message"]
+    assert "nets.py:bad, called without arguments, raised ValueError: out of luck" in message
+    assert "nets.py, line 3, in bad" in message
+    assert "Traceback" not in ran.stderr
+
+
 def test_folder_that_is_neither_model_nor_output_is_refused(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "zipc", "inspect", str(tmp_path)]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -98,7 +99,9 @@ def test_truncated_manifest_is_refused(manifest: Manifest, tmp_path: Path) -> No
     manifest.write(tmp_path)
     path = tmp_path / "manifest.json"
     path.write_text(path.read_text()[:200])
-    with pytest.raises(CorruptFile, match=r"manifest\.json cannot be read"):
+    with pytest.raises(
+        CorruptFile, match=r"manifest\.json cannot be read.*Run the same zipc compile"
+    ):
         Manifest.read(tmp_path)
 
 
@@ -135,6 +138,18 @@ def test_other_json_is_not_a_manifest(tmp_path: Path, text: str) -> None:
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(CorruptFile, match="no schema_version"):
         Manifest.read(tmp_path)
+
+
+def test_files_that_are_missing_or_others_are_named(manifest: Manifest, tmp_path: Path) -> None:
+    content = b"graph"
+    listed = tuple(
+        Artifact(path, "model", hashlib.sha256(content).hexdigest())
+        for path in ("same.onnx", "edited.onnx", "missing.onnx")
+    )
+    (tmp_path / "same.onnx").write_bytes(content)
+    (tmp_path / "edited.onnx").write_bytes(b"other")
+    made = manifest.model_copy(update={"files": listed})
+    assert made.changed_files(tmp_path) == ["edited.onnx", "missing.onnx"]
 
 
 def test_unwritable_folder_is_a_usage_error(manifest: Manifest, tmp_path: Path) -> None:

@@ -9,10 +9,13 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.stats import pearsonr, spearmanr
 
+from zipc.core.errors import UsageError
 from zipc.metrics import (
     METRICS,
     accuracy,
+    choose_metric,
     f1,
+    lower_is_better,
     mcc,
     metric_value,
     paired_bootstrap,
@@ -81,6 +84,25 @@ def test_metrics_of_many_samples_at_once_equal_one_by_one(name: str, values: np.
     together = METRICS[name](values[..., 0].astype(float), values[..., 1].astype(float))
     one_by_one = [metric_value(name, sample.astype(float)) for sample in values]
     np.testing.assert_allclose(together, one_by_one, atol=1e-9)
+
+
+def test_loss_is_the_mean_over_tokens_and_perplexity_its_exponential() -> None:
+    totals, tokens = np.array([6.0, 0.5]), np.array([4.0, 1.0])
+    assert metric_value("loss", per_row(totals, tokens)) == pytest.approx(1.3)
+    assert metric_value("perplexity", per_row(totals, tokens)) == pytest.approx(np.exp(1.3))
+    assert {name for name in METRICS if lower_is_better(name)} == {"loss", "perplexity"}
+
+
+def test_places_count_alike_however_many_a_row_has() -> None:
+    hits, places = np.array([1.0, 9.0]), np.array([1.0, 10.0])
+    assert metric_value("pixel_accuracy", per_row(hits, places)) == pytest.approx(100 * 10 / 11)
+
+
+def test_the_first_metric_that_fits_is_chosen_and_a_wrong_one_gets_a_hint() -> None:
+    assert choose_metric(None, ["loss", "perplexity"], what="a model") == "loss"
+    assert choose_metric("perplexity", ["loss", "perplexity"], what="a model") == "perplexity"
+    with pytest.raises(UsageError, match=r"\(a model\).*fit: loss. Did you mean 'perplexity'"):
+        choose_metric("perplexty", ["loss"], what="a model")
 
 
 def test_bootstrap_of_a_mean_matches_the_normal_interval() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import tempfile
 from pathlib import Path
@@ -117,6 +118,29 @@ def test_leftovers_of_a_killed_run_are_cleared(tmp_path: Path) -> None:
     with staged(tmp_path / "out") as folder:
         (folder / "new").write_text("new")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_run_that_writes_the_same_output_is_left_in_peace(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with staged(out) as first:
+        with staged(out) as second:
+            (second / "second").write_text("")
+        assert [p.name for p in out.iterdir()] == ["second"]
+        (first / "first").write_text("")
+    assert [p.name for p in out.iterdir()] == ["first"]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_output_is_written_where_folders_cannot_be_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EBADF, "Bad file descriptor")  # NFS, for a folder
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with staged(tmp_path / "out") as folder:
+        (folder / "new").write_text("new")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["new"]
 
 
 def test_output_moved_aside_by_a_killed_run_comes_back(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,12 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+import transformers
 
 import zipc
+import zipc.pricing as pricing
 from tests.tiny_project import (
+    SETTINGS,
     Killed,
     Told,
     fake_clock,
@@ -24,11 +27,15 @@ from tests.tiny_project import (
     model_folder,
     pairs_file,
     request,
+    sentences,
     small_effort,
 )
 from zipc.build import FP32_BOUND, INT8_BOUND
 from zipc.core.errors import TargetUnreachable, UsageError
 from zipc.core.files import read_json, sha256_file
+from zipc.core.types import Level
+from zipc.latency_tables.correction import Correction
+from zipc.latency_tables.store import TableStore
 from zipc.manifest import Manifest
 from zipc.model_source import load_source
 from zipc.pipeline import compile_model, plan_model, profile_model
@@ -201,6 +208,31 @@ def test_unreachable_speedup_is_missed_with_the_best_artifact_complete(
     assert distance(run_torch(module, feeds), run_onnx(tmp_path / "out/model.onnx", feeds)) < 1e-4
 
 
+def test_speedup_that_prices_call_unreachable_is_met_where_it_measures_so(
+    project: Project, tmp_path: Path
+) -> None:
+    cache = shutil.copytree(project.cache / "stages", tmp_path / "cache" / "stages").parent
+    asked = request(project.model, project.data, None, cache)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pricing, "TRUSTED_ERROR", 1e9)
+        path = profile_model(asked, progress=Told()).table_path
+    store = TableStore(cache / "tables")
+    table = store.load(path, fingerprint=None)
+    assert table is not None
+    gloomy = Correction(
+        intercept=0.45, slope=0.55, points=((0.5, 0.7),), median_error=0.01, worst_error=0.01
+    )
+    store.save(table.with_correction(gloomy), path)
+    with pytest.raises(TargetUnreachable) as caught:
+        plan_model(asked, progress=Told())
+    assert 1.0 < caught.value.best_speedup < 2.5  # as corrected, not as summed
+    manifest = project.compile(tmp_path / "out", cache=cache)
+    assert manifest.verdict == "validated"
+    assert manifest.latency.speedup_ci95 is not None
+    assert manifest.latency.speedup_ci95[0] >= 2.5
+    assert any(a.level.width for a in manifest.allocation)
+
+
 def test_second_run_reuses_finished_stages_says_so_and_gives_the_same(
     project: Project, tmp_path: Path
 ) -> None:
@@ -212,6 +244,19 @@ def test_second_run_reuses_finished_stages_says_so_and_gives_the_same(
     assert manifest.allocation == project.manifest.allocation
     for name in ("model.onnx", "checkpoint/model.safetensors"):
         assert (tmp_path / "out" / name).read_bytes() == (project.out / name).read_bytes()
+
+
+def test_evidence_of_texts_read_otherwise_is_not_reused(project: Project, tmp_path: Path) -> None:
+    model, told = shutil.copytree(project.model, tmp_path / "model"), Told()
+    data = tmp_path / "long.txt"
+    data.write_text("\n".join(f"{a} {b}" for a in sentences(20) for b in sentences(4, seed=1)))
+    asked = request(model, data, None, tmp_path / "cache")
+    plan_model(asked, progress=told)
+    plan_model(asked, progress=told)
+    assert told.notes["evidence"] == "reused"
+    (model / "sentence_bert_config.json").write_text('{"max_seq_length": 16}')
+    plan_model(asked, progress=told)
+    assert told.notes["evidence"] != "reused"
 
 
 @pytest.mark.parametrize("stage", ["export", "evidence"])
@@ -298,6 +343,20 @@ def test_classifier_is_compiled_for_its_logits_and_read_by_accuracy(tmp_path: Pa
     assert distance(run_torch(zipc.load(tmp_path / "out"), feeds), compiled) < INT8_BOUND
 
 
+def test_model_stored_in_half_precision_is_compiled_in_fp32(
+    project: Project, tmp_path: Path
+) -> None:
+    model = shutil.copytree(project.model, tmp_path / "model")
+    module = transformers.AutoModel.from_pretrained(model, dtype=torch.bfloat16)
+    module.save_pretrained(model)
+    project.compile(tmp_path / "out", model=model, cache=tmp_path / "cache")
+    loaded = zipc.load(tmp_path / "out")
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+    feeds = padded_batch()
+    compiled = run_onnx(tmp_path / "out" / "model.onnx", feeds)
+    assert distance(run_torch(loaded, feeds), compiled) < INT8_BOUND
+
+
 def test_unlabelled_text_of_another_domain_will_do(project: Project, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     lines = ["".join(rng.choice(list("ACGT"), 9)) + f" {i}" for i in range(80)]
@@ -306,6 +365,23 @@ def test_unlabelled_text_of_another_domain_will_do(project: Project, tmp_path: P
     assert manifest.verdict == "validated"
     assert manifest.quality is not None
     assert np.isfinite(manifest.quality.compiled)
+
+
+def test_arrays_of_token_ids_will_do(project: Project, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    ids = rng.integers(4, SETTINGS["vocab_size"], (120, 12))
+    mask = (np.arange(12) < rng.integers(3, 13, 120)[:, None]).astype(np.int64)
+    np.savez(tmp_path / "ids.npz", input_ids=ids * mask, attention_mask=mask)
+    told = Told()
+    manifest = project.compile(tmp_path / "out", data=tmp_path / "ids.npz", told=told)
+    assert manifest.verdict == "validated"
+    assert any("arrays: input_ids 12 int64" in info for info in told.infos)
+    assert manifest.data is not None
+    assert sum(manifest.data.rows.values()) - manifest.data.rows["dev"] == 120
+    assert manifest.quality is not None
+    assert manifest.quality.metric == "agreement"
+    assert manifest.quality.dense == pytest.approx(100)
+    assert 0 <= (manifest.quality.compiled or -1) < 100
 
 
 def test_plan_stops_at_the_allocation(project: Project) -> None:
@@ -333,16 +409,57 @@ def test_profile_measures_once(project: Project, tmp_path: Path) -> None:
     assert again.entries == first.entries > 20
 
 
+def test_table_of_another_device_is_measured_anew_and_said(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pricing, "TRUSTED_ERROR", 1e9)
+    cache = shutil.copytree(project.cache, tmp_path / "cache")
+    asked = request(project.model, None, None, cache)
+    first = profile_model(asked, progress=Told())
+    store = TableStore(cache / "tables")
+    table = store.load(first.table_path, fingerprint=None)
+    assert table is not None
+    other = table.model_copy(update={"fingerprint": {**table.fingerprint, "cpu": "Abacus"}})
+    store.save(other, first.table_path)
+    allowed = profile_model(replace(asked, allow_table_mismatch=True), progress=Told())
+    assert allowed.from_cache
+    told = Told()
+    again = profile_model(asked, progress=told)
+    assert not again.from_cache
+    assert any("another device" in info and "Abacus" in info for info in told.infos)
+    assert profile_model(asked, progress=Told()).from_cache
+
+
+def test_sites_priced_above_the_whole_model_serve_one_run_and_are_not_kept(
+    project: Project, tmp_path: Path
+) -> None:
+    cache = shutil.copytree(project.cache, tmp_path / "cache")
+    asked = request(project.model, None, None, cache)
+    path = profile_model(asked, progress=Told()).table_path
+    store = TableStore(cache / "tables")
+    table = store.load(path, fingerprint=None)
+    assert table is not None
+    whole = table.entry("model", Level(1))
+    busy = whole.model_copy(update={"samples_ms": tuple(ms / 3 for ms in whole.samples_ms)})
+    store.save(table.with_entries([busy]).with_correction(None), path)
+    told = Told()
+    assert profile_model(asked, progress=told).correction_error is not None
+    assert any("the machine was busy" in info for info in told.infos)
+    assert not path.exists()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"data": None}, "--data is needed"),
         ({"out": None}, "-o OUT"),
         ({"sequence_length": 49}, "more than the model takes"),
+        ({"threads": 100_000}, "processors of this machine"),
         ({"speedup": 1.0}, "more than 1"),
         ({"speedup": None}, "Give a goal"),
         ({"recover": "distill"}, "not available"),
         ({"numerics": "int3"}, "int3"),
+        ({"prune": False, "numerics": "fp32"}, "leaves the model as it is"),
         ({"target": "abacus"}, "abacus"),
         ({"effort": "heroic"}, "heroic"),
     ],

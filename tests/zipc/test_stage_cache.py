@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -96,3 +98,39 @@ def test_file_in_the_place_of_the_cache_is_one_message(tmp_path: Path) -> None:
     (tmp_path / "stages").write_text("")
     with pytest.raises(UsageError, match="--cache-dir"):
         StageCache(tmp_path).put("export", "k", FILES)
+
+
+def test_runs_that_share_a_cache_do_not_disturb_each_other(tmp_path: Path) -> None:
+    def use(worker: int) -> None:
+        cache = StageCache(tmp_path, cap_bytes=3000)
+        for turn in range(40):
+            cache.put("export", "shared", FILES)
+            cache.put("evidence", f"own-{worker}-{turn}", FILES)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(use, range(4)))
+    assert not list(tmp_path.glob("stages/*/.new-*"))
+    StageCache(tmp_path).put("export", "shared", FILES)
+    assert StageCache(tmp_path).get("export", "shared") is not None
+
+
+def test_half_written_entry_of_a_killed_run_goes_after_a_day(tmp_path: Path) -> None:
+    cache = StageCache(tmp_path)
+    cache.put("export", "k", FILES)
+    for name, age_s in ((".new-live", 60.0), (".new-dead", 100_000.0)):
+        (tmp_path / "stages" / "export" / name).mkdir()
+        used = time.time() - age_s
+        os.utime(tmp_path / "stages" / "export" / name, (used, used))
+    cache.put("export", "k", FILES)
+    assert {p.name for p in (tmp_path / "stages" / "export").iterdir()} == {"k", ".new-live"}
+
+
+def test_entry_is_read_where_its_age_cannot_be_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    folder = StageCache(tmp_path).put("export", "k", FILES)
+    monkeypatch.setattr(os, "utime", refuse)
+    assert StageCache(tmp_path).get("export", "k") == folder

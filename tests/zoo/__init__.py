@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tests.zoo import dense_prediction, huggingface, vision
 from tests.zoo.values import images, ready, tokens
 
+LONGEST = 28  # tokens; the position tables of some families begin a few rows later
 Axes = dict[str, dict[int, str]]
 
 
@@ -38,7 +39,7 @@ class Family:
     def shapes(self) -> dict[str, dict[int, Any]]:
         """The `dynamic_shapes` of torch.export for the example."""
         sizes = {s for axes in self.dynamic.values() for s in axes.values()}
-        dims = {s: torch.export.Dim(s, max=64 if s == "batch" else 32) for s in sizes}
+        dims = {s: torch.export.Dim(s, max=64 if s == "batch" else LONGEST) for s in sizes}
         return {
             name: {axis: dims[size] for axis, size in axes.items()}
             for name, axes in self.dynamic.items()
@@ -47,20 +48,19 @@ class Family:
 
 _IMAGE: Axes = {"x": {0: "batch"}}
 _PIXELS: Axes = {"pixel_values": {0: "batch"}}
-_TEXT: Axes = {
-    name: {0: "batch", 1: "sequence"} for name in ("input_ids", "attention_mask")
-}
+_TEXT: Axes = {name: {0: "batch", 1: "sequence"} for name in ("input_ids", "attention_mask")}
 _TYPED: Axes = _TEXT | {"token_type_ids": {0: "batch", 1: "sequence"}}
 _PAIR: Axes = _TEXT | {"decoder_input_ids": {0: "batch", 1: "target"}}
 
 
 def _image(name: str, make: Callable[[], nn.Module], *, size: int = 32) -> Family:
     """A plain torch model; its values are drawn after it is made."""
-    return Family(name, lambda: ready(make()), partial(images, size=size), _IMAGE, "image")
+    example = partial(images, size=size)
+    return Family(name, lambda: ready(make(), example()), example, _IMAGE, "image")
 
 
 def _pixels(name: str, build: Callable[[], nn.Module], *, size: int = 16) -> Family:
-    example = partial(images, size=size, name="pixel_values")
+    example = partial(huggingface.pixels, size=size)
     return Family(name, build, example, _PIXELS, "image")
 
 
@@ -80,10 +80,14 @@ ZOO: dict[str, Family] = {
         _image("shufflenet", vision.ShuffleNet, size=16),
         _image("unet", dense_prediction.UNet, size=16),
         _image("unet-upsample", partial(dense_prediction.UNet, transposed=False), size=16),
-        _image("yolo", dense_prediction.Yolo),
+        Family("yolo", dense_prediction.detector, images, _IMAGE, "image"),
         Family("bert", huggingface.bert, partial(tokens, types=True), _TYPED, "text"),
         Family(
-            "bert-masked-lm", huggingface.bert_masked_lm, partial(tokens, types=True), _TYPED, "text"
+            "bert-masked-lm",
+            huggingface.bert_masked_lm,
+            partial(tokens, types=True),
+            _TYPED,
+            "text",
         ),
         Family("roberta", huggingface.roberta, tokens, _TEXT, "text"),
         Family("distilbert", huggingface.distilbert, tokens, _TEXT, "text"),

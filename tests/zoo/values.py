@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
 
 VOCABULARY = 60
 PAD = 1
 
 
-def ready(module: nn.Module, *, seed: int = 0) -> nn.Module:
-    """Give `module` values that matter, in evaluation mode and without gradients."""
+def ready(module: nn.Module, feeds: Mapping[str, Tensor], *, seed: int = 0) -> nn.Module:
+    """Give `module` values under which `feeds` wakes every unit; evaluation mode, no gradients."""
+    module.eval().requires_grad_(False)
     randomise_(module, seed=seed)
-    return module.eval().requires_grad_(False)
+    settle_(module, feeds, seed=seed)
+    return module
 
 
 def randomise_(module: nn.Module, *, seed: int = 0) -> None:
@@ -40,11 +44,53 @@ def randomise_(module: nn.Module, *, seed: int = 0) -> None:
                 elif name == "weight":  # the scale of a norm, or the slopes of a PReLU
                     value.copy_(uniform(value.shape, 0.5, 1.5))
                 else:
-                    value.copy_(normal(value.shape, 0.3))
+                    value.copy_(uniform(value.shape, 0.1, 0.4) * normal(value.shape, 1.0).sign())
             if isinstance(owner, _NormBase) and owner.running_mean is not None:
                 owner.running_mean.copy_(normal(owner.running_mean.shape, 0.3))
                 assert owner.running_var is not None
                 owner.running_var.copy_(uniform(owner.running_var.shape, 1.0, 2.0))
+
+
+def settle_(module: nn.Module, feeds: Mapping[str, Tensor], *, seed: int = 0) -> None:
+    """Centre what reaches the activations, so that no unit is dead, and scale filters to 1.
+
+    One pass in order of execution; a module that is called twice counts at its first call, and
+    one without bias stays off centre. Offsets of up to half a deviation remain everywhere.
+    """
+    generator = torch.Generator().manual_seed(seed + 1)
+    seen: set[nn.Module] = set()
+
+    def offset(value: Tensor, axis: int) -> Tensor:
+        """The mean of every channel, missed by up to half a deviation."""
+        rows = value.transpose(axis, -1).flatten(0, -2)
+        std, mean = torch.std_mean(rows, 0)
+        return mean + (torch.rand(mean.shape, generator=generator) - 0.5) * std
+
+    def settle(owner: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        if owner in seen:
+            return out
+        seen.add(owner)
+        if isinstance(owner, _ConvNd):
+            std = out.transpose(1, -1).flatten(0, -2).std(0).clamp(min=1e-3)  # of each channel
+            if owner.transposed:  # the outputs are not the first axis: one scale for all
+                std = std.square().mean().sqrt()[None]
+            owner.weight.div_(std.view(-1, *[1] * (owner.weight.dim() - 1)))
+            out = type(owner).forward(owner, *args)
+        if isinstance(owner, _NormBase):
+            if owner.running_mean is not None:
+                owner.running_mean.copy_(offset(args[0], 1))
+        elif isinstance(owner.bias, Tensor):
+            owner.bias.sub_(offset(out, -1 if isinstance(owner, nn.Linear) else 1))
+        return type(owner).forward(owner, *args)  # type: ignore[no-any-return]
+
+    kinds = (_ConvNd, nn.Linear, _NormBase)
+    handles = [m.register_forward_hook(settle) for m in module.modules() if isinstance(m, kinds)]
+    try:
+        with torch.no_grad():
+            module(**feeds)
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _fan_in(owner: nn.Module, value: Tensor) -> int:
@@ -61,10 +107,10 @@ def _fan_in(owner: nn.Module, value: Tensor) -> int:
     return value[0].numel()
 
 
-def images(*, batch: int = 2, size: int = 32, seed: int = 0, name: str = "x") -> dict[str, Tensor]:
-    """Square images with three channels, under the input name `name`."""
+def images(*, batch: int = 2, size: int = 32, seed: int = 0) -> dict[str, Tensor]:
+    """Square images with three channels."""
     generator = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(batch, 3, size, size, generator=generator)}
+    return {"x": torch.randn(batch, 3, size, size, generator=generator)}
 
 
 def tokens(

@@ -57,9 +57,7 @@ class CifarResNet(nn.Module):
     @staticmethod
     def _stage(channels: int, width: int, count: int, *, stride: int) -> nn.Sequential:
         first = CifarBlock(channels, width, stride=stride)
-        return nn.Sequential(
-            first, *(CifarBlock(width, width, stride=1) for _ in range(count - 1))
-        )
+        return nn.Sequential(first, *(CifarBlock(width, width, stride=1) for _ in range(count - 1)))
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(x)))
@@ -131,10 +129,8 @@ class GroupNormNet(nn.Module):
     def __init__(self, *, classes: int = 5) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 8, 3, stride=2, padding=1)
-        self.blocks = nn.Sequential(
-            GroupNormBlock(8, 12, groups=4), GroupNormBlock(8, 6, groups=1)
-        )
-        self.down = nn.Conv2d(8, 6, 3, stride=2, padding=1)
+        self.blocks = nn.Sequential(GroupNormBlock(8, 12, groups=4), GroupNormBlock(8, 6, groups=1))
+        self.down = nn.Conv2d(8, 6, 3, stride=2, padding=1, bias=False)  # the norm takes it out
         self.norm = nn.GroupNorm(6, 6)
         self.head = nn.Linear(6, classes)
 

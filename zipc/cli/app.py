@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 from collections.abc import Sequence
 from itertools import pairwise
@@ -35,6 +37,7 @@ for verb in (
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its code; a bad command line is code 2."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    _make_streams_safe()
     try:
         code = typer.main.get_command(app).main(given, prog_name="zipc", standalone_mode=False)
     except typer.Abort:
@@ -43,6 +46,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = error.exit_code
         _report_bad_usage(error.format_message(), as_json=_wants_json(given))
     sys.exit(code or 0)
+
+
+def _make_streams_safe() -> None:
+    """Print "?" where a terminal has no such letter, and nothing where a stream was closed."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif name == "stdout" and isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def _report_bad_usage(message: str, *, as_json: bool) -> None:

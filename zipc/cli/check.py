@@ -10,7 +10,8 @@ import typer
 from zipc.cli.flags import FormatFlag, parse_latency, parse_seconds
 from zipc.cli.printing import show_fields
 from zipc.cli.running import Outcome, run_verb
-from zipc.core.types import Progress, Workload
+from zipc.core.types import Progress
+from zipc.core.workload import resized
 
 
 def check_verb(
@@ -55,25 +56,16 @@ def check_verb(
             baseline,
             fail_on=fail_on,
             max_time_s=parse_seconds(max_time, "--max-time"),
-            min_delta_ms=0.0 if min_delta is None else parse_latency(min_delta),
-            workload=_workload(batch_size, sequence_length, threads),
+            min_delta_ms=0.0 if min_delta is None else parse_latency(min_delta, "--min-delta"),
+            workload=resized(
+                gate.workload_of(new, baseline),
+                batch_size=batch_size,
+                sequence_length=sequence_length,
+                threads=threads,
+            ),
             progress=progress,
         )
         document = result.to_json()
         return Outcome(document, lambda console: show_fields(console, document), result.exit_code)
 
     run_verb(body, output=format)
-
-
-def _workload(
-    batch_size: int | None, sequence_length: int | None, threads: int | None
-) -> Workload | None:
-    """The workload asked for, or None: the one the artifacts were compiled for."""
-    if batch_size is None and sequence_length is None and threads is None:
-        return None
-    usual = Workload()
-    return Workload(
-        batch_size=batch_size or usual.batch_size,
-        sequence_length=sequence_length or usual.sequence_length,
-        threads=threads or usual.threads,
-    )

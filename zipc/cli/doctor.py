@@ -18,6 +18,7 @@ from rich.table import Table
 import zipc
 from zipc.cli.flags import FormatFlag
 from zipc.cli.running import Outcome, run_verb
+from zipc.core.errors import UsageError
 from zipc.core.types import Progress
 
 NEEDED = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "numpy", "scipy")
@@ -87,7 +88,10 @@ def _processor() -> Finding:
 def _cache() -> Finding:
     from zipc.latency_tables.store import default_cache_dir
 
-    folder = default_cache_dir()
+    try:
+        folder = default_cache_dir()
+    except UsageError as error:
+        return Finding("cache", "broken", str(error), "export ZIPC_CACHE_DIR=DIR")
     existing = next(p for p in (folder, *folder.parents) if p.exists())
     if not (existing.is_dir() and os.access(existing, os.W_OK)):
         return Finding("cache", "broken", f"{folder} cannot be written", "give --cache-dir DIR")

@@ -21,8 +21,9 @@ def dry_run(request: Request) -> Outcome:
         UsageError: there is no such target, or the data cannot be used.
     """
     target = load_target(request.target)
-    data = None if request.data is None else _describe_data(request, request.data)
+    data = None if request.data is None else _describe_data(request)
     asked = {k: _plain(v) for k, v in dataclasses.asdict(request).items()}
+    asked["input_shapes"] = [str(spec) for spec in request.input_shapes]
     document = {
         "dry_run": True,
         "request": asked,
@@ -37,23 +38,17 @@ def dry_run(request: Request) -> Outcome:
                 table.add_row(name, escape(str(value)))
         table.add_row("runtime", target.runtime)
         if data is not None:
-            table.add_row("columns, splits", escape(data))
+            table.add_row("data, splits", escape(data))
         console.print(table)
         console.print("dry run: nothing was measured or written")
 
     return Outcome(document, show)
 
 
-def _describe_data(request: Request, data: str) -> str:
-    from zipc.data import load_splits
+def _describe_data(request: Request) -> str:
+    from zipc.samples import describe_data
 
-    splits = load_splits(
-        data,
-        text_columns=request.text_columns,
-        label_column=request.label_column,
-        seed=request.seed,
-    )
-    return splits.description
+    return describe_data(request)
 
 
 def _plain(value: Any) -> Any:

@@ -14,6 +14,7 @@ import typer
 from zipc.cli.running import Format
 from zipc.core.errors import UsageError
 from zipc.core.request import Request
+from zipc.core.shapes import parse_input_shapes
 
 Numerics = Literal["auto", "fp32", "int8", "int8-dynamic", "int8-static"]
 _WORKLOAD, _SEARCH, _DATA, _RUN = "Workload", "Search", "Reading the data", "Running"
@@ -39,6 +40,24 @@ ExcludeFlag = Annotated[
         rich_help_panel=_SEARCH,
     ),
 ]
+WeightsFlag = Annotated[
+    str | None,
+    typer.Option(
+        "--weights",
+        help="Weights of a model given as FILE.PY:FACTORY.",
+        metavar="FILE.safetensors",
+    ),
+]
+InputShapesFlag = Annotated[
+    str | None,
+    typer.Option(
+        "--input-shapes",
+        help="Sizes of inputs that are not token sequences, batch first: x:1x3x224x224, "
+        "ids:1x128:int64.",
+        metavar="NAME:SIZES,...",
+        rich_help_panel=_WORKLOAD,
+    ),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,11 +67,12 @@ class ModelFlags:
     model: Annotated[
         str,
         typer.Argument(
-            help="A local Hugging Face folder, a hub id, or the alias minilm.",
+            help="A local Hugging Face folder, a hub id, the alias minilm, or FILE.PY:FACTORY.",
             metavar="MODEL",
             show_default=False,
         ),
     ]
+    weights: WeightsFlag = None
     target: Annotated[
         str, typer.Option("--target", help="A built-in target, or the path of a .toml file.")
     ] = "cpu"
@@ -77,11 +97,15 @@ class ModelFlags:
         int, typer.Option("--batch-size", min=1, help="Batch timed.", rich_help_panel=_WORKLOAD)
     ] = 1
     sequence_length: Annotated[
-        int,
+        int | None,
         typer.Option(
-            "--sequence-length", min=1, help="Tokens per sequence timed.", rich_help_panel=_WORKLOAD
+            "--sequence-length",
+            min=1,
+            help="Tokens per sequence timed: 128, or the most the model takes.",
+            rich_help_panel=_WORKLOAD,
         ),
-    ] = 128
+    ] = None
+    input_shapes: InputShapesFlag = None
     effort: Annotated[
         Effort,
         typer.Option("--effort", help="How long to measure and to search.", rich_help_panel=_RUN),
@@ -112,6 +136,7 @@ class ModelFlags:
         return Request(**self._fields())
 
     def _fields(self) -> dict[str, Any]:
+        shapes = self.input_shapes
         return {
             "model": self.model,
             "target": self.target,
@@ -121,6 +146,8 @@ class ModelFlags:
             "threads": self.threads,
             "batch_size": self.batch_size,
             "sequence_length": self.sequence_length,
+            "input_shapes": () if shapes is None else parse_input_shapes(shapes),
+            "weights": self.weights,
             "effort": self.effort,
             "seed": self.seed,
             "cache_dir": self.cache_dir,
@@ -142,14 +169,16 @@ class SearchFlags(ModelFlags):
     data: Annotated[
         str | None,
         typer.Option(
-            "--data", help="Folder or file (csv, tsv, jsonl, txt) of texts the model will see."
+            "--data",
+            help="What the model will see: texts (csv, tsv, jsonl, txt), a folder of images, "
+            "or arrays by input name (npz).",
         ),
     ] = None
     metric: Annotated[
         str | None,
         typer.Option(
             "--metric",
-            help="Metric of the report, e.g. spearman, accuracy.",
+            help="Metric of the report, e.g. spearman, accuracy, perplexity.",
             metavar="NAME",
             rich_help_panel=_DATA,
         ),
@@ -263,12 +292,12 @@ def parse_speedup(text: str) -> float:
     return factor
 
 
-def parse_latency(text: str) -> float:
+def parse_latency(text: str, flag: str = "--latency") -> float:
     """Read "5ms", "5", "800us" or "0.1s" as milliseconds."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)\s*(us|µs|ms|s)?", text.strip().lower())
     value = float(found[1]) * _MS_PER[found[2] or "ms"] if found else 0.0
     if value <= 0:
-        raise UsageError(f"--latency '{text}' is not a time above 0. Write milliseconds, e.g. 5ms.")
+        raise UsageError(f"{flag} '{text}' is not a time above 0. Write milliseconds, e.g. 5ms.")
     return value
 
 

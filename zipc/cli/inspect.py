@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
-from zipc.cli.flags import ExcludeFlag, FormatFlag, IncludeFlag
+from zipc.cli.flags import ExcludeFlag, FormatFlag, IncludeFlag, InputShapesFlag, WeightsFlag
 from zipc.cli.printing import show_fields, show_manifest, show_structure
 from zipc.cli.running import Outcome, run_verb
+from zipc.core.shapes import parse_input_shapes
 from zipc.core.types import Progress
 from zipc.manifest import FILE_NAME, Manifest
 
@@ -26,6 +27,8 @@ def inspect_verb(
     *,
     include: IncludeFlag = None,
     exclude: ExcludeFlag = None,
+    weights: WeightsFlag = None,
+    input_shapes: InputShapesFlag = None,
     format: FormatFlag = "table",
 ) -> None:
     """Print what a compile did, what could be removed from a model, or what an ONNX file holds."""
@@ -39,14 +42,25 @@ def inspect_verb(
             return Outcome(document, lambda console: show_fields(console, document))
         if _is_compiled(path):
             manifest = Manifest.read(path)
+            out = path.parent if path.name == FILE_NAME else path
+            for name in manifest.changed_files(out):
+                progress.info(
+                    f"{name} is missing or was changed after the compile: what follows is not of it"
+                )
             return Outcome(
                 manifest.to_json(),
-                lambda console: show_manifest(console, manifest, out=path, every_site=True),
+                lambda console: show_manifest(console, manifest, out=out, every_site=True),
             )
         from zipc.inspect import inspect_model
 
         progress.stage("trace")
-        found = inspect_model(what, include=include or (), exclude=exclude or ())
+        found = inspect_model(
+            what,
+            include=include or (),
+            exclude=exclude or (),
+            weights=weights,
+            input_shapes=() if input_shapes is None else parse_input_shapes(input_shapes),
+        )
         progress.done()
         return Outcome(found, lambda console: show_structure(console, found))
 

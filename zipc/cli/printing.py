@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -61,13 +63,7 @@ def show_plan(console: Console, plan: Plan, *, request: Request) -> None:
     _say(console, f"[dim]predicted error {plan.allocation.predicted_error:.4g}[/]")
     for part in plan.left_alone:
         console.print(f"left alone: {part.path}: {part.reason}", markup=False, soft_wrap=True)
-    wanted = _flag(request)
-    console.print(
-        f"next: zipc compile {request.model} --target {request.target}{wanted} "
-        f"--data {request.data} -o OUT",
-        markup=False,
-        soft_wrap=True,
-    )
+    console.print(f"next: {_compile_command(request)} -o OUT", markup=False, soft_wrap=True)
 
 
 def show_structure(console: Console, document: Mapping[str, Any]) -> None:
@@ -126,13 +122,9 @@ def _asked(manifest: Manifest) -> str:
 
 
 def _facts(manifest: Manifest) -> Iterable[tuple[str, str]]:
-    latency, size, load = manifest.latency, manifest.size, manifest.workload
+    latency, size = manifest.latency, manifest.size
     yield "model", f"{manifest.model.source}  sha256 {manifest.model.sha256[:12]}"
-    yield (
-        "target",
-        f"{manifest.target}: batch {load.batch_size}, sequence {load.sequence_length}, "
-        f"{load.threads} thread{'s' if load.threads > 1 else ''}",
-    )
+    yield "target", f"{manifest.target}: {manifest.workload}"
     times = f"reference {_ms(latency.reference_ms)}, compiled {_ms(latency.compiled_ms)}"
     if latency.p90_ms is not None and latency.p99_ms is not None:
         times += f" (p90 {latency.p90_ms:.2f}, p99 {latency.p99_ms:.2f})"
@@ -153,19 +145,24 @@ def _facts(manifest: Manifest) -> Iterable[tuple[str, str]]:
 
 
 def _quality(manifest: Manifest) -> str:
+    from zipc.metrics import lower_is_better  # brings scipy, which no other verb waits for
+
     quality = manifest.quality
     assert quality is not None
     text = f"{quality.metric} on {quality.split}"
     text += f" ({quality.rows:,} rows)" if quality.rows is not None else ""
-    text += f": dense {quality.dense:.2f}"
+    places = 4 if quality.metric == "loss" else 2  # the others are x100, or larger
+    text += f": dense {quality.dense:.{places}f}"
     if quality.compiled is not None:
-        text += f", compiled {quality.compiled:.2f} ({quality.compiled - quality.dense:+.2f}"
+        change = quality.compiled - quality.dense
+        text += f", compiled {quality.compiled:.{places}f} ({change:+.{places}f}"
         if quality.interval is not None:
-            text += f", 95 % {quality.interval[0]:+.2f} to {quality.interval[1]:+.2f}"
+            low, high = quality.interval
+            text += f", 95 % {low:+.{places}f} to {high:+.{places}f}"
         text += ")"
     if quality.recovered is not None and quality.one_shot is not None:
-        text += f", one-shot {quality.one_shot:.2f}"
-    return text
+        text += f", one-shot {quality.one_shot:.{places}f}"
+    return text + (", lower is better" if lower_is_better(quality.metric) else "")
 
 
 def _sizes(dense_mb: float, mb: float, dense_params: int | None, params: int | None) -> str:
@@ -182,7 +179,7 @@ def _show_allocation(console: Console, rows: Sequence[Row], *, every_site: bool)
         return
     table = Table(box=None, pad_edge=False)
     for name, justify in _COLUMNS:
-        table.add_column(name, justify=justify)
+        table.add_column(name, justify=justify, overflow="fold", no_wrap=name != "site")
     for site, level, units, ms, error in rows:
         kept = "removed" if level.removed else str(level.width)
         numeric = "" if level.removed else level.numeric
@@ -218,10 +215,22 @@ def _next_commands(manifest: Manifest, out: Path) -> Iterable[str]:
     yield f"""python -c "import zipc; model = zipc.load('{out}')" """.rstrip()
 
 
-def _flag(request: Request) -> str:
+def _compile_command(request: Request) -> str:
+    """The command line of a request: the goal, and every flag that is not at its default."""
+    words = ["zipc", "compile", request.model, "--target", request.target]
     if request.speedup is not None:
-        return f" --speedup {request.speedup:g}x"
-    return f" --latency {request.latency_ms:g}ms" if request.latency_ms is not None else ""
+        words += ["--speedup", f"{request.speedup:g}x"]
+    if request.latency_ms is not None:
+        words += ["--latency", f"{request.latency_ms:g}ms"]
+    words += [] if request.prune else ["--no-prune"]
+    words += ["--allow-table-mismatch"] if request.allow_table_mismatch else []
+    usual = {field.name: field.default for field in dataclasses.fields(Request)}
+    for name, flag in _FLAGS.items():
+        value = getattr(request, name)
+        if value != usual[name]:
+            many = value if isinstance(value, tuple) else (value,)
+            words += [word for one in many for word in (flag, str(one))]
+    return shlex.join(words)
 
 
 def _ms(value: float | None) -> str:
@@ -247,6 +256,22 @@ def _value(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+_FLAGS: Mapping[str, str] = {  # those whose value is their text
+    "data": "--data",
+    "numerics": "--numerics",
+    "metric": "--metric",
+    "evaluator": "--eval",
+    "text_columns": "--text-column",
+    "label_column": "--label-column",
+    "include": "--include",
+    "exclude": "--exclude",
+    "effort": "--effort",
+    "seed": "--seed",
+    "threads": "--threads",
+    "batch_size": "--batch-size",
+    "sequence_length": "--sequence-length",
+    "cache_dir": "--cache-dir",
+}
 _COLUMNS: tuple[tuple[str, Literal["left", "right"]], ...] = (
     ("site", "left"),
     ("kept", "right"),

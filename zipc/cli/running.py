@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
+import os
 import signal
 import sys
 import threading
@@ -62,12 +64,8 @@ def run_verb(body: Callable[[Progress], Outcome], *, output: Format) -> None:
         if as_json:
             print_json(error_document(type(bug).__name__, str(bug), exit_code=BUG_EXIT_CODE))
         raise typer.Exit(BUG_EXIT_CODE) from None
-    if as_json:
-        print_json(outcome.document)
-    else:
-        width = None if sys.stdout.isatty() else PIPED_WIDTH
-        outcome.show(Console(highlight=False, width=width))
-    raise typer.Exit(outcome.exit_code)
+    printed = _print(_document(outcome.document) if as_json else _drawn(outcome.show))
+    raise typer.Exit(outcome.exit_code if printed else ZipcError.exit_code)
 
 
 class Terminated(KeyboardInterrupt):
@@ -80,7 +78,39 @@ def error_document(kind: str, message: str, *, exit_code: int, **details: Any) -
 
 def print_json(document: Any) -> None:
     """Print one JSON document; a value JSON has no word for is a bug, not a NaN."""
-    print(json.dumps(document, indent=2, allow_nan=False))
+    _print(_document(document))
+
+
+def _document(document: Any) -> str:
+    return json.dumps(document, indent=2, allow_nan=False) + "\n"
+
+
+def _drawn(show: Callable[[Console], None]) -> str:
+    terminal = sys.stdout.isatty()
+    page = io.StringIO()
+    width = None if terminal else PIPED_WIDTH
+    show(Console(file=page, force_terminal=terminal, highlight=False, width=width))
+    if terminal:
+        return page.getvalue()
+    return "".join(f"{line.rstrip()}\n" for line in page.getvalue().splitlines())
+
+
+def _print(text: str) -> bool:
+    """Write to stdout; False, and said on stderr, where the text could not be written.
+
+    A reader that has seen enough (`| head`) is no failure, and must not look like one: exit code 1
+    means that a promise was not kept.
+    """
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        if isinstance(error, BrokenPipeError):
+            return True
+        print(f"zipc: cannot write to standard output ({error.strerror}).", file=sys.stderr)
+        return False
+    return True
 
 
 def _say_error(error: ZipcError, *, as_json: bool) -> None:

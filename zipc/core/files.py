@@ -42,8 +42,8 @@ def write_json(path: Path, document: Any) -> None:
     write_atomic(path, json.dumps(document, indent=1, sort_keys=True, allow_nan=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file of ours.
+def read_json(path: Path, *, advice: str = "Delete it and run again.") -> Any:
+    """Read a JSON file of ours; `advice` is what a user should do about a damaged one.
 
     Raises:
         CorruptFile: it is missing, truncated or not JSON.
@@ -51,7 +51,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CorruptFile(f"{path} cannot be read ({error}). Delete it and run again.") from error
+        raise CorruptFile(f"{path} cannot be read ({error}). {advice}") from error
 
 
 def sha256_file(path: Path) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from zipc.core.types import Workload
+from zipc.core.types import InputSpec, Workload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -13,6 +13,7 @@ class Request:
     """The arguments of a compile; `plan` and `profile` read the part they need."""
 
     model: str
+    weights: str | None = None  # safetensors of a model from path/to/file.py:factory
     data: str | None = None
     output: Path | None = None
     target: str = "cpu"
@@ -31,7 +32,8 @@ class Request:
     seed: int = 0
     threads: int = 1
     batch_size: int = 1
-    sequence_length: int = 128
+    sequence_length: int | None = None  # 128 or the most the model takes, if it reads sequences
+    input_shapes: tuple[InputSpec, ...] = ()  # whole shapes, of models that read no text
     cache_dir: Path | None = None
     keep_reference: bool = True
     allow_table_mismatch: bool = False
@@ -39,4 +41,6 @@ class Request:
 
     @property
     def workload(self) -> Workload:
-        return Workload(self.batch_size, self.sequence_length, self.threads)
+        """What is timed; complete once `sources.settle` has filled in what the model decides."""
+        shapes = {s.name: tuple(int(n) for n in s.shape) for s in self.input_shapes}
+        return Workload(self.batch_size, self.sequence_length, self.threads, shapes)

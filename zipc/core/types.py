@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -10,6 +11,7 @@ Numeric = str  # name of a registered scheme: "fp32", "int8-dynamic", "int8-stat
 Pattern = Literal["dense", "2:4"]
 TableKind = Literal["measured", "published", "modelled"]
 VerdictName = Literal["validated", "predicted", "missed", "inconclusive"]
+ModelTask = Literal["embedding", "classes", "regression", "causal_lm", "image_classes", "tensors"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,16 +28,77 @@ class Target:
 
 
 @dataclass(frozen=True, slots=True)
+class InputSpec:
+    """One input of a model: sizes are numbers, or names of axes that stay open."""
+
+    name: str
+    dtype: str  # as torch spells it: "float32", "int64"
+    shape: tuple[int | str, ...]
+    high: int | None = None  # integers lie below it
+
+    def __str__(self) -> str:
+        sizes = "x".join(map(str, self.shape))
+        return f"{self.name}:{sizes}" + ("" if self.dtype == "float32" else f":{self.dtype}")
+
+
+@dataclass(frozen=True, slots=True)
 class Workload:
-    """What is timed: the input shape and the number of threads."""
+    """What is timed: the sizes of the inputs and the number of threads.
+
+    A model of texts is given a batch and a sequence length; where these do not say all,
+    `input_shapes` has the whole shape of every input. `past_length` is the number of tokens in the
+    cache of a decode step.
+    """
 
     batch_size: int = 1
-    sequence_length: int = 128
+    sequence_length: int | None = 128  # None: no input has a sequence axis
     threads: int = 1
+    input_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict, hash=False)
+    past_length: int | None = None
 
     @property
     def key(self) -> str:
-        return f"b{self.batch_size}s{self.sequence_length}t{self.threads}"
+        shapes = "".join(f"-{n}-{_sizes(shape)}-" for n, shape in self.input_shapes.items())
+        if len(shapes) > 80:
+            shapes = f"-{hashlib.sha256(shapes.encode()).hexdigest()[:16]}-"
+        length = "" if self.sequence_length is None else f"s{self.sequence_length}"
+        past = "" if self.past_length is None else f"p{self.past_length}"
+        return f"b{self.batch_size}{length}{past}{shapes}t{self.threads}"
+
+    @property
+    def axes(self) -> dict[str, int]:
+        """The size of every axis that has a name."""
+        sizes = {
+            "batch": self.batch_size,
+            "sequence": self.sequence_length,
+            "decoder_sequence": self.sequence_length,
+            "past": self.past_length,
+        }
+        return {name: size for name, size in sizes.items() if size is not None}
+
+    @property
+    def flags(self) -> str:
+        """The flags of the command line that ask for this workload."""
+        sizes = f"--batch-size {self.batch_size}"
+        if self.input_shapes:
+            shapes = ",".join(f"{n}:{_sizes(shape)}" for n, shape in self.input_shapes.items())
+            sizes = f"--input-shapes {shapes}"
+        elif self.sequence_length is not None:
+            sizes += f" --sequence-length {self.sequence_length}"
+        return f"{sizes} --threads {self.threads}"
+
+    def __str__(self) -> str:
+        parts = [f"batch {self.batch_size}"]
+        if self.sequence_length is not None:
+            parts.append(f"sequence {self.sequence_length}")
+        if self.past_length is not None:
+            parts.append(f"1 token after {self.past_length}")
+        parts += [f"{n} {_sizes(shape)}" for n, shape in self.input_shapes.items()]
+        return ", ".join([*parts, f"{self.threads} thread{'s' if self.threads > 1 else ''}"])
+
+
+def _sizes(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -57,26 +120,36 @@ class Level:
         return f"{self.width}@{self.numeric}{tail}"
 
 
+Index = tuple[tuple[int, ...], ...]  # unit -> its positions along a dimension, ascending
+
+
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """How one tensor dimension is cut into the units of a site.
-
-    The dimension is read as `(outer, units, inner)`, row-major; unit `u` owns all `[:, u, :]`.
-    """
+    """What the units of a site own along one dimension of one tensor."""
 
     parameter: str  # qualified name, e.g. "encoder.layer.0.attention.self.query.weight"
     dim: int
-    outer: int
-    inner: int
+    index: Index
 
 
 @dataclass(frozen=True, slots=True)
 class Consumer:
-    """A linear map that contracts over the units: evidence is taken at its input."""
+    """A map that contracts over the units: evidence is taken at its input.
+
+    `index` are channels of that input; a channel stands for `kernel` columns of the map's matrix.
+    """
 
     module: str
-    outer: int
-    inner: int
+    index: Index
+    kernel: int = 1
+
+    def columns(self, units: Iterable[int]) -> list[int]:
+        """Columns of the map's matrix (out, channels x kernel) that `units` own."""
+        k = self.kernel
+        return [c * k + j for u in units for c in self.index[u] for j in range(k)]
+
+
+Kind = Literal["heads", "ffn", "channels", "width"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,13 +157,14 @@ class Site:
     """One decision point: `units` removable groups of coupled slices."""
 
     name: str
-    kind: Literal["heads", "ffn"]
+    kind: Kind
     units: int
     slices: tuple[Slice, ...]
     consumers: tuple[Consumer, ...]
     producers: tuple[str, ...]  # module paths whose output carries the units
     signature: str  # equal for sites that cost the same at equal levels
     calls: int = 1  # how often the shared modules run in one forward pass
+    removable: bool = True  # its consumers read nothing else: without units they are constants
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,13 @@ from pydantic import TypeAdapter, ValidationError
 from zipc.core.errors import UsageError
 from zipc.core.types import Target
 
+SUPPORTED = {  # a target that asks for more would be measured as something it is not
+    "runtime": ("onnxruntime",),
+    "connection": ("local",),
+    "reference_numeric": ("fp32",),
+    "numerics": ("fp32", "int8-dynamic", "int8-static"),  # named here: `numerics` needs torch
+}
+
 
 def load_target(name: str) -> Target:
     """Load a built-in target by name, or one of the user's own by the path of its .toml file.
@@ -75,4 +82,17 @@ def _parse(text: str, *, where: str, default_name: str) -> Target:
             f"{where}: numerics must contain the reference numeric "
             f"'{target.reference_numeric}', and width_step must be at least 1."
         )
+    asked = {
+        "runtime": [target.runtime],
+        "connection": [target.connection],
+        "reference_numeric": [target.reference_numeric],
+        "numerics": target.numerics,
+    }
+    for key, values in asked.items():
+        foreign = [value for value in values if value not in SUPPORTED[key]]
+        if foreign:
+            raise UsageError(
+                f"{where}: {key} '{foreign[0]}' is not something zipc can measure yet. "
+                f"Choose from: {', '.join(SUPPORTED[key])}."
+            )
     return target

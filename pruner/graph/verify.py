@@ -1,0 +1,147 @@
+"""Try out whether a module of the user's own code follows when its sites shrink.
+
+The traced graph says exactly what removing units must give. The module's code may say otherwise: a
+number of heads kept in an attribute, a width written into a `split`. Attributes that hold such
+sizes are found by trying, and a site at which the module still disagrees with the graph is left
+alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from zipc.core.types import Site
+from zipc.pruner.graph.cuts import Cuts, Kept
+from zipc.pruner.graph.interpret import Executor, Variant
+from zipc.pruner.graph.sites import Rewrite, Structure, without
+from zipc.pruner.graph.surgery import attribute_candidates, describe, reshaped
+from zipc.pruner.graph.trace import Program
+
+AGREES = 1e-4  # norm of the difference of the outputs, relative to the norm
+
+
+def verify(
+    model: nn.Module, program: Program, structure: Structure, example: Mapping[str, Tensor]
+) -> Structure:
+    """Return the structure with the attributes to rewrite, and without sites that do not follow.
+
+    Every site is tried alone: beside others one may come out right by chance, as a shuffle of two
+    channels does. Then all are tried together. A model on the meta device has no values: there
+    only the shapes are compared.
+    """
+    trial = _Trial(model, program, example)
+    reasons: dict[str, str] = {}
+    rewrites: list[Rewrite] = []
+    for site in structure.sites:
+        first = None
+        for every in (False, True):
+            tried = _with_attributes(model, structure, site, every=every)
+            failure = trial.failure(tried, _all_but_first([site]))
+            first = first or failure
+            if failure is None:
+                rewrites += tried.attributes
+                break
+        else:
+            reasons[site.name] = f"the code of the module does not follow its width: {first}"
+    found = without(replace(structure, attributes=tuple(dict.fromkeys(rewrites))), reasons)
+    if trial.failure_together(found, found.sites) is None:
+        return found
+    return _one_by_one(trial, found)
+
+
+def _one_by_one(trial: _Trial, structure: Structure) -> Structure:
+    """Sites that follow alone but not together: keep those that do, in order."""
+    kept: list[Site] = []
+    reasons: dict[str, str] = {}
+    for site in structure.sites:
+        failure = trial.failure_together(structure, [*kept, site])
+        if failure is None:
+            kept.append(site)
+        else:
+            reasons[site.name] = f"its module does not follow beside other sites: {failure}"
+    return without(structure, reasons)
+
+
+def _all_but_first(sites: Sequence[Site]) -> Kept:
+    return {s.name: range(1, s.units) for s in sites if s.units > 1}
+
+
+def _with_attributes(
+    model: nn.Module, structure: Structure, site: Site, *, every: bool
+) -> Structure:
+    rewrites = tuple(
+        Rewrite(module, attribute, site.name, factor)
+        for module, attribute, factor in attribute_candidates(model, site, every=every)
+    )
+    return replace(structure, attributes=rewrites)
+
+
+@dataclass(frozen=True, slots=True)
+class _Trial:
+    """What a module is tried out with."""
+
+    model: nn.Module
+    program: Program
+    example: Mapping[str, Tensor]
+
+    def failure_together(self, structure: Structure, sites: Sequence[Site]) -> str | None:
+        """What goes wrong when all of `sites` shrink by one unit, to half or to one unit."""
+        every_second = {s.name: range(0, s.units, 2) for s in sites if s.units > 1}
+        last = {s.name: [s.units - 1] for s in sites if s.units > 1}
+        for kept in (_all_but_first(sites), every_second, last):
+            failure = self.failure(structure, kept)
+            if failure is not None:
+                return failure
+        return None
+
+    def failure(self, structure: Structure, kept: Kept) -> str | None:
+        """What goes wrong when only the units `kept` are left; None: nothing."""
+        if not kept:
+            return None
+        widths = {name: len(units) for name, units in kept.items()}
+        cuts = Cuts(s for s in structure.sites if s.name in kept)
+        weights = dict(self.program.tensors.values())
+        tensors = {n: cuts.cut(weights[n], n, kept) for n in cuts.pieces}
+        own = tuple(a for a in structure.attributes if a.site in kept)
+        document = describe(
+            self.model, self.program, replace(structure, attributes=own), widths=widths
+        )
+        with torch.no_grad():
+            try:
+                made = reshaped(self.model, document)
+                _assign_(made, tensors)
+                got = _outputs(self.program, made(**self.example))
+            except Exception as error:  # whatever the code of a module raises
+                first = str(error).strip().splitlines()[0] if str(error).strip() else ""
+                return f"{type(error).__name__}: {first[:160]}"
+            variant = Variant(tensors=tensors, widths=widths)
+            want, _ = Executor(self.program, structure).run(self.example, variant)
+        if [t.shape for t in got] != [t.shape for t in want]:
+            return "its outputs have other shapes"
+        if any(t.is_meta for t in got):
+            return None
+        for a, b in zip(got, want, strict=True):
+            apart = float(torch.linalg.vector_norm((a - b).double()))
+            if not apart <= AGREES * float(torch.linalg.vector_norm(b.double())) + 1e-12:
+                return "it computes something else"
+        return None
+
+
+def _outputs(program: Program, result: Any) -> list[Tensor]:
+    """Of the tensors that the module gives, those that are the program's outputs."""
+    given = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+    names = [n for n in program.exported.graph_signature.user_outputs if isinstance(n, str)]
+    return [given[names.index(output.name)] for output in program.outputs]
+
+
+def _assign_(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, value in tensors.items():
+            owner, _, leaf = name.rpartition(".")
+            getattr(module.get_submodule(owner), leaf).data = value

@@ -1,0 +1,122 @@
+"""`zipc.load` gives a module back, and runs no code but what the caller hands over."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import zipc
+from tests.tiny_folders import save_family
+from zipc.core.errors import CorruptFile, UsageError
+from zipc.core.shapes import parse_input_shapes
+from zipc.model_source import SourceModel, load_source
+from zipc.output import _copy_texts
+from zipc.pruner.graph.surgery import SCHEMA_VERSION
+
+NETS = """
+from torch import nn
+def net(): return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
+def other(): return nn.Sequential(nn.Linear(3, 2))
+def bad(): raise RuntimeError("out of luck")
+"""
+
+
+def written(source: SourceModel, out: Path) -> Path:
+    """The checkpoint of a model that nothing was removed from."""
+    folder = out / "checkpoint"
+    folder.mkdir(parents=True)
+    untouched: dict[str, Any] = {"tensors": {}, "numerics": {}, "biased": [], "stubs": {}}
+    document = {"schema_version": SCHEMA_VERSION, **untouched, "attributes": {}}
+    document["source"] = source.recipe
+    (folder / "structure.json").write_text(json.dumps(document))
+    tensors = {n: t.detach().clone() for n, t in source.module.state_dict().items()}
+    save_file(tensors, folder / "model.safetensors")
+    if source.folder is not None:
+        _copy_texts(source.folder, folder)
+    return out
+
+
+def equal(source: SourceModel, module: torch.nn.Module) -> bool:
+    example = source.example()
+    with torch.no_grad():
+        found, expected = (source.chosen(m(**example)) for m in (module, source.module))
+    return all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.fixture
+def nets(tmp_path: Path) -> Path:
+    path = tmp_path / "nets.py"
+    path.write_text(NETS)
+    return path
+
+
+@pytest.fixture
+def out(nets: Path, tmp_path: Path) -> tuple[SourceModel, Path]:
+    shapes = parse_input_shapes("input:1x3x8x8")
+    source = load_source(f"{nets}:net", input_shapes=shapes)
+    with torch.no_grad():
+        for value in source.module.parameters():
+            value.mul_(2.0)
+    return source, written(source, tmp_path / "OUT")
+
+
+def test_factory_model_comes_back_with_the_function_or_its_name(
+    nets: Path, out: tuple[SourceModel, Path]
+) -> None:
+    source, folder = out
+    assert equal(source, zipc.load(folder, factory=f"{nets}:net"))
+    assert equal(source, zipc.load(str(folder), factory=source.blank))
+
+
+def test_factory_model_without_its_factory_says_which_it_needs(
+    out: tuple[SourceModel, Path],
+) -> None:
+    with pytest.raises(UsageError, match=r"factory nets\.py:net, and a folder never names code"):
+        zipc.load(out[1])
+
+
+def test_code_an_artifact_names_is_never_run(out: tuple[SourceModel, Path], tmp_path: Path) -> None:
+    path = out[1] / "checkpoint" / "structure.json"
+    document = json.loads(path.read_text())
+    trap = tmp_path / "trap.py"
+    trap.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    document["source"]["factory"] = f"{trap}:net"
+    path.write_text(json.dumps(document))
+    with pytest.raises(UsageError, match="never names code"):
+        zipc.load(out[1])
+    assert not (tmp_path / "ran").exists()
+
+
+def test_another_factory_does_not_fit(nets: Path, out: tuple[SourceModel, Path]) -> None:
+    with pytest.raises(CorruptFile, match=r"nets\.py:other does not fit .*nets\.py:net"):
+        zipc.load(out[1], factory=f"{nets}:other")
+    with pytest.raises(UsageError, match="raised RuntimeError: out of luck"):
+        zipc.load(out[1], factory=f"{nets}:bad")
+
+
+@pytest.mark.parametrize("family", ["gpt2", "mixtral", "mpnet", "t5", "resnet"])
+def test_hugging_face_model_comes_back_as_it_was_traced(family: str, tmp_path: Path) -> None:
+    shapes: Any = parse_input_shapes("pixel_values:1x3x16x16") if family == "resnet" else ()
+    source = load_source(str(save_family(family, tmp_path / "model")), input_shapes=shapes)
+    assert equal(source, zipc.load(written(source, tmp_path / "OUT")))
+
+
+def test_factory_for_a_hugging_face_model_is_refused(nets: Path, tmp_path: Path) -> None:
+    source = load_source(str(save_family("bert", tmp_path / "model")))
+    folder = written(source, tmp_path / "OUT")
+    with pytest.raises(UsageError, match=r"zipc\.load takes no factory"):
+        zipc.load(folder, factory=f"{nets}:net")
+
+
+@pytest.mark.parametrize("name", ["structure.json", "model.safetensors", "config.json"])
+def test_missing_file_is_named(name: str, tmp_path: Path) -> None:
+    source = load_source(str(save_family("bert", tmp_path / "model")))
+    folder = written(source, tmp_path / "OUT")
+    (folder / "checkpoint" / name).unlink()
+    with pytest.raises(CorruptFile, match=rf"checkpoint/{name} is missing"):
+        zipc.load(folder)
