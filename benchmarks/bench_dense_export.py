@@ -14,13 +14,12 @@ from __future__ import annotations
 import argparse
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
@@ -203,15 +202,11 @@ def build(family: str, attention: str) -> nn.Module:
     return module.eval().requires_grad_(False)
 
 
-
-
-def ours(
-    module: nn.Module, example: dict[str, Tensor], axes: dict[str, dict[int, str]]
-) -> bytes:
-    program = trace(module, example, dynamic=axes, limits=dict.fromkeys(("sequence", "target"), 256))
-    graph = export_dense(
-        program.exported, example, outputs=[(0, "result")], dynamic=axes
+def ours(module: nn.Module, example: dict[str, Tensor], axes: dict[str, dict[int, str]]) -> bytes:
+    program = trace(
+        module, example, dynamic=axes, limits=dict.fromkeys(("sequence", "target"), 256)
     )
+    graph = export_dense(program.exported, example, outputs=[(0, "result")], dynamic=axes)
     finish(graph)
     return graph.to_bytes()
 
@@ -249,7 +244,9 @@ def _example(kind: str, *, batch: int) -> dict[str, Tensor]:
         return {"pixel_values": torch.randn(batch, 3, 224, 224, generator=generator)}
     ids = torch.randint(4, 4000, (batch, LENGTH), generator=generator)
     feeds = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return feeds if kind == "text" else feeds | {"decoder_input_ids": ids[:, : LENGTH // 2].contiguous()}
+    if kind == "pair":
+        feeds["decoder_input_ids"] = ids[:, : LENGTH // 2].contiguous()
+    return feeds
 
 
 def _commit() -> str:

@@ -73,9 +73,7 @@ def _mixture(find: Finder, last: NodeProto) -> _Mixture | None:
     return None
 
 
-def _between(
-    find: Finder, inner: str
-) -> tuple[dict[str, str], list[NodeProto], str] | None:
+def _between(find: Finder, inner: str) -> tuple[dict[str, str], list[NodeProto], str] | None:
     """From the input of the second product up to the first ones: those, the nodes, the tokens."""
     firsts: dict[str, str] = {}
     between: list[NodeProto] = []
@@ -104,6 +102,9 @@ def _between(
     if not climb(inner) or len(tokens) != 1:
         return None
     (source,) = tokens
+    opened = find.made_by(source, "Unsqueeze")  # for all experts alike
+    if opened is not None and find.numbers(opened.input[1]) == [0]:
+        source = opened.input[0]
     return (firsts, between, source) if len(find.graph.shapes.get(source, [])) == 2 else None
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.zoo.values import ready
+from tests.zoo.values import randomise_
 from zipc.exporters.finish import finish
 from zipc.exporters.graph import OnnxGraph
 from zipc.exporters.onnx_export import check_parity, export_dense
@@ -43,6 +43,11 @@ class Mixture(nn.Module):
         return x + (made * chosen.t().unsqueeze(-1)).sum(0).view(x.shape)
 
 
+def drawn(module: nn.Module) -> nn.Module:
+    randomise_(module)
+    return module.eval().requires_grad_(False)
+
+
 def exported(module: nn.Module) -> OnnxGraph:
     example = {"x": torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))}
     program = trace(module, example, dynamic=AXES)
@@ -59,7 +64,7 @@ def output(graph: OnnxGraph, x: Tensor) -> np.ndarray:
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("chosen", [1, 2, 4])
 def test_experts_on_their_own_tokens_equal_torch(gated: bool, chosen: int) -> None:
-    module = ready(Mixture(chosen=chosen, gated=gated))
+    module = drawn(Mixture(chosen=chosen, gated=gated))
     graph = exported(module)
     finish(graph)
     counts = graph.op_counts()
@@ -71,17 +76,17 @@ def test_experts_on_their_own_tokens_equal_torch(gated: bool, chosen: int) -> No
 
 def test_the_matrices_follow_edits_of_the_stacks() -> None:
     """The dense graph keeps the stacks, so an expert or its width can be cut before."""
-    module = ready(Mixture(gated=False))
+    module = drawn(Mixture(gated=False))
     graph = exported(module)
-    kept = ready(Mixture(experts=3, gated=False))
+    kept = drawn(Mixture(experts=3, gated=False))
     state = module.state_dict()
     kept.load_state_dict({name: value[:3] for name, value in state.items()})
     for name, value in kept.state_dict().items():
         stored, turned = graph.weights[name]
         graph.arrays[stored] = (value.T if turned else value).numpy()
-    numbers = [n for n, v in graph.arrays.items() if v.dtype == np.int64 and v.tolist() == [0, 1, 2, 3]]
-    for name in numbers:
-        graph.arrays[name] = graph.arrays[name][:3]
+    for name, value in list(graph.arrays.items()):
+        if value.dtype == np.int64 and value.tolist() == [0, 1, 2, 3]:  # the experts, numbered
+            graph.arrays[name] = value[:3]
     finish(graph)
     x = torch.randn(2, 7, 8, generator=torch.Generator().manual_seed(3))
     check_parity([output(graph, x)], [kept(x).numpy()], bound=1e-5, what="mixture")
@@ -96,7 +101,7 @@ def test_a_sum_that_is_no_mixture_stays() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return torch.matmul(x.reshape(-1, 8), self.stack).sum(0)
 
-    module = ready(Plain())
+    module = drawn(Plain())
     graph = exported(module)
     finish(graph)
     assert graph.op_counts()["ScatterND"] == 0
