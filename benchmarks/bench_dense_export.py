@@ -29,14 +29,15 @@ from zipc.core.quiet import hush
 from zipc.core.types import Workload
 from zipc.exporters.finish import finish
 from zipc.exporters.onnx_export import check_parity, export_dense
-from zipc.model_source import ATTENTION, register_attention
 from zipc.profiler.fingerprint import device_fingerprint
 from zipc.profiler.runners.onnxruntime import OnnxRuntimeRunner
 from zipc.profiler.timing import interleave, warm_up
 from zipc.pruner.graph.trace import trace
+from zipc.sources.attention import ATTENTION, EXPERTS, register_attention
 
 RESULTS = Path(__file__).parent / "results" / "dense_export.json"
 NAMES = ("ours", "stock", "stock_static")
+STOCK = ("sdpa", "batched_mm")  # the only experts of transformers that ONNX can express
 CONVOLUTIONAL = ("resnet-18", "mobilenet-v2", "convnext")
 NOISE = 1.03  # a ratio of medians within this counts as equal
 LENGTH = 128
@@ -111,6 +112,18 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any], str]] = {
     ),
     "llama": ("LlamaForCausalLM", "LlamaConfig", _DECODER, "text"),
     "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", _DECODER, "text"),
+    "mixtral": (
+        "MixtralForCausalLM",
+        "MixtralConfig",
+        _DECODER
+        | {
+            "hidden_size": 256,
+            "intermediate_size": 512,
+            "num_local_experts": 8,
+            "sliding_window": None,
+        },
+        "text",
+    ),
     "t5": (
         "T5ForConditionalGeneration",
         "T5Config",
@@ -164,9 +177,9 @@ def measure(family: str, *, rounds: int) -> dict[str, Any]:
     axes = _axes(kind)
     example, feeds = _example(kind, batch=2), _example(kind, batch=1)
     graphs = {
-        "ours": ours(build(family, ATTENTION), example, axes),
-        "stock": stock(build(family, "sdpa"), example, axes),
-        "stock_static": stock(build(family, "sdpa"), feeds, {}),
+        "ours": ours(build(family, ATTENTION, EXPERTS), example, axes),
+        "stock": stock(build(family, *STOCK), example, axes),
+        "stock_static": stock(build(family, *STOCK), feeds, {}),
     }
     workload = Workload(batch_size=1, sequence_length=LENGTH, threads=1)
     arrays = {name: value.numpy() for name, value in feeds.items()}
@@ -189,7 +202,7 @@ def measure(family: str, *, rounds: int) -> dict[str, Any]:
     }
 
 
-def build(family: str, attention: str) -> nn.Module:
+def build(family: str, attention: str, experts: str) -> nn.Module:
     """The model with random weights, the same for every call."""
     model, config, settings, _ = FAMILIES[family]
     register_attention()
@@ -198,6 +211,7 @@ def build(family: str, attention: str) -> nn.Module:
         module: nn.Module = getattr(transformers, model)._from_config(
             getattr(transformers, config)(**settings),
             attn_implementation=None if family in CONVOLUTIONAL else attention,
+            **({"experts_implementation": experts} if "Mixtral" in model else {}),
         )
     return module.eval().requires_grad_(False)
 
