@@ -129,6 +129,7 @@ class _Match:
     def __init__(self, graph: OnnxGraph) -> None:
         self.graph = graph
         self.find = Finder(graph)
+        self.inputs = {i.name for i in graph.proto.graph.input}
         self.outputs = set(graph.outputs())
 
     def block(self, softmax: NodeProto) -> _Block | None:
@@ -220,7 +221,8 @@ class _Match:
         """Size of the last axis of a linear map's output, read from its weight or bias."""
         at, arrays = self.find.producers.get(name), self.graph.arrays
         if at is None:
-            return None
+            given = self.graph.shapes.get(name, [])[-1:] if name in self.inputs else []
+            return next((size for size in given if isinstance(size, int)), None)
         if at.op_type in ("MatMul", "MatMulInteger", "Gemm"):
             weight = at.input[1]
             maker = self.find.producers.get(weight)

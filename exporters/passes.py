@@ -34,6 +34,7 @@ def clean(graph: OnnxGraph) -> None:
     fuse(graph)
     residual_sums_(graph)
     full_masks_(graph)
+    merge_equal_(graph)
     drop_dead_(graph)
 
 
@@ -70,7 +71,9 @@ def _hides_nothing(find: Finder, mask: str) -> bool:
     if chosen is not None:
         return find.scalar(chosen.input[1]) == 0.0 and _hides_nothing(find, chosen.input[0])
     spread = find.made_by(mask, "Expand")
-    held = find.graph.arrays.get(mask if spread is None else spread.input[0])
+    if spread is not None:
+        return _hides_nothing(find, spread.input[0])
+    held = find.graph.arrays.get(mask)
     return held is not None and held.dtype == np.bool_ and bool(held.all())
 
 
