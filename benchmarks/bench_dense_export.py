@@ -213,6 +213,9 @@ def build(family: str, attention: str, experts: str) -> nn.Module:
             attn_implementation=None if family in CONVOLUTIONAL else attention,
             **({"experts_implementation": experts} if "Mixtral" in model else {}),
         )
+    for part in module.modules():
+        if isinstance(part, nn.Conv2d):  # or the signal dies out over many layers
+            nn.init.kaiming_normal_(part.weight, nonlinearity="relu")
     return module.eval().requires_grad_(False)
 
 
