@@ -7,12 +7,14 @@ from dataclasses import dataclass
 
 from onnx import NodeProto
 
+from zipc.exporters.experts import sparse_experts_
 from zipc.exporters.fusions import FUSED_OPSET, Finder
 from zipc.exporters.graph import OnnxGraph, attribute, node
 
 
 def finish(graph: OnnxGraph) -> None:
     """Run the passes that need final widths. Outputs stay as they were, to rounding."""
+    sparse_experts_(graph)
     fuse_attention_(graph)
 
 
@@ -20,8 +22,8 @@ def finish(graph: OnnxGraph) -> None:
 class _Heads:
     """A (batch, sequence, heads x size) value and the nodes that split it into heads.
 
-    `tables` are the cosines and sines it is turned by, if it is; `groups` how often in a row every
-    head is repeated.
+    `tables` are the cosines and sines it is turned by, if it is; `past` what lies before it in the
+    cache and the value that holds both; `groups` how often in a row every head is repeated.
     """
 
     source: str
@@ -29,6 +31,7 @@ class _Heads:
     size: int
     scale: float
     tables: tuple[str, ...]
+    past: tuple[str, ...]
     groups: int
     nodes: tuple[NodeProto, ...]
 
@@ -43,19 +46,28 @@ class _Block:
     scale: float
     nodes: tuple[NodeProto, ...]  # the last first
 
+    @property
+    def outputs(self) -> list[str]:
+        """The result and, where there is a cache, keys and values with what is new."""
+        return [self.output, *self.key.past[1:], *self.value.past[1:]]
+
 
 def fuse_attention_(graph: OnnxGraph) -> None:
     """Write softmax(q k' scale + mask) v with its head splits and merge as one `Attention`.
 
     ONNX Runtime's CPU kernel reads and writes (batch, sequence, heads x size) without the four
-    transposes, adds the mask while multiplying, and reads one key and value for several queries
-    without repeating them. Rotary embeddings move in front of the splits. Attention of another
-    shape stays as it is.
+    transposes, adds the mask while multiplying, reads one key and value for several queries without
+    repeating them, and appends to a cache of keys and values. Rotary embeddings move in front of
+    the splits. Attention of another shape stays as it is.
     """
     if not graph.can_raise_opset(FUSED_OPSET):
         return
     match = _Match(graph)
-    blocks = [b for n in graph.nodes if n.op_type == "Softmax" for b in [match.block(n)] if b]
+    blocks: list[_Block] = []
+    for softmax in [n for n in graph.nodes if n.op_type == "Softmax"]:
+        block = match.block(softmax)
+        if block and not any(set(block.outputs) & set(b.outputs) for b in blocks):
+            blocks.append(block)
     if not blocks:
         return
     graph.raise_opset_(FUSED_OPSET)
@@ -63,19 +75,23 @@ def fuse_attention_(graph: OnnxGraph) -> None:
     uses.update(graph.outputs())
     dead: set[int] = set()
     for block in blocks:
-        uses[block.output] = 0
+        for output in block.outputs:
+            uses[output] = 0
         for old in block.nodes:
-            if not any(uses[o] for o in old.output) and id(old) not in dead:
+            if not any(uses[o] > 0 for o in old.output) and id(old) not in dead:
                 dead.add(id(old))
                 uses.subtract(old.input)
     graph.nodes = [n for n in graph.nodes if id(n) not in dead]
     for block in blocks:
         inputs = [_turned(graph, heads) for heads in (block.query, block.key, block.value)]
+        masks = _sum(graph, block.masks)
+        if block.key.past:
+            masks = [*masks, *[""] * (1 - len(masks)), block.key.past[0], block.value.past[0]]
         graph.nodes.append(
             node(
                 "Attention",
-                [*inputs, *_sum(graph, block.masks)],
-                [block.output],
+                [*inputs, *masks],
+                block.outputs,
                 q_num_heads=block.query.heads,
                 kv_num_heads=block.key.heads,
                 scale=block.scale,
@@ -113,6 +129,7 @@ class _Match:
     def __init__(self, graph: OnnxGraph) -> None:
         self.graph = graph
         self.find = Finder(graph)
+        self.inputs = {i.name for i in graph.proto.graph.input}
         self.outputs = set(graph.outputs())
 
     def block(self, softmax: NodeProto) -> _Block | None:
@@ -135,6 +152,8 @@ class _Match:
         if not query or not key or not value or query.size != key.size:
             return None
         if value.scale != 1.0 or value.tables or query.groups != 1 or key.groups != value.groups:
+            return None
+        if query.past or bool(key.past) != bool(value.past):
             return None
         shared = key.heads == value.heads == key.groups == 1  # broadcast, not repeated
         if not shared and not (query.heads == key.heads * key.groups == value.heads * value.groups):
@@ -159,7 +178,9 @@ class _Match:
         last = self.find.made_by(name, "Add")
         for value, mask in (last.input, reversed(last.input)) if last is not None else ():
             inner, shape = self._scores(value), self.graph.shapes.get(mask)
-            if inner is None or last is None or shape is None or len(shape) != 4 or shape[2] == 1:
+            if inner is None or last is None or shape is None or len(shape) != 4:
+                continue
+            if shape[2] == 1 != self.graph.shapes.get(last.output[0], [0] * 3)[2]:
                 continue
             (product, scale, nodes), masks = inner
             return (product, scale, [last, *nodes]), [*masks, mask]
@@ -168,7 +189,7 @@ class _Match:
     def _product(self, name: str) -> tuple[NodeProto, float, list[NodeProto]] | None:
         way = _Way(self.find, name)
         found = self.find.made_by(way.at, "MatMul")
-        if found is None or way.perm != [0, 1, 2, 3] or way.tables or way.groups != 1:
+        if found is None or way.perm != [0, 1, 2, 3] or not way.plain:
             return None
         return found, way.scale, way.nodes
 
@@ -186,13 +207,23 @@ class _Match:
             return None
         heads = width // target[3]
         nodes = (*way.nodes, reshape)
-        return _Heads(reshape.input[0], heads, target[3], way.scale, way.tables, way.groups, nodes)
+        return _Heads(
+            reshape.input[0],
+            heads,
+            target[3],
+            way.scale,
+            way.tables,
+            way.past,
+            way.groups,
+            nodes,
+        )
 
     def _width(self, name: str) -> int | None:
         """Size of the last axis of a linear map's output, read from its weight or bias."""
         at, arrays = self.find.producers.get(name), self.graph.arrays
         if at is None:
-            return None
+            given = self.graph.shapes.get(name, [])[-1:] if name in self.inputs else []
+            return next((size for size in given if isinstance(size, int)), None)
         if at.op_type in ("MatMul", "MatMulInteger", "Gemm"):
             weight = at.input[1]
             maker = self.find.producers.get(weight)
@@ -223,8 +254,8 @@ class _Match:
 class _Way:
     """The way up from a value through what moves its elements or scales them all.
 
-    `at` is where it ends, `perm` the joint transposition; a rotary embedding and a repetition of
-    heads are passed where they see (batch, heads, sequence, size).
+    `at` is where it ends, `perm` the joint transposition; a rotary embedding, an appending to a
+    cache and a repetition of heads are passed where they see (batch, heads, sequence, size).
     """
 
     def __init__(self, find: Finder, value: str) -> None:
@@ -232,10 +263,16 @@ class _Way:
         self.at = value
         self.perm, self.scale = [0, 1, 2, 3], 1.0
         self.tables: tuple[str, ...] = ()
+        self.past: tuple[str, ...] = ()
         self.groups = 1
         self.nodes: list[NodeProto] = []
         while self._step():
             pass
+
+    @property
+    def plain(self) -> bool:
+        """Whether it passed nothing but transposes and factors."""
+        return not self.tables and not self.past and self.groups == 1
 
     def _step(self) -> bool:
         """Go one node up, if it is one of those."""
@@ -250,6 +287,11 @@ class _Way:
             self.scale = self.scale * factor if at.op_type == "Mul" else self.scale / factor
         elif at.op_type == "RotaryEmbedding" and not self.tables and self._heads_in_place():
             self.tables = at.input[1], at.input[2]
+        elif at.op_type == "Concat" and not self.past and self._appends(at):
+            self.past = at.input[0], at.output[0]
+            self.nodes.append(at)
+            self.at = at.input[1]
+            return True
         elif at.op_type == "Reshape" and self.groups == 1 and self._heads_in_place():
             return self._repetition(at)
         else:
@@ -261,6 +303,13 @@ class _Way:
     def _heads_in_place(self) -> bool:
         """Whether nothing below moved the axes of batch and heads."""
         return self.perm[:2] == [0, 1]
+
+    def _appends(self, joined: NodeProto) -> bool:
+        """Whether a node puts something in front of keys or values, in a cache that comes in."""
+        inputs = {i.name for i in self.find.graph.proto.graph.input}
+        if len(joined.input) != 2 or attribute(joined, "axis", 0) not in (2, -2):
+            return False
+        return joined.input[0] in inputs and self._heads_in_place() and not self.tables
 
     def _repetition(self, merge: NodeProto) -> bool:
         """Pass Unsqueeze, Expand and Reshape that write every head `groups` times in a row."""

@@ -204,17 +204,19 @@ def _is_table(find: Finder, value: str, shape: list[int | str]) -> bool:
     opened = find.made_by(value, "Unsqueeze")
     if opened is None or len(own) != 4 or own[1] != 1 or own[2:] != shape[2:]:
         return False
-    at: str | None = opened.input[0]
-    while at is not None:
+    at, shapes = opened.input[0], find.graph.shapes
+    while True:
         joined = find.made_by(at, "Concat")
         if joined is not None:
-            return len(joined.input) == 2 and joined.input[0] == joined.input[1]
-        step = find.made_by(at, "Cos", "Sin", "Cast", "Mul")
-        if step is None:
+            last = attribute(joined, "axis", 0) in (-1, len(shapes.get(at, [])) - 1)
+            return last and len(joined.input) == 2 and joined.input[0] == joined.input[1]
+        step = find.made_by(at, "Cos", "Sin", "Cast", "Mul", "Unsqueeze")
+        scaled = find.scaled(step) if step is not None and step.op_type == "Mul" else None
+        if step is None or (step.op_type == "Mul" and scaled is None):
             return False
-        scaled = find.scaled(step) if step.op_type == "Mul" else (step.input[0], 1.0)
-        at = scaled[0] if scaled is not None else None
-    return False
+        at = step.input[0] if scaled is None else scaled[0]
+        if shapes.get(at, [])[-1:] != shape[-1:]:
+            return False
 
 
 def tanh_gelus_(graph: OnnxGraph) -> None:

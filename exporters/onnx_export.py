@@ -83,7 +83,8 @@ def _editable(exported: torch.export.ExportedProgram) -> list[list[str]]:
     groups: dict[tuple[Any, ...], list[str]] = {}
     for name, tensor in exported.state_dict.items():
         if name in named and tensor.is_floating_point():
-            same = tensor.data_ptr(), tensor.shape, tensor.stride()
+            place = tensor.data_ptr() or id(tensor)  # meta tensors lie nowhere
+            same = place, tensor.shape, tensor.stride()
             groups.setdefault(same, []).append(name)
     return list(groups.values())
 

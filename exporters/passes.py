@@ -11,10 +11,12 @@ from zipc.exporters.fusions import Finder, fuse
 from zipc.exporters.graph import OnnxGraph, live
 from zipc.exporters.graph import node as new_node
 from zipc.exporters.shapes import (
+    Sizes,
     flat_linears_,
     relative_expands_,
     relative_reshapes_,
     sizes_from_inputs_,
+    write_target_,
 )
 
 SMALL = 64  # elements up to which constants are compared
@@ -32,6 +34,7 @@ def clean(graph: OnnxGraph) -> None:
     fuse(graph)
     residual_sums_(graph)
     full_masks_(graph)
+    merge_equal_(graph)
     drop_dead_(graph)
 
 
@@ -68,7 +71,9 @@ def _hides_nothing(find: Finder, mask: str) -> bool:
     if chosen is not None:
         return find.scalar(chosen.input[1]) == 0.0 and _hides_nothing(find, chosen.input[0])
     spread = find.made_by(mask, "Expand")
-    held = find.graph.arrays.get(mask if spread is None else spread.input[0])
+    if spread is not None:
+        return _hides_nothing(find, spread.input[0])
+    held = find.graph.arrays.get(mask)
     return held is not None and held.dtype == np.bool_ and bool(held.all())
 
 
@@ -128,33 +133,27 @@ def full_masks_(graph: OnnxGraph) -> None:
     """Spread a (batch, 1, 1, keys) mask over the queries once, where layers add it to scores.
 
     Adding it is then one long run per head instead of one short run per query, and the operator
-    Attention accepts it. Only for self-attention: queries and keys share an axis.
+    Attention accepts it.
     """
-    consumers = graph.consumers()
+    consumers, sizes = graph.consumers(), Sizes(graph)
     softmaxed = {n.input[0] for n in graph.nodes if n.op_type == "Softmax"}
     for mask in list(consumers):
         shape = graph.shapes.get(mask, [])
         if len(shape) != 4 or shape[2] != 1 or shape[3] == 1 or mask in graph.arrays:
             continue
-        full, keys, target = f"{mask}_full", f"{mask}_keys", f"{mask}_target"
-        users = [
-            n
-            for n in consumers[mask]
-            if n.op_type == "Add"
-            and n.output[0] in softmaxed
-            and graph.shapes.get(n.output[0], [])[-2:] == [shape[3], shape[3]]
-        ]
-        if not users:
-            continue
-        graph.arrays["one"] = np.array([1], dtype=np.int64)
-        graph.nodes += [
-            new_node("Shape", [mask], [keys], start=-1),
-            new_node("Concat", ["one", "one", keys, keys], [target], axis=0),
-            new_node("Expand", [mask, target], [full]),
-        ]
-        graph.shapes[full] = [shape[0], shape[1], shape[3], shape[3]]
-        graph.types[full] = graph.types[mask]
-        for user in users:
+        for user in consumers[mask]:
+            queries = graph.shapes.get(user.output[0], [])[-2:-1]
+            if user.op_type != "Add" or user.output[0] not in softmaxed or queries in ([], [1]):
+                continue
+            size, full = sizes.of(queries[0]), f"{mask}_over_{queries[0]}"
+            if size is None:
+                continue
+            if full not in graph.shapes:
+                spread = new_node("Expand", [mask, ""], [full])
+                write_target_(graph, spread, [1, 1, size, 1])
+                graph.nodes.append(spread)
+                graph.shapes[full] = [shape[0], shape[1], queries[0], shape[3]]
+                graph.types[full] = graph.types[mask]
             user.input[list(user.input).index(mask)] = full
 
 

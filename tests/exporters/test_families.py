@@ -31,8 +31,7 @@ EXPECTED = {
     "qwen2": {"Attention": 2, "RotaryEmbedding": 4, "RMSNormalization": 5},
     "mistral": {"Attention": 2, "RotaryEmbedding": 4, "RMSNormalization": 5},
     "mixtral": {"Attention": 2, "RotaryEmbedding": 4, "RMSNormalization": 5},
-    # its two cross attentions stay apart: their mask is not spread over the queries
-    "t5": {"Attention": 4, "RMSNormalization": 12},
+    "t5": {"Attention": 6, "RMSNormalization": 12},
     "vit": {"Attention": 2, "Where": 0},
     "swin": {"Attention": 4, "Pad": 0},
     "mpnet": {"Attention": 2, "Softmax": 0},

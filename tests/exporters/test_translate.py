@@ -155,3 +155,56 @@ def test_splits_equal_torch_and_have_names(parts: int | list[int]) -> None:
     for node in graph.nodes:
         if node.op_type == "Split":
             assert all(graph.origin[o].startswith("getitem") for o in node.output)
+
+
+@pytest.mark.parametrize("keys", [4, 2])
+def test_attention_on_a_cache_appends_to_it(keys: int) -> None:
+    """One new token sees all cached ones that its padding mask lets it see."""
+
+    def attend(x: Tensor, mask: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        k = torch.cat([k, heads(x @ weights[1], keys)], dim=2)
+        v = torch.cat([v, heads(x @ weights[2], keys)], dim=2)
+        mixed = F.scaled_dot_product_attention(
+            heads(x @ weights[0], 4),
+            k,
+            v,
+            attn_mask=mask[:, None, None, :].to(torch.bool),
+            enable_gqa=keys != 4,
+        )
+        return mixed.transpose(1, 2).flatten(2), k, v
+
+    def values(batch: int, past: int) -> dict[str, Tensor]:
+        mask = torch.ones(batch, past + 1, dtype=torch.long)
+        mask[0, 0] = 0
+        return {
+            "x": drawn(batch, 1, 8, seed=past),
+            "mask": mask,
+            "k": drawn(batch, keys, past, 8, seed=1),
+            "v": drawn(batch, keys, past, 8, seed=2),
+        }
+
+    weights = [drawn(8, 8 * n, seed=i) * 0.3 for i, n in enumerate((4, keys, keys))]
+    module = nn.Module()
+    module.forward = attend
+    axes = {"x": {0: "batch"}, "mask": {0: "batch", 1: "past+1"}}
+    axes |= {n: {0: "batch", 2: "past"} for n in "kv"}
+    program = trace(module, values(2, 5), dynamic=axes)
+    names = ["result", "keys", "values"]
+    graph = export_dense(
+        program.exported, values(2, 5), outputs=list(enumerate(names)), dynamic=axes
+    )
+    fused = graph.copy()
+    finish(fused)
+    operators = [n.op_type for n in fused.to_proto().graph.node]
+    assert operators.count("Attention") == 1
+    assert not {"Softmax", "Concat"} & set(operators)
+    for batch, past in ((2, 5), (1, 1), (3, 9)):
+        feeds = values(batch, past)
+        arrays = {n: v.numpy() for n, v in feeds.items()}
+        for candidate in (graph, fused):
+            options = ort.SessionOptions()
+            options.log_severity_level = 3
+            model = candidate.to_bytes()
+            session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+            for got, want in zip(session.run(names, arrays), attend(**feeds), strict=True):
+                np.testing.assert_allclose(got, want.numpy(), atol=1e-5)
