@@ -16,6 +16,7 @@ from rich.table import Table
 from zipc.core.request import Request
 from zipc.core.types import Level
 from zipc.manifest import Manifest
+from zipc.user_code import split_reference
 
 if TYPE_CHECKING:
     from zipc.pipeline import Plan
@@ -212,7 +213,9 @@ def _next_commands(manifest: Manifest, out: Path) -> Iterable[str]:
     if any(file.path == "reference.onnx" for file in manifest.files):
         yield f"zipc bench {out}"
     yield f"zipc check NEW --baseline {out}"
-    yield f"""python -c "import zipc; model = zipc.load('{out}')" """.rstrip()
+    own = manifest.model.source
+    factory = f", factory='{own}'" if split_reference(own) is not None else ""
+    yield f"""python -c "import zipc; model = zipc.load('{out}'{factory})" """.rstrip()
 
 
 def _compile_command(request: Request) -> str:
