@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from zipc.core.errors import UsageError
+from zipc.core.processors import usable_processors
 
 RUNTIME_DISTRIBUTIONS = {
     "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
@@ -42,7 +43,7 @@ def device_fingerprint(*, runtime: str) -> dict[str, Any]:
         "cpu": cpu.get("model name") or _cpu_brand(),
         "cpu_id": "/".join(cpu.get(k, "?") for k in ("vendor_id", "cpu family", "model")),
         "isa": _isa_features(cpu),
-        "cores": _usable_cores(),
+        "cores": usable_processors(),
         "caches": _caches(),
         "arch": platform.machine(),
         "os": platform.system(),
@@ -100,12 +101,6 @@ def _cpu_brand() -> str:
         command = ["sysctl", "-n", "machdep.cpu.brand_string"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     return platform.processor() or platform.machine()
-
-
-def _usable_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _caches() -> list[str]:

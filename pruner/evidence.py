@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from zipc.pruner.graph.interpret import Executor, Variant
 from zipc.pruner.graph.trace import MapCall
 from zipc.pruner.maps import input_rows, row_count
 from zipc.pruner.products import second_moment
+from zipc.pruner.workers import side_by_side
 
 SAMPLE_ROWS = 2048  # rows of each input kept for the calibration of activation ranges
 PATCHES = 1024  # of a convolution, taken at random from each batch
@@ -66,53 +68,67 @@ def collect(
     calls = [c for c in executor.program.maps if c.module in wanted]
     sources: dict[str, tuple[object, ...]] = {}  # module -> what it reads, and how, in each call
     for call in calls:
-        read = (call.source, call.groups, call.window, call.transposed)
-        sources[call.module] = (*sources.get(call.module, ()), read)
+        way = (call.source, call.groups, call.window, call.transposed)
+        sources[call.module] = (*sources.get(call.module, ()), way)
     leader: dict[tuple[object, ...], str] = {}  # inputs -> the first module that reads just these
     group = {module: leader.setdefault(reads, module) for module, reads in sources.items()}
     readers = {c.node for c in calls if group[c.module] == c.module}
     stats: dict[str, InputStats] = {}
-    generator = torch.Generator().manual_seed(seed)
+    samples: dict[str, list[Tensor]] = {}
     per_batch = max(1, SAMPLE_ROWS // max(1, len(batches)))
-    mask: Tensor | None = None
+    adding = threading.Lock()
 
-    def see(call: MapCall, x: Tensor) -> None:
-        if call.node not in readers:
-            return
-        limit = PATCHES if call.convolution else None
-        rows = input_rows(call, x, data_rows(call, x, mask, limit=limit, generator=generator))
-        if not torch.isfinite(rows).all():
-            raise UsageError(
-                f"The input of {call.module} is NaN or infinite on the calibration data. Check "
-                "the model in fp32 on this data first."
-            )
-        held = stats.get(call.module)
-        if held is None:
-            width = rows.shape[1] // call.groups
-            held = stats[call.module] = InputStats(
-                torch.zeros(call.groups, width, width, dtype=torch.float64),
-                torch.zeros(call.groups, width, dtype=torch.float64),
-                0,
-                rows.new_zeros(0, rows.shape[1]),
-                0.0,
-                0.0,
-            )
-        for g, part in enumerate(rows.chunk(call.groups, dim=1)):
-            held.gram[g] += second_moment(part)
-        held.total += rows.sum(0, dtype=torch.float64).reshape(call.groups, -1)
-        held.count += len(rows)
-        low, high = torch.aminmax(rows)
-        held.low, held.high = min(held.low, float(low)), max(held.high, float(high))
-        chosen = torch.randperm(len(rows), generator=generator)[:per_batch]
-        held.sample = torch.cat([held.sample, rows[chosen]])
+    def read(number: int) -> dict[str, Tensor]:
+        """One batch: its moments are added, some of its rows returned."""
+        feeds = batches[number]
+        mask = feeds["attention_mask"].bool() if "attention_mask" in feeds else None
+        generator = torch.Generator().manual_seed(seed * len(batches) + number)
+        drawn: dict[str, list[Tensor]] = {}
 
-    with torch.inference_mode():
-        for feeds in batches:
-            mask = feeds["attention_mask"].bool() if "attention_mask" in feeds else None
-            executor.run(feeds, Variant(), on_map=see)
+        def see(call: MapCall, x: Tensor) -> None:
+            if call.node not in readers:
+                return
+            limit = PATCHES if call.convolution else None
+            rows = input_rows(call, x, data_rows(call, x, mask, limit=limit, generator=generator))
+            if not torch.isfinite(rows).all():
+                raise UsageError(
+                    f"The input of {call.module} is NaN or infinite on the calibration data. "
+                    "Check the model in fp32 on this data first."
+                )
+            parts = rows.chunk(call.groups, dim=1)
+            grams = [second_moment(part) for part in parts]
+            with adding:
+                held = stats.setdefault(call.module, _empty(call, rows))
+                for g, gram in enumerate(grams):
+                    held.gram[g] += gram
+                held.total += rows.sum(0, dtype=torch.float64).reshape(call.groups, -1)
+                held.count += len(rows)
+                low, high = torch.aminmax(rows)
+                held.low, held.high = min(held.low, float(low)), max(held.high, float(high))
+            chosen = torch.randperm(len(rows), generator=generator)[:per_batch]
+            drawn.setdefault(call.module, []).append(rows[chosen])
+
+        executor.run(feeds, Variant(), on_map=see)
+        return {module: torch.cat(rows) for module, rows in drawn.items()}
+
+    with torch.no_grad():
+        for drawn in side_by_side(read, range(len(batches))):
+            for module, rows in drawn.items():
+                samples.setdefault(module, []).append(rows)
             if on_batch is not None:
                 on_batch()
-    for held in stats.values():  # leave inference mode: these are ordinary tensors from here on
-        held.gram, held.total = held.gram.clone(), held.total.clone()
-        held.sample = held.sample.clone()
+    for module, held in stats.items():
+        held.sample = torch.cat(samples[module])
     return {module: stats[group[module]] for module in group if group[module] in stats}
+
+
+def _empty(call: MapCall, rows: Tensor) -> InputStats:
+    width = rows.shape[1] // call.groups
+    return InputStats(
+        torch.zeros(call.groups, width, width, dtype=torch.float64),
+        torch.zeros(call.groups, width, dtype=torch.float64),
+        0,
+        rows.new_zeros(0, rows.shape[1]),
+        0.0,
+        0.0,
+    )

@@ -11,6 +11,7 @@ from torch import Tensor
 from zipc.core.types import Allocation
 from zipc.pruner.graph.interpret import Env, Executor
 from zipc.pruner.levels import Levels
+from zipc.pruner.workers import side_by_side
 
 Feeds = Mapping[str, Tensor]
 Readout = Callable[[Sequence[Tensor], Feeds], Tensor]  # model outputs, feeds -> what is judged
@@ -85,13 +86,18 @@ class Scorer:
             start = min(changed, default=max(self._cuts.values()))
         cuts = sorted(set(self._cuts.values())) if keep else []
         outputs, saved = [], []
+
+        def run(i: int) -> tuple[Tensor, dict[int, Env]]:
+            feeds = self._batches[i]
+            live = base.live[i].get(start) if base is not None else None
+            first = start if live is not None else 0
+            result, envs = self._executor.run(feeds, variant, start=first, live=live, cuts=cuts)
+            if keep and base is not None:
+                envs = {**{c: e for c, e in base.live[i].items() if c <= first}, **envs}
+            return self._readout(result, feeds), envs
+
         with torch.inference_mode():
-            for i, feeds in enumerate(self._batches):
-                live = base.live[i].get(start) if base is not None else None
-                first = start if live is not None else 0
-                result, envs = self._executor.run(feeds, variant, start=first, live=live, cuts=cuts)
-                if keep and base is not None:
-                    envs = {**{c: e for c, e in base.live[i].items() if c <= first}, **envs}
-                outputs.append(self._readout(result, feeds))
+            for output, envs in side_by_side(run, range(len(self._batches))):
+                outputs.append(output)
                 saved.append(envs)
         return torch.cat(outputs), saved

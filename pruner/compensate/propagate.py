@@ -9,8 +9,9 @@ labels, no gradients.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor, fx
@@ -22,7 +23,9 @@ from zipc.pruner.graph.trace import MapCall, Program, op_name
 from zipc.pruner.levels import Levels, MapState, States, variant_of
 from zipc.pruner.maps import bias_of_rows, input_rows, matrices, output_rows, own_layout
 from zipc.pruner.products import linear, second_moment
+from zipc.pruner.workers import side_by_side
 
+T = TypeVar("T")
 Feeds = Mapping[str, Tensor]
 RIDGE = 1e-1  # of the mean diagonal; draws the update towards no change
 SAMPLE_ROWS = 64  # rows kept per batch for activation ranges
@@ -41,7 +44,7 @@ class _Sum:
 
     total: str
     residual: str | None
-    stop: int
+    at: int  # index of the sum
     scale: Tensor | None = None  # (out,)
     shift: Tensor | None = None
 
@@ -53,36 +56,42 @@ class _Sum:
         return ((rows - self.shift) / self.scale.masked_fill(dead, 1.0)).masked_fill(dead, 0.0)
 
 
+@dataclass(slots=True)
 class _Moments:
     """Second moments of inputs and of the error still to be explained."""
 
-    def __init__(self) -> None:
-        self.count = 0
-        self.gram: Tensor | None = None
-        self.cross: Tensor | None = None
-        self.total = torch.zeros(())
-        self.missing = torch.zeros(())
-        self.samples: list[Tensor] = []
+    count: int
+    gram: Tensor  # (in, in)
+    cross: Tensor | None  # (out, in)
+    total: Tensor
+    missing: Tensor
+    samples: list[Tensor]
 
-    def add(self, x: Tensor, error: Tensor | None) -> None:
+    @classmethod
+    def of(cls, x: Tensor, error: Tensor | None) -> _Moments:
         """x (n, in); error (n, out)."""
-        gram = second_moment(x).double()
-        self.gram = gram if self.gram is None else self.gram + gram
-        self.total = self.total + x.sum(0, dtype=torch.float64)
-        self.count += len(x)
-        self.samples.append(x[:SAMPLE_ROWS].clone())
+        cross, missing = None, torch.zeros(())
         if error is not None:
-            cross = linear(error.T.contiguous(), x.T.contiguous()).double()
-            self.cross = cross if self.cross is None else self.cross + cross
-            self.missing = self.missing + error.sum(0, dtype=torch.float64)
+            cross = linear(error.T.contiguous(), x.T.contiguous())
+            missing = error.sum(0, dtype=torch.float64)
+        total = x.sum(0, dtype=torch.float64)
+        return cls(len(x), second_moment(x), cross, total, missing, [x[:SAMPLE_ROWS].clone()])
+
+    def add(self, other: _Moments) -> None:
+        self.count += other.count
+        self.gram = self.gram.double().add_(other.gram)
+        if self.cross is not None and other.cross is not None:
+            self.cross = self.cross.double().add_(other.cross)
+        self.total = self.total + other.total
+        self.missing = self.missing + other.missing
+        self.samples += other.samples
 
     def correction(self, ridge: float) -> tuple[Tensor, Tensor]:
         """Change of weight (out, in) and bias (out,) that best explains the error, in fp64."""
-        assert self.gram is not None
         assert self.cross is not None
         mean, missing = self.total / self.count, self.missing / self.count
-        gram = self.gram - self.count * torch.outer(mean, mean)
-        cross = self.cross - self.count * torch.outer(missing, mean)
+        gram = self.gram.double() - self.count * torch.outer(mean, mean)
+        cross = self.cross.double() - self.count * torch.outer(missing, mean)
         scale = float(gram.diagonal().mean())
         gram.diagonal().add_(ridge * scale if scale > 0 else 1.0)
         change = torch.cholesky_solve(cross.T, torch.linalg.cholesky(gram)).T
@@ -106,25 +115,74 @@ def propagate(
     sites = sorted(
         (levels.sites[n] for n in allocation.levels), key=lambda s: executor.first_effect(s)
     )
+    sums = [_residual_sum(executor, site, levels) for site in sites]
     run = _Run(executor, levels, allocation, batches)
     done: set[str] = set()
-    for site in sites:
+    for i, (site, where) in enumerate(zip(sites, sums, strict=True)):
         level = allocation.levels[site.name]
-        where = _residual_sum(executor.program, site, levels)
         consumer = site.consumers[0].module
         if where is None:
             run.feed_back([*site.producers, *(c.module for c in site.consumers)])
         elif consumer not in done and not levels.idle(consumer, allocation):
-            run.reach(executor.first_effect(site))
-            _repair(run, site, level, where, ridge)
+            run.small.reach(executor.first_effect(site), run.variant())
+            run.dense.reach(min(s.at for s in sums[i:] if s is not None), Variant())
+            later = [executor.first_effect(s) for s in sites[i + 1 :]]
+            _repair(run, site, level, where, ridge, until=min(later, default=where.at))
             done.add(consumer)
         if on_site is not None:
             on_site(site.name)
     return run.states
 
 
+class _Walk:
+    """One model, stopped at the same node in every batch."""
+
+    def __init__(self, executor: Executor, batches: Sequence[Feeds]) -> None:
+        self.executor = executor
+        self.batches = batches
+        self.at = 0
+        self.live: list[Env] = [{} for _ in batches]
+
+    @torch.no_grad()
+    def reach(self, cut: int, variant: Variant) -> None:
+        """Go on to node `cut`, with the weights as they are now."""
+        if cut <= self.at:
+            return
+
+        def go_on(i: int) -> Env:
+            _, saved = self.executor.run(
+                self.batches[i], variant, start=self.at, live=self.live[i], cuts=[cut], stop=cut
+            )
+            return saved[cut]
+
+        for i, env in enumerate(side_by_side(go_on, range(len(self.batches)))):
+            self.live[i] = env
+        self.at = cut
+
+    def values(
+        self,
+        i: int,
+        names: Sequence[str],
+        variant: Variant,
+    ) -> dict[str, Tensor]:
+        """Values of nodes of batch `i`, live here or a little further on."""
+        live = self.live[i]
+        found = {n: live[n] for n in names if n in live}
+        wanted = {n: torch.empty(0) for n in names if n not in live}
+        if wanted:
+            self.executor.run(
+                self.batches[i],
+                variant,
+                start=self.at,
+                live=live,
+                stop=max(map(self.executor.index, wanted)) + 1,
+                captured=wanted,
+            )
+        return {**found, **wanted}
+
+
 class _Run:
-    """The dense and the compressed model, side by side, both at the same node of the graph."""
+    """The dense and the compressed model, side by side."""
 
     def __init__(
         self,
@@ -133,14 +191,12 @@ class _Run:
         allocation: Allocation,
         batches: Sequence[Feeds],
     ) -> None:
-        self.executor = executor
         self.levels = levels
         self.allocation = allocation
         self.states = levels.states(allocation)
         self.batches = batches
-        self.at = 0
-        self.dense: list[Env] = [{} for _ in batches]
-        self.small: list[Env] = [{} for _ in batches]
+        self.dense = _Walk(executor, batches)
+        self.small = _Walk(executor, batches)
 
     def variant(self) -> Variant:
         return variant_of(self.allocation, self.states)
@@ -153,44 +209,10 @@ class _Run:
     def call(self, module: str) -> MapCall:
         return self.levels.calls[module]
 
-    @torch.no_grad()
-    def reach(self, cut: int) -> None:
-        """Run both models up to node `cut` with the weights as they are now."""
-        if cut <= self.at:
-            return
-        small = self.variant()
-        for i, feeds in enumerate(self.batches):
-            for lives, variant in ((self.dense, Variant()), (self.small, small)):
-                _, saved = self.executor.run(
-                    feeds, variant, start=self.at, live=lives[i], cuts=[cut], stop=cut
-                )
-                lives[i] = saved[cut]
-        self.at = cut
-
-    @torch.no_grad()
-    def values(
-        self,
-        i: int,
-        names: Sequence[str],
-        *,
-        dense: bool,
-        stop: int,
-        on_map: Callable[[MapCall, Tensor], None] | None = None,
-    ) -> dict[str, Tensor]:
-        """Values of nodes between here and `stop`, or already live, for batch `i`."""
-        live = (self.dense if dense else self.small)[i]
-        found = {n: live[n] for n in names if n in live}
-        wanted = {n: torch.empty(0) for n in names if n not in live}
-        self.executor.run(
-            self.batches[i],
-            Variant() if dense else self.variant(),
-            start=self.at,
-            live=live,
-            stop=stop,
-            captured=wanted,
-            on_map=on_map,
-        )
-        return {**found, **wanted}
+    def each(self, function: Callable[[int], T]) -> Iterator[T]:
+        """`function` of the number of every batch, in order."""
+        with torch.no_grad():
+            yield from side_by_side(function, range(len(self.batches)))
 
     def pick(self, i: int, call: MapCall, x: Tensor) -> Tensor:
         """The rows of batch `i` that count: tokens without padding, some patches."""
@@ -201,32 +223,29 @@ class _Run:
         return data_rows(call, x, mask, limit=limit, generator=generator)
 
 
-def _repair(run: _Run, site: Site, level: Level, where: _Sum, ridge: float) -> None:
+def _repair(run: _Run, site: Site, level: Level, where: _Sum, ridge: float, *, until: int) -> None:
+    """Fit the consumer of a site; the small model goes on to it, but not beyond `until`."""
     consumer = site.consumers[0].module
     call = run.call(consumer)
     if consumer in run.states.constants:
         run.states.constants[consumer] = _mean_error(run, call, where)
         return
     if level.numeric != "fp32":
-        _round_producers(run, site, where)
+        _round_producers(run, site)
+    run.small.reach(min(run.small.executor.index(call.node), until), run.variant())
     rounder = run.states.maps[consumer]
     base = _unrounded(run, consumer)
     matrix = matrices(call, base.weight)[0]
     outputs = run.levels.outputs(consumer, run.allocation)
-    moments = _Moments()
-    for i in range(len(run.batches)):
-        inputs: list[Tensor] = []
 
-        def see(at: MapCall, x: Tensor, inputs: list[Tensor] = inputs) -> None:
-            if at.module == consumer:
-                inputs.append(x)
-
-        target, residual = _sums(run, i, where, on_map=see)
-        x = rounder.seen(inputs[0])
+    def of_batch(i: int) -> dict[str, _Moments]:
+        target, x = _target(run, i, where, call.source)
         pick = run.pick(i, call, x)
-        rows = input_rows(call, x, pick)
-        value = output_rows(call, target if residual is None else target - residual, pick)
-        moments.add(rows, where.before(value)[:, outputs] - linear(rows, matrix, base.bias))
+        rows = input_rows(call, rounder.seen(x), pick)
+        value = where.before(output_rows(call, target, pick))[:, outputs]
+        return {consumer: _Moments.of(rows, value - linear(rows, matrix, base.bias))}
+
+    moments = _summed(run.each(of_batch))[consumer]
     change, shift = moments.correction(ridge)
     weight = own_layout(call, (matrix.double() + change).float()[None], base.weight)
     shift = bias_of_rows(call, shift[None], base.weight)
@@ -243,23 +262,44 @@ def _unrounded(run: _Run, module: str) -> MapState:
     return made
 
 
-def _round_producers(run: _Run, site: Site, where: _Sum) -> None:
+def _round_producers(run: _Run, site: Site) -> None:
     """Round the producers with error feedback from the inputs they will really see."""
-    held = {m: run.states.maps[m] for m in site.producers if m in run.states.maps}
-    moments = {m: _Moments() for m in held}
-    for i in range(len(run.batches)):
+    maps = {m: run.states.maps[m] for m in site.producers if m in run.states.maps}
+    held = {m: state for m, state in maps.items() if state.integer is not None}
+    calls = {m: run.call(m) for m in held}
+    leader: dict[str, str] = {}  # module -> the first that reads the very same numbers
+    same: dict[str, str] = {}
+    for module, state in held.items():
+        own_range = state.activation is not None
+        leader[module] = module if own_range else same.setdefault(calls[module].source, module)
 
-        def see(at: MapCall, x: Tensor, i: int = i) -> None:
-            if at.module in moments:
-                x = held[at.module].seen(x)
-                moments[at.module].add(input_rows(at, x, run.pick(i, at, x)), None)
+    def of_batch(i: int) -> dict[str, _Moments]:
+        read = run.small.values(i, [c.source for c in calls.values()], run.variant())
+        found: dict[str, _Moments] = {}
+        for module, call in calls.items():
+            if leader[module] == module:
+                x = held[module].seen(read[call.source])
+                found[module] = _Moments.of(input_rows(call, x, run.pick(i, call, x)), None)
+        return found
 
-        run.values(i, (), dense=False, stop=where.stop, on_map=see)
-    for module, found in moments.items():
+    moments = _summed(run.each(of_batch))
+    for module, call in calls.items():
         plain = _unrounded(run, module)
         run.states.maps[module] = _rounded(
-            run, run.call(module), plain.weight, plain.bias, held[module].numeric, found
+            run, call, plain.weight, plain.bias, held[module].numeric, moments[leader[module]]
         )
+
+
+def _summed(parts: Iterable[dict[str, _Moments]]) -> dict[str, _Moments]:
+    """Moments of all batches, by name."""
+    total: dict[str, _Moments] = {}
+    for part in parts:
+        for name, moments in part.items():
+            if name in total:
+                total[name].add(moments)
+            else:
+                total[name] = moments
+    return total
 
 
 def _rounded(
@@ -271,7 +311,7 @@ def _rounded(
         weight,
         None if bias is None else bias.float(),
         numeric,
-        gram=moments.gram,
+        gram=moments.gram.double(),
         sample=torch.cat(moments.samples),
     )
     if state.integer is None or bias is None:
@@ -282,42 +322,42 @@ def _rounded(
 
 
 def _mean_error(run: _Run, call: MapCall, where: _Sum) -> Tensor:
-    total, count = torch.zeros(()), 0
     outputs = run.levels.outputs(call.module, run.allocation)
-    for i in range(len(run.batches)):
-        target, residual = _sums(run, i, where)
-        value = target if residual is None else target - residual
+
+    def of_batch(i: int) -> tuple[Tensor, int]:
+        value, _ = _target(run, i, where)
         if call.convolution:
             rows = value.movedim(1, -1).flatten(0, -2)
         else:
             rows = value.flatten(0, -2)[run.pick(i, call, value)]
         rows = where.before(rows)[:, outputs]
-        total, count = total + rows.sum(0, dtype=torch.float64), count + len(rows)
+        return rows.sum(0, dtype=torch.float64), len(rows)
+
+    total, count = torch.zeros(()), 0
+    for part, rows in run.each(of_batch):
+        total, count = total + part, count + rows
     return (total / count).float()
 
 
-def _sums(
-    run: _Run,
-    i: int,
-    where: _Sum,
-    on_map: Callable[[MapCall, Tensor], None] | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """The dense sum of batch `i`, and the compressed model's residual that goes into it."""
-    target = run.values(i, [where.total], dense=True, stop=where.stop)[where.total]
-    names = [] if where.residual is None else [where.residual]
-    found = run.values(i, names, dense=False, stop=where.stop, on_map=on_map)
-    return target, found[where.residual] if where.residual is not None else None
+def _target(run: _Run, i: int, where: _Sum, source: str | None = None) -> tuple[Tensor, Tensor]:
+    """What the dense sum needs beside the compressed model's residual; the value of `source`."""
+    target = run.dense.values(i, [where.total], Variant())[where.total]
+    names = [n for n in (where.residual, source) if n is not None]
+    found = run.small.values(i, names, run.variant())
+    if where.residual is not None:
+        target = target - found[where.residual]
+    return target, found[source] if source is not None else target
 
 
-def _residual_sum(program: Program, site: Site, levels: Levels) -> _Sum | None:
+def _residual_sum(executor: Executor, site: Site, levels: Levels) -> _Sum | None:
     """Where the site's output joins the residual; its own output where nothing is added to it."""
     if site.calls != 1 or len(site.consumers) != 1:
         return None
     call = levels.calls[site.consumers[0].module]
     if call.groups > 1 or call.transposed:
         return None
-    index = {n.name: i for i, n in enumerate(program.nodes)}
-    own = node = program.nodes[index[call.node]]
+    program = executor.program
+    own = node = program.nodes[executor.index(call.node)]
     scale = shift = None
     while len(node.users) == 1 and not levels.gives_units(call.module):
         user = next(iter(node.users))
@@ -332,9 +372,10 @@ def _residual_sum(program: Program, site: Site, levels: Levels) -> _Sum | None:
         if op == "add" and not user.kwargs:
             others = [a for a in user.args if a is not node]
             if len(others) == 1 and isinstance(others[0], fx.Node) and _alike(others[0], user):
-                return _Sum(user.name, others[0].name, index[user.name] + 1, scale, shift)
+                at = executor.index(user.name)
+                return _Sum(user.name, others[0].name, at, scale, shift)
         break
-    return _Sum(own.name, None, index[own.name] + 1)
+    return _Sum(own.name, None, executor.index(own.name))
 
 
 def _affine(program: Program, norm: fx.Node) -> tuple[Tensor, Tensor]:

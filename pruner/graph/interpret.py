@@ -108,9 +108,9 @@ class Executor:
                     env.pop(source.name, None)
         return [env[o.name] for o in self.program.outputs], saved
 
-    def position(self, module: str) -> int:
-        """Index of the first node that a change at `module` can affect."""
-        return min(self._index[c.node] for c in self.program.maps if c.module == module)
+    def index(self, node: str) -> int:
+        """Place of a node in the order of execution."""
+        return self._index[node]
 
     def first_effect(self, site: Site) -> int:
         """Index of the first node that a change of the level of `site` can affect."""

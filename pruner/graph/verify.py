@@ -8,7 +8,7 @@ alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from zipc.pruner.graph.surgery import attribute_candidates, describe, reshaped
 from zipc.pruner.graph.trace import Program
 
 AGREES = 1e-4  # norm of the difference of the outputs, relative to the norm
+TOGETHER = 4  # groups in which the removal of sites is tried, every fourth site in one
 
 
 def verify(
@@ -31,35 +32,58 @@ def verify(
 ) -> Structure:
     """Return the structure with the attributes to rewrite, and without sites that do not follow.
 
-    Every site is tried alone: beside others one may come out right by chance, as a shuffle of two
-    channels does. Then all are tried together, and the removal of each that can go as a whole. A
-    model on the meta device has no values: there only the shapes are compared.
+    Sites are tried in groups such that each is once cut without any other that it might only come
+    out right beside; one by one only where a group fails. A model on the meta device has no
+    values: there only the shapes are compared.
     """
     trial = _Trial(model, program, example)
-    reasons: dict[str, str] = {}
-    rewrites: list[Rewrite] = []
-    for site in structure.sites:
-        first = None
-        for every in (False, True):
-            tried = _with_attributes(model, structure, site, every=every)
-            failure = trial.failure(tried, _all_but_first([site]))
-            first = first or failure
-            if failure is None:
-                rewrites += tried.attributes
-                break
-        else:
-            reasons[site.name] = f"the code of the module does not follow its width: {first}"
-    found = without(replace(structure, attributes=tuple(dict.fromkeys(rewrites))), reasons)
+    every_site = [_with_attributes(model, structure, s, every=False) for s in structure.sites]
+    found = _joined(structure, every_site)
+    if any(trial.failure(found, _all_but_first(g)) for g in _separating(found.sites)):
+        found = _each_alone(trial, structure, every_site)
     if trial.failure_together(found, found.sites) is not None:
         found = _one_by_one(trial, found)
-    return replace(found, sites=[_removed(trial, found, site) for site in found.sites])
+    stuck = set(_stuck(trial, found))
+    sites = [replace(s, removable=s.removable and s.name not in stuck) for s in found.sites]
+    return replace(found, sites=sites)
 
 
-def _removed(trial: _Trial, structure: Structure, site: Site) -> Site:
-    """The site, not removable if the module fails without it."""
-    if not site.removable or trial.failure(structure, {site.name: []}) is None:
-        return site
-    return replace(site, removable=False)
+def _separating(sites: Sequence[Site]) -> Iterator[Sequence[Site]]:
+    """Groups of sites; for every two there is one with the first and without the second."""
+    for bit in range(len(sites).bit_length()):
+        for value in (0, 1):
+            yield [s for i, s in enumerate(sites) if (i >> bit & 1) == value]
+
+
+def _each_alone(trial: _Trial, structure: Structure, plain: Sequence[Structure]) -> Structure:
+    """The sites that follow without any other, with whichever attributes that takes."""
+    followed: list[Structure] = []
+    reasons: dict[str, str] = {}
+    for site, tried in zip(structure.sites, plain, strict=True):
+        failure = trial.failure(tried, _all_but_first([site]))
+        if failure is not None:
+            tried = _with_attributes(trial.model, structure, site, every=True)
+            if trial.failure(tried, _all_but_first([site])) is not None:
+                reason = f"the code of the module does not follow its width: {failure}"
+                reasons[site.name] = reason
+                continue
+        followed.append(tried)
+    return without(_joined(structure, followed), reasons)
+
+
+def _joined(structure: Structure, parts: Sequence[Structure]) -> Structure:
+    rewrites = dict.fromkeys(r for part in parts for r in part.attributes)
+    return replace(structure, attributes=tuple(rewrites))
+
+
+def _stuck(trial: _Trial, structure: Structure) -> Iterator[str]:
+    """Sites without which the module fails, of those that the graph could do without."""
+    removable = [s for s in structure.sites if s.removable]
+    for start in range(TOGETHER):
+        group = removable[start::TOGETHER]
+        if trial.failure(structure, {s.name: [] for s in group}) is None:
+            continue
+        yield from (s.name for s in group if trial.failure(structure, {s.name: []}) is not None)
 
 
 def _one_by_one(trial: _Trial, structure: Structure) -> Structure:
