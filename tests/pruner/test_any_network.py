@@ -34,7 +34,46 @@ NOTICED = 3e-4  # of outputs of size 1: what the least important unit of the zoo
 PER_SITE = 2  # units tried in ONNX Runtime at each site, the first and the last; all if slow
 
 # Kind and units of every site: w width, c channels, f ffn, h heads; + may be removed as a whole.
-SITES = {}
+SITES: dict[str, str] = {
+    "cifar-resnet8": "w4 c4+ c8+ c16+",
+    "cifar-resnet20": "w4 c4+ c4+ c4+ c8+ c8+ c8+ c16+ c16+ c16+",
+    "bottleneck-resnet": "c6+ c4+ c4+ w12 c4+ c4+ c8+ c8+ w16 c8+ c8+",
+    "resnext": "c6+ c2+ c4 c4+ w12 c2+ c4 c4+ c2+ c8 c8+ w16 c2+ c8 c8+",
+    "groupnorm": "c4+ c6+",
+    "vgg": "c4+ c6+ c6+ c8+ f12+",
+    "googlenet": "c6+ c4 c3+ c5 c2+ c3 c4 c3 c4+ c6 c2+ c4 c3",
+    "densenet": "c6 c8+ c4 c8+ c4 c8+ c4 c9 c8+ c4 c8+ c4",
+    "mobilenet-v2": "c6+ c4+ c12+ w6 c16+ c12+ c8+ c16+",
+    "mobilenet-v3": "w6 c8+ c4+ c12+ c5+ w8 c16+ c16+ f12+",
+    "shufflenet": "c4+ c4+ c2+ c3 c5+",
+    "unet": "c4+ c4 c6+ c6 c8+ c8 c6 c6+ c6 c4 c4+ c4+",
+    "unet-upsample": "c4+ c4 c6+ c6 c8+ c8+ c6 c6+ c6+ c4 c4+ c4+",
+    "yolo": (
+        "c4+ c8+ w4 c4+ c4+ c8 c12+ w6 c6+ c12+ c6+ c10 "
+        "c3 c3+ c3 c6+ c6 c4 c4+ c4 c10+ c6+ c5+ c6+ c5+"
+    ),
+    "bert": "h4+ f12+ h4+ f12+ f32+",
+    "bert-masked-lm": "h4+ f12+ h4+ f12+",
+    "roberta": "h4+ f12+ h4+ f12+ f32+",
+    "distilbert": "h4+ f12+ h4+ f12+ f32+",
+    "electra": "h4+ f12+ h4+ f12+ f32+",
+    "albert": "h4+ f12+ f32+",
+    "mpnet": "h4+ f12+ f12+ f32+",
+    "gpt2": "h4+ f12+ h4+ f12+",
+    "opt": "h4+ f12+ h4+ f12+",
+    "llama": "h2+ f12+ h2+ f12+",
+    "llama-mqa": "h4+ f12+ h4+ f12+",
+    "qwen2": "h2+ f12+ h2+ f12+",
+    "mistral": "h2+ f12+ h2+ f12+",
+    "mixtral": "h2+ h2+",
+    "t5": "h4+ f12+ f12+ h4+ h4+ f12+ h4+ f12+",
+    "t5-gated": "h4+ f12+ f12+ h4+ h4+ f12+ h4+ f12+",
+    "vit": "h4+ f12+ h4+ f12+",
+    "deit": "h4+ f12+ h4+ f12+",
+    "swin": "h2+ f12+ h2+ f12+ h4+ f24+ h4+ f24+",
+    "convnext": "f32+ f32+ f48+ f48+",
+    "resnet": "c6+ c3+ c3+ w12 c3+ c3+ c4+ c4+ w16 c4+ c4+",
+}
 
 
 @functools.cache

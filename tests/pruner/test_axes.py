@@ -218,7 +218,7 @@ def test_groups_that_cross_a_border_are_refused(sizes: tuple[int, ...], outer: i
 
 
 def test_a_view_that_cuts_through_a_factor_takes_nothing() -> None:
-    assert take([Atom(3), Atom(4)], 6) is None
+    assert take([Atom(4), Atom(3)], 6) is None
     assert take([Atom(6)], 4) is None
     assert take([Atom("s0")], 4) is None
     pool = [Atom("s0"), Atom("s1"), Atom(4)]
