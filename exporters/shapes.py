@@ -63,12 +63,13 @@ def _regroup_norm_(
     target = read_target(graph, split) if split is not None else None
     if split is None or split.op_type != "Reshape" or target is None:
         return
-    groups, channels = target[1], graph.shapes[split.input[0]][1]
+    channels = graph.shapes[split.input[0]][1]
+    groups = target[1] or channels  # 0: every channel is a group
     if not isinstance(groups, int) or not isinstance(channels, int):
         return
     left = groups * new_size(split.input[0], 1, channels) // channels
     if left != groups:
-        write_target_(graph, split, [target[0], left, *target[2:]])
+        write_target_(graph, split, [target[0], target[1] and left, *target[2:]])
         for place in (1, 2):
             name = f"{node.input[place]}_{left}"
             graph.arrays[name] = graph.arrays[node.input[place]][:left]

@@ -126,7 +126,7 @@ def _broadcasts(graph: OnnxGraph, user: NodeProto, value: str) -> bool:
 
 
 def _expand_(graph: OnnxGraph, constant: str, output: str, *, like: str) -> None:
-    """Repeat a constant along the leading dimensions of `like`, or of an input that has them.
+    """Repeat a constant along the leading dimensions of `like`, or of what has them earlier.
 
     The output of a convolution is repeated over its positions.
     """
@@ -142,10 +142,12 @@ def _expand_(graph: OnnxGraph, constant: str, output: str, *, like: str) -> None
         write_target_(graph, repeat, known)
         return
     leading = graph.shapes.get(output, [None])[:-1]
-    for given in graph.proto.graph.input:
-        if leading and graph.shapes[given.name][: len(leading)] == leading:
-            like = given.name
-            break
+    values = [
+        *(i.name for i in graph.proto.graph.input),
+        *(o for n in graph.nodes for o in n.output),
+    ]
+    same = (v for v in values if leading and graph.shapes.get(v, [])[: len(leading)] == leading)
+    like = next(same, like)
     ends = output + "_from", output + "_to"
     graph.arrays[ends[0]] = np.array([0], dtype=np.int64)
     graph.arrays[ends[1]] = np.array([len(leading) or -1], dtype=np.int64)

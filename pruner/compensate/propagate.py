@@ -126,8 +126,7 @@ def propagate(
         elif consumer not in done and not levels.idle(consumer, allocation):
             run.small.reach(executor.first_effect(site), run.variant())
             run.dense.reach(min(s.at for s in sums[i:] if s is not None), Variant())
-            later = [executor.first_effect(s) for s in sites[i + 1 :]]
-            _repair(run, site, level, where, ridge, until=min(later, default=where.at))
+            _repair(run, site, level, where, ridge)
             done.add(consumer)
         if on_site is not None:
             on_site(site.name)
@@ -223,8 +222,8 @@ class _Run:
         return data_rows(call, x, mask, limit=limit, generator=generator)
 
 
-def _repair(run: _Run, site: Site, level: Level, where: _Sum, ridge: float, *, until: int) -> None:
-    """Fit the consumer of a site; the small model goes on to it, but not beyond `until`."""
+def _repair(run: _Run, site: Site, level: Level, where: _Sum, ridge: float) -> None:
+    """Fit the consumer of a site."""
     consumer = site.consumers[0].module
     call = run.call(consumer)
     if consumer in run.states.constants:
@@ -232,7 +231,6 @@ def _repair(run: _Run, site: Site, level: Level, where: _Sum, ridge: float, *, u
         return
     if level.numeric != "fp32":
         _round_producers(run, site)
-    run.small.reach(min(run.small.executor.index(call.node), until), run.variant())
     rounder = run.states.maps[consumer]
     base = _unrounded(run, consumer)
     matrix = matrices(call, base.weight)[0]

@@ -334,6 +334,14 @@ def _layer_norm(axes: Axes, node: fx.Node) -> list[Dim]:
     return dims
 
 
+def _prelu(axes: Axes, node: fx.Node) -> list[Dim]:
+    """One slope for all, or one for each channel."""
+    dims, (slopes,) = axes.dims(node.args[0]), axes.dims(node.args[1])
+    if len(dims) > 1 and slopes:
+        unify(dims[1], slopes, where=node.name)
+    return dims
+
+
 def _batch_norm(axes: Axes, node: fx.Node) -> list[Dim]:
     """Per channel: the statistics of evaluation mode are parameters like any other."""
     if op_name(node) == "batch_norm" and argument(node, 5, "training", False):
@@ -620,6 +628,7 @@ RULES: dict[str, Rule] = {
     "expand": _expand,
     "scaled_dot_product_attention": _attention,
     "layer_norm": _layer_norm,
+    "prelu": _prelu,
     "batch_norm": _batch_norm,
     "group_norm": _group_norm,
     "embedding": _embedding,

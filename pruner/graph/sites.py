@@ -152,9 +152,16 @@ def without(structure: Structure, reasons: Mapping[str, str]) -> Structure:
             for f in extent
         )
 
+    kept = [s for s in structure.sites if s.name not in gone]
+    left = {n: LeftAlone(n, r) for n, r in reasons.items()}
+    inside = {module for site in kept for module in site.producers}
+    for site in structure.sites:
+        for module in site.producers if site.name in gone else ():
+            if module not in inside and not module.startswith(f"{site.name}."):
+                left.setdefault(module, LeftAlone(module, reasons[site.name]))
     return Structure(
-        [s for s in structure.sites if s.name not in gone],
-        [*structure.left_alone, *(LeftAlone(n, r) for n, r in reasons.items())],
+        kept,
+        [*structure.left_alone, *left.values()],
         {n: tuple(map(fixed, dims)) for n, dims in structure.shapes.items()},
         {n: tuple(map(fixed, dims)) for n, dims in structure.pieces.items()},
         {n: fixed(extent) for n, extent in structure.groups.items()},
