@@ -32,6 +32,7 @@ AIM = 1.03  # the lower end of the verdict's interval must clear the target, not
 ACCEPT = (1.02, 1.042)  # measured speedup over target at which the loop stops
 STAGE, FILE = "solution", "solution.json"
 FILLED = 0.98  # finalists that leave more of the budget unused overshoot the speedup asked for
+FINALISTS = 6  # judged on the confirming texts; half as many where the budget was only corrected
 LOOK_PAIRS = (60, 120, 240)  # a look goes on while its interval is wider than LOOK_WIDTH
 LOOK_WIDTH = 0.012  # half-width of the log-ratio interval
 TABLE_ERROR = 0.04  # how far a prediction is usually off: a look noisier than this counts for less
@@ -172,11 +173,12 @@ def choose(
     ratio: float,
     trials: int,
     seconds: float,
+    finalists: int,
     rng: np.random.Generator,
     progress: Progress,
     state: SearchState | None = None,
 ) -> tuple[Allocation, float, SearchState]:
-    """Search at a latency ratio to dense, then pick among the finalists on more texts.
+    """Search at a latency ratio to dense, then pick among `finalists` on more texts.
 
     Raises:
         TargetUnreachable: no allocation is predicted to reach the ratio; carries the best speedup.
@@ -203,10 +205,10 @@ def choose(
             f"a speedup of {best:.2f}x.",
             best_speedup=best,
         ) from error
-    finalists = [(problem.allocation(c), c) for _, c in found.top]
+    top = [(problem.allocation(c), c) for _, c in found.top]
     least = FILLED * prices.budget_ms(ratio)
-    filled = [f for f in finalists if f[0].predicted_ms >= least] or finalists
-    loss, best = min((candidates.confirm.score(a), i) for i, (a, _) in enumerate(filled[:6]))
+    filled = ([f for f in top if f[0].predicted_ms >= least] or top)[:finalists]
+    loss, best = min((candidates.confirm.score(a), i) for i, (a, _) in enumerate(filled))
     allocation, chosen = filled[best]
     found.chosen = list(chosen)
     progress.done(f"{found.trials} candidates, oracle {loss:.5f}")
@@ -298,6 +300,7 @@ class _Loop:
                 ratio=scale / (target * AIM),
                 trials=int(self.effort.trials * share),
                 seconds=self.effort.search_seconds * share,
+                finalists=FINALISTS if turn == 0 else FINALISTS // 2,
                 rng=rng,
                 progress=self.progress,
                 state=state,

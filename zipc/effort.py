@@ -21,7 +21,7 @@ class Effort:
 
 EFFORTS: dict[str, Effort] = {
     "quick": Effort(768, 448, 64, 192, 80, 10.0, 2, 200),
-    "default": Effort(4096, 3072, 256, 1024, 600, 50.0, 5, 400),
+    "default": Effort(4096, 3072, 256, 1024, 600, 45.0, 5, 400),
     "extensive": Effort(8192, 8192, 512, 2048, 4000, 900.0, 6, 400),
 }
 

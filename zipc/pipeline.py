@@ -13,7 +13,7 @@ import torch
 
 from zipc.build import checkpoint, dense_model
 from zipc.candidates import Candidates, gather
-from zipc.closed_loop import choose, forget_solution, make_problem, solve_and_build
+from zipc.closed_loop import FINALISTS, choose, forget_solution, make_problem, solve_and_build
 from zipc.core.errors import UsageError
 from zipc.core.memory import release
 from zipc.core.request import Request
@@ -166,6 +166,7 @@ def plan_model(request: Request, *, progress: Progress) -> Plan:
                 ratio=1 / goal,
                 trials=effort.trials,
                 seconds=effort.search_seconds,
+                finalists=FINALISTS,
                 rng=np.random.default_rng(request.seed),
                 progress=clock,
             )
