@@ -43,6 +43,8 @@ def block_ends(graph: OnnxGraph, site: Site) -> tuple[list[str], list[str]]:
             if chain[0].op_type in LAST:
                 break
         ends.append(end)
+    # squeeze-and-excite: what one of its maps gives is what another reads
+    starts = [name for name in starts if name not in ends]
     return list(dict.fromkeys(starts)), list(dict.fromkeys(ends))
 
 

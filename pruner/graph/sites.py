@@ -157,7 +157,8 @@ def without(structure: Structure, reasons: Mapping[str, str]) -> Structure:
     inside = {module for site in kept for module in site.producers}
     for site in structure.sites:
         for module in site.producers if site.name in gone else ():
-            if module not in inside and not module.startswith(f"{site.name}."):
+            named = module in site.name.split("+") or module.startswith(f"{site.name}.")
+            if module not in inside and not named:
                 left.setdefault(module, LeftAlone(module, reasons[site.name]))
     return Structure(
         kept,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
+import onnxruntime as ort
 import pytest
 import torch
 from torch import Tensor
@@ -24,9 +26,11 @@ from tests.three_ways import (
     tolerance,
     whole_sites,
 )
-from tests.tiny_models import Case, Kept, everything
+from tests.tiny_models import Case, Kept, edit_of, everything
 from tests.zoo import ZOO
 from zipc.exporters.graph import OnnxGraph
+from zipc.exporters.site_graph import block_ends, extract
+from zipc.exporters.specialise import specialise
 from zipc.pruner.graph.interpret import Variant
 
 families = pytest.mark.parametrize("name", ZOO)
@@ -143,6 +147,23 @@ def test_onnx_runtime_agrees_on_units_sites_and_random_sets(name: str) -> None:
         check_onnx(name, kept, made.example)
     for kept in random_sets(made, 3):
         check_onnx(name, kept, other_feeds(ZOO[name], torch.float32))
+
+
+@families
+def test_every_site_is_priced_on_a_graph_with_all_that_it_cuts(name: str) -> None:
+    """Cut out with its surroundings, a site can lose a unit, or all, and the rest still runs."""
+    made, graph = single(name)
+    for site in made.sites:
+        if site.kind == "width":  # not searched
+            continue
+        cut = {piece.parameter for piece in site.slices} & set(graph.weights)
+        part = extract(graph, block_ends(graph, site))
+        assert cut <= set(part.weights)
+        for units in [range(1, site.units)] + ([range(0)] if site.removable else []):
+            edit = edit_of(made, everything(made) | {site.name: list(units)})
+            own = {n: t for n, t in edit.tensors.items() if n in part.weights}
+            narrow = specialise(part, replace(edit, tensors=own))
+            ort.InferenceSession(narrow.to_bytes(), providers=["CPUExecutionProvider"])
 
 
 @pytest.mark.slow
