@@ -7,9 +7,9 @@ Nothing is trained. zipc searches on augmented train images; test.npz is read on
 each compile and for the rivals. The rivals are Torch-Pruning's (`pip install torch-pruning`):
 filters by magnitude, by first-order Taylor expansion and at random. They cut the width inside the
 blocks, since the shortcut of these networks pads channels by a number that they do not rewrite.
-Each gets the least uniform pruning ratio at which it measures as fast as zipc's model, through zipc's
-own export, and its BatchNorm statistics estimated anew on the calibration images, without which all
-of them are near chance. Results go to benchmarks/results/convnets.json.
+Each gets the least uniform pruning ratio at which it measures as fast as zipc's model, through
+zipc's own export, and its BatchNorm statistics estimated anew on the calibration images, without
+which all of them are near chance. Results go to benchmarks/results/convnets.json.
 """
 
 from __future__ import annotations

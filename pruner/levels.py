@@ -119,7 +119,12 @@ class Levels:
         """All weights under an allocation; `feedback` rounds with error feedback, slower."""
         found = States()
         for module, names in self._touching.items():
-            levels = tuple((n, allocation.levels[n]) for n in names if n in allocation.levels)
+            levels = tuple(
+                (n, level)
+                for n in names
+                if (level := allocation.levels.get(n)) is not None
+                and not (level.removed and self._passes_on(module, n))
+            )
             if not levels or self.idle(module, allocation):
                 continue
             made = self.map_state(module, levels, feedback=feedback)
@@ -154,6 +159,12 @@ class Levels:
         size = self.weights[call.weight].shape[call.out_dim]
         kept = self._kept_units(tuple(allocation.levels.items()))
         return self.cuts.stays(call.weight, call.out_dim, size, kept)
+
+    def _passes_on(self, module: str, site: str) -> bool:
+        """Whether a map is only run through by the units of a site, as a depthwise one is: around
+        a removed site it stays as it was."""
+        found = self.sites[site]
+        return module not in (*found.producers, *(c.module for c in found.consumers))
 
     def idle(self, module: str, allocation: Allocation) -> bool:
         """Whether nothing reads what a map gives: it produces units of a removed site."""

@@ -109,11 +109,14 @@ def all_exported(made: Case, family: Family) -> OnnxGraph:
 
 
 def by_onnx(made: Case, graph: OnnxGraph, kept: Kept, feeds: Mapping[str, Tensor]) -> list[Tensor]:
+    return run_onnx(made, specialise(graph, edit_of(made, kept)), feeds)
+
+
+def run_onnx(made: Case, graph: OnnxGraph, feeds: Mapping[str, Tensor]) -> list[Tensor]:
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = 1
-    model = specialise(graph, edit_of(made, kept)).to_bytes()
-    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(graph.to_bytes(), options, providers=["CPUExecutionProvider"])
     given = {i.name: feeds[i.name].numpy() for i in session.get_inputs()}
     names = [f"result_{i}" for i in range(len(made.program.outputs))]
     return [torch.from_numpy(value) for value in session.run(names, given)]

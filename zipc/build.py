@@ -20,8 +20,9 @@ from zipc.exporters.specialise import Edit, Int8Weights, count_integer_kernels, 
 from zipc.numerics.int8 import STATIC
 from zipc.prepare import Prepared
 from zipc.profiler.runners.onnxruntime import OnnxRuntimeRunner, one_line
-from zipc.pruner.graph.sites import sizes_at
+from zipc.pruner.graph.sites import Structure, sizes_at
 from zipc.pruner.graph.surgery import apply_structure_, describe
+from zipc.pruner.graph.trace import Program
 from zipc.pruner.levels import MapState, States, variant_of
 
 FP32_BOUND = 1e-4  # norm of ONNX minus torch, relative to torch
@@ -116,24 +117,9 @@ def checkpoint(
         ExportMismatch: the rebuilt module disagrees with the simulation the search scored.
     """
     source = prepared.source
-    calls = {c.module: c for c in prepared.program.maps}
-    document = describe(
-        source.module,
-        prepared.program,
-        prepared.structure,
-        widths={n: lv.width for n, lv in allocation.levels.items()},
-        numerics={m: s.numeric for m, s in states.maps.items() if s.integer is not None},
-        biased=[m for m, s in states.maps.items() if s.bias is not None and not calls[m].bias],
+    document, tensors = shrunk(
+        source.module, prepared.program, prepared.structure, allocation, states
     )
-    tensors = {n: t.detach() for n, t in source.module.state_dict().items()}
-    for path in (*states.maps, *document["stubs"]):
-        for leaf in ("weight", "bias"):
-            tensors.pop(f"{path}.{leaf}", None)
-    tensors |= states.tensors
-    for path, constant in states.constants.items():
-        tensors[f"{path}.bias"] = constant
-    for path, state in states.maps.items():
-        tensors |= _map_tensors(path, state)
     document["source"] = source.recipe
     module = rebuild(source.blank(), document, tensors)
     example = source.example(batch=1, length=min(32, source.max_length))
@@ -147,6 +133,35 @@ def checkpoint(
         what="the rebuilt checkpoint against the simulation",
     )
     return document, tensors, module
+
+
+def shrunk(
+    module: nn.Module,
+    program: Program,
+    structure: Structure,
+    allocation: Allocation,
+    states: States,
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The structure document of an allocation and all tensors of the module it describes."""
+    calls = {c.module: c for c in program.maps}
+    document = describe(
+        module,
+        program,
+        structure,
+        widths={n: lv.width for n, lv in allocation.levels.items()},
+        numerics={m: s.numeric for m, s in states.maps.items() if s.integer is not None},
+        biased=[m for m, s in states.maps.items() if s.bias is not None and not calls[m].bias],
+    )
+    tensors = {n: t.detach() for n, t in module.state_dict().items()}
+    for path in (*states.maps, *document["stubs"]):
+        for leaf in ("weight", "bias"):
+            tensors.pop(f"{path}.{leaf}", None)
+    tensors |= states.tensors
+    for path, constant in states.constants.items():
+        tensors[f"{path}.bias"] = constant
+    for path, state in states.maps.items():
+        tensors |= _map_tensors(path, state)
+    return document, tensors
 
 
 def rebuild(

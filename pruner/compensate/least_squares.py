@@ -14,6 +14,7 @@ from zipc.core.errors import UsageError
 
 REFIT_DAMP = 1e-4
 LARGEST_DAMP = 1e-1
+ROUNDING = 1e-6  # of a second moment; they are sums of fp32 products
 
 
 def center(gram: Tensor, total: Tensor, count: float) -> tuple[Tensor, Tensor]:
@@ -27,7 +28,7 @@ def center(gram: Tensor, total: Tensor, count: float) -> tuple[Tensor, Tensor]:
     gram, total = gram.double(), total.double()
     mean = total / count
     centred = gram - torch.outer(total, mean)
-    constant = centred.diagonal() <= 1e-12 * gram.diagonal()
+    constant = centred.diagonal() <= ROUNDING * gram.diagonal()
     centred[constant, :] = 0.0
     centred[:, constant] = 0.0
     return centred, mean

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from zipc.core.types import Allocation, Level, Site
+from zipc.pruner.compensate.least_squares import center
 from zipc.pruner.evidence import data_rows
 from zipc.pruner.graph.interpret import Env, Executor, Variant
 from zipc.pruner.graph.trace import MapCall, Program, op_name
@@ -89,9 +90,10 @@ class _Moments:
     def correction(self, ridge: float) -> tuple[Tensor, Tensor]:
         """Change of weight (out, in) and bias (out,) that best explains the error, in fp64."""
         assert self.cross is not None
-        mean, missing = self.total / self.count, self.missing / self.count
-        gram = self.gram.double() - self.count * torch.outer(mean, mean)
+        missing = self.missing / self.count
+        gram, mean = center(self.gram, self.total, self.count)
         cross = self.cross.double() - self.count * torch.outer(missing, mean)
+        cross[:, gram.diagonal() == 0] = 0.0
         scale = float(gram.diagonal().mean())
         gram.diagonal().add_(ridge * scale if scale > 0 else 1.0)
         change = torch.cholesky_solve(cross.T, torch.linalg.cholesky(gram)).T
@@ -123,7 +125,7 @@ def propagate(
         consumer = site.consumers[0].module
         if where is None:
             run.feed_back([*site.producers, *(c.module for c in site.consumers)])
-        elif consumer not in done and not levels.idle(consumer, allocation):
+        elif consumer not in done and executor.needs(where.total, run.variant()):
             run.small.reach(executor.first_effect(site), run.variant())
             run.dense.reach(min(s.at for s in sums[i:] if s is not None), Variant())
             _repair(run, site, level, where, ridge)

@@ -112,6 +112,11 @@ class Executor:
         """Place of a node in the order of execution."""
         return self._index[node]
 
+    def needs(self, node: str, variant: Variant) -> bool:
+        """Whether the outputs still depend on a node: removals may have cut it off."""
+        order, _ = self._plan(frozenset(variant.constants), frozenset())
+        return any(n.name == node for n in order)
+
     def first_effect(self, site: Site) -> int:
         """Index of the first node that a change of the level of `site` can affect."""
         cut = {piece.parameter for piece in site.slices}

@@ -115,6 +115,8 @@ def describe(
     for site in structure.sites:
         if widths.get(site.name, site.units) == 0:
             for path in [*site.producers, *(c.module for c in site.consumers)]:
+                if path in stubs and stubs[path]["kind"] == "empty":
+                    continue  # nothing reads it, whatever it has lost itself
                 call = calls[path]
                 features = dense[call.weight][call.out_dim] * (
                     call.groups if call.transposed else 1

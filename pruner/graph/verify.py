@@ -148,7 +148,8 @@ class _Trial:
                 _assign_(
                     made, {n: t for n, t in tensors.items() if n.rpartition(".")[0] not in stubs}
                 )
-                _assign_(made, {f"{path}.bias": value for path, value in constants.items()})
+                biases = {p: v for p, v in constants.items() if stubs[p]["kind"] == "constant"}
+                _assign_(made, {f"{path}.bias": value for path, value in biases.items()})
                 got = _outputs(self.program, made(**self.example))
             except Exception as error:  # whatever the code of a module raises
                 first = str(error).strip().splitlines()[0] if str(error).strip() else ""

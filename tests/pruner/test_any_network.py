@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from dataclasses import replace
 
@@ -17,21 +18,30 @@ from tests.three_ways import (
     by_program,
     by_surgery,
     case_of,
+    feeds_of,
     gap,
     inert,
     other_feeds,
     random_sets,
     relative_gap,
+    run_onnx,
     single_units,
     tolerance,
     whole_sites,
 )
-from tests.tiny_models import Case, Kept, edit_of, everything
+from tests.tiny_models import Case, Kept, edit_of, everything, random_kept
 from tests.zoo import ZOO
+from zipc import build
+from zipc.core.types import Allocation, Level
 from zipc.exporters.graph import OnnxGraph
 from zipc.exporters.site_graph import block_ends, extract
 from zipc.exporters.specialise import specialise
+from zipc.pruner.compensate.propagate import propagate
+from zipc.pruner.evidence import collect
 from zipc.pruner.graph.interpret import Variant
+from zipc.pruner.graph.sites import sizes_at
+from zipc.pruner.ladder import sweep_site
+from zipc.pruner.levels import Levels, variant_of
 
 families = pytest.mark.parametrize("name", ZOO)
 NOTICED = 3e-4  # of outputs of size 1: what the least important unit of the zoo changes and more
@@ -164,6 +174,27 @@ def test_every_site_is_priced_on_a_graph_with_all_that_it_cuts(name: str) -> Non
             own = {n: t for n, t in edit.tensors.items() if n in part.weights}
             narrow = specialise(part, replace(edit, tensors=own))
             ort.InferenceSession(narrow.to_bytes(), providers=["CPUExecutionProvider"])
+
+
+@families
+def test_repaired_weights_are_the_same_in_torch_onnx_runtime_and_a_checkpoint(name: str) -> None:
+    made, graph = single(name)
+    data = [feeds_of(ZOO[name], torch.float32, batch=4, seed=s) for s in range(2)]
+    sites = {s.name: s for s in made.sites if s.kind != "width"}  # others are not searched
+    stats = collect(made.executor, data, modules=[c.module for c in made.program.maps])
+    sweeps = {n: sweep_site(s, made.weights, stats, made.calls) for n, s in sites.items()}
+    levels = Levels(sites, made.calls, made.weights, stats, sweeps)
+    for seed in range(3):
+        widths = {n: len(k) for n, k in random_kept(made, seed).items() if n in sites}
+        allocation = Allocation({n: Level(w) for n, w in widths.items()}, 0.0, 0.0)
+        states = propagate(made.executor, levels, allocation, data)
+        want, _ = made.executor.run(made.example, variant_of(allocation, states))
+        edit = build.edit_of(states, sizes_at(made.structure, widths))
+        assert relative_gap(run_onnx(made, specialise(graph, edit), made.example), want) < IN_ONNX
+        program, structure = made.program, made.structure
+        document, tensors = build.shrunk(made.module, program, structure, allocation, states)
+        module = build.rebuild(copy.deepcopy(made.module), document, tensors)
+        assert relative_gap(made.chosen(module(**made.example)), want) < IN_ONNX
 
 
 @pytest.mark.slow
