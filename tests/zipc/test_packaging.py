@@ -142,7 +142,6 @@ assert not {"torch", "onnxruntime", "transformers"} & set(sys.modules)
     assert ran.returncode == 0, ran.stderr
 
 
-@pytest.mark.slow
 def test_wheel_built_from_the_sdist_holds_every_module_and_data_file(tmp_path: Path) -> None:
     pytest.importorskip("build")
     if not (ROOT / ".git").exists():
