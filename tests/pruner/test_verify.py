@@ -310,3 +310,21 @@ def test_verifying_leaves_the_module_as_it_was() -> None:
     assert before.keys() == after.keys()
     assert all(torch.equal(t, after[n]) for n, t in before.items())
     assert module.block.lanes == HEADS
+
+
+def test_what_the_outputs_hang_on_cannot_be_removed() -> None:
+    """Without it they would be the same for every input; a branch beside a way through may go."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 5)
+            self.up, self.down = nn.Linear(8, 4), nn.Linear(4, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.relu(self.first(x))
+            return self.last(torch.tanh(x + self.down(F.relu(self.up(x)))))
+
+    made = traced(Net().eval().requires_grad_(False), {"x": torch.randn(3, 5, 6)})
+    assert {s.name: s.removable for s in made.sites if s.kind != "width"}["up"]
+    assert not any(s.removable for s in made.sites if s.name != "up")
