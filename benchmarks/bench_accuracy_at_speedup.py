@@ -25,6 +25,8 @@ from pathlib import Path
 from statistics import median, median_low
 from typing import Any
 
+from provenance import commit
+
 from zipc.core.errors import UsageError
 from zipc.core.files import read_json, sha256_file, write_json
 from zipc.core.types import Workload
@@ -302,11 +304,6 @@ def against(gain: float, better: float) -> str:
     if gain >= 1:
         return "faster, lower score"
     return "slower, higher score" if better > 0 else "loses"
-
-
-def commit() -> str:
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 if __name__ == "__main__":

@@ -8,14 +8,13 @@ each compile and for the rivals. The rivals are Torch-Pruning's (`pip install to
 filters by magnitude, by first-order Taylor expansion and at random. They cut the width inside the
 blocks, since the shortcut of these networks pads channels by a number that they do not rewrite.
 Each gets the least uniform pruning ratio at which it measures as fast as zipc's model, through
-zipc's own export, and its BatchNorm statistics estimated anew on the calibration images, without
-which all of them are near chance. Results go to benchmarks/results/convnets.json.
+zipc's own export, and its BatchNorm statistics estimated anew on the calibration images. Results go
+to benchmarks/results/convnets.json.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import os
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import torch
+from provenance import commit
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -38,6 +38,7 @@ from zipc.core.files import read_json, write_json
 from zipc.core.types import Workload
 from zipc.exporters.finish import finish
 from zipc.exporters.onnx_export import export_dense
+from zipc.metrics import accuracy, paired_bootstrap
 from zipc.profiler.fingerprint import device_fingerprint
 from zipc.profiler.runners.onnxruntime import OnnxRuntimeRunner
 from zipc.proof import paired_speedup
@@ -52,7 +53,7 @@ BATCH = 100
 STATISTICS = 4096  # images for BatchNorm statistics, as many as zipc calibrates on
 RATIOS = np.linspace(0.05, 0.95, 37)
 PAIRS = 120
-RESAMPLES = 2000
+RESAMPLES = 2000  # of the images, for the intervals
 
 Images = tuple[Tensor, Tensor]  # (images, 3, 32, 32) normalised; labels
 
@@ -91,19 +92,18 @@ def one_run(arguments: argparse.Namespace, speedup: str, seed: int) -> dict[str,
         manifest = compile_(arguments, speedup, seed, out)
         seconds = time.monotonic() - started
         reference, ours = (out / n for n in ("reference.onnx", "model.onnx"))
-        dense, right = correct(reference.read_bytes(), test), correct(ours.read_bytes(), test)
+        dense, right = classes(reference.read_bytes(), test), classes(ours.read_bytes(), test)
         base = runner(reference.read_bytes())
         fast = paired_speedup(base, runner(ours.read_bytes()), pairs=PAIRS).speedup
+    train = images(arguments.images / "train.npz", rng=torch.Generator().manual_seed(seed))
     rivals = {}
     for rival in RIVALS:
-        rng = torch.Generator().manual_seed(seed)
-        train = images(arguments.images / "train.npz", rng=rng)
         made, ratio, reached = as_fast(lambda: build(arguments), rival, base, fast, train, seed)
-        theirs = correct(made, test)
+        theirs = classes(made, test)
         rivals[rival] = {
             "pruning_ratio": ratio,
             "speedup": reached,
-            "accuracy": 100 * float(theirs.mean()),
+            "accuracy": score(theirs),
             "ours_minus_theirs": difference(right, theirs),
         }
     return {
@@ -112,8 +112,8 @@ def one_run(arguments: argparse.Namespace, speedup: str, seed: int) -> dict[str,
         "speedup": manifest["latency"]["speedup"],
         "speedup_in_turn": fast,
         "compile_s": round(seconds, 1),
-        "dense": 100 * float(dense.mean()),
-        "accuracy": 100 * float(right.mean()),
+        "dense": score(dense),
+        "accuracy": score(right),
         "minus_dense": difference(right, dense),
         "rivals": rivals,
     }
@@ -199,8 +199,7 @@ def prune(module: nn.Module, rival: str, ratio: float, train: Images, seed: int)
 
 @torch.no_grad()
 def restated(module: nn.Module, x: Tensor) -> nn.Module:
-    """The module with BatchNorm statistics of these images: the mean over batches."""
-    module = copy.deepcopy(module)
+    """The module, with BatchNorm statistics of these images: the mean over batches."""
     for norm in module.modules():
         if isinstance(norm, nn.BatchNorm2d):
             norm.reset_running_stats()
@@ -224,13 +223,12 @@ def runner(model: bytes) -> OnnxRuntimeRunner:
     return OnnxRuntimeRunner(model, workload=Workload(1, 1, 1), feeds=feeds)
 
 
-def correct(model: bytes, test: Images) -> np.ndarray:
-    """For every image whether the graph is right; (images,) bool."""
+def classes(model: bytes, test: Images) -> np.ndarray:
+    """The class that the graph gives each image, and its label; (images, 2)."""
     session = ort.InferenceSession(model, providers=["CPUExecutionProvider"])
     x, y = test
     found = [session.run(None, {"x": part.numpy()})[0].argmax(1) for part in x.split(BATCH)]
-    made: np.ndarray = np.concatenate(found) == y.numpy()
-    return made
+    return np.stack([np.concatenate(found), y.numpy()], axis=1)
 
 
 def images(path: Path, *, rng: torch.Generator | None = None) -> Images:
@@ -245,13 +243,14 @@ def images(path: Path, *, rng: torch.Generator | None = None) -> Images:
     return (x - mean.view(3, 1, 1)) / std.view(3, 1, 1), y
 
 
+def score(rows: np.ndarray) -> float:
+    return float(accuracy(rows[:, 0], rows[:, 1]))
+
+
 def difference(ours: np.ndarray, theirs: np.ndarray) -> list[float]:
     """Difference of accuracy in points with its paired bootstrap interval: [value, low, high]."""
-    gaps = 100 * (ours.astype(np.float64) - theirs)
-    rng = np.random.default_rng(0)
-    drawn = [rng.choice(gaps, len(gaps)).mean() for _ in range(RESAMPLES)]
-    low, high = np.percentile(drawn, [2.5, 97.5])
-    return [round(float(v), 2) for v in (gaps.mean(), low, high)]
+    interval = paired_bootstrap(theirs, ours, metric="accuracy", n=RESAMPLES)
+    return [round(value, 2) for value in (score(ours) - score(theirs), *(interval or ()))]
 
 
 def document(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -293,12 +292,6 @@ def line(run: dict[str, Any]) -> str:
         f"{run['speedup']:.3f}x, {run['accuracy']:.2f} (dense {run['dense']:.2f}; {rivals}), "
         f"{run['compile_s']:.0f} s"
     )
-
-
-def commit() -> str:
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ Results go to benchmarks/results/dense_export.json.
 from __future__ import annotations
 
 import argparse
-import subprocess
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from typing import Any
 
 import torch
 import transformers
+from provenance import commit
 from torch import Tensor, nn
 
 from zipc.core.files import read_json, write_json
@@ -192,7 +192,7 @@ def measure(family: str, *, rounds: int) -> dict[str, Any]:
     medians = {name: median(values) for name, values in samples.items()}
     return {
         "family": family,
-        "commit": _commit(),
+        "commit": commit(),
         "settings": {k: v for k, v in FAMILIES[family][2].items()},
         "parity": check_parity(
             [outputs["ours"]], [outputs["stock_static"]], bound=1e-4, what=family
@@ -264,12 +264,6 @@ def _example(kind: str, *, batch: int) -> dict[str, Tensor]:
     if kind == "pair":
         feeds["decoder_input_ids"] = ids[:, : LENGTH // 2].contiguous()
     return feeds
-
-
-def _commit() -> str:
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

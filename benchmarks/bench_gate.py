@@ -13,7 +13,6 @@ import argparse
 import math
 import os
 import platform
-import subprocess
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from provenance import commit
 
 from zipc.core.files import read_json, write_json
 from zipc.core.types import Workload
@@ -142,12 +142,6 @@ def _print(title: str, table: dict[str, Any]) -> None:
         )
 
 
-def _commit() -> str:
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
-
-
 def _device() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if os.name == "posix" else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
@@ -167,7 +161,7 @@ def main() -> None:
         parser.error("--real needs --model")
 
     document = read_json(RESULTS) if RESULTS.is_file() else {}
-    origin = {"device": _device(), "commit": _commit(), "fail_on": "p50:5%"}
+    origin = {"device": _device(), "commit": commit(), "fail_on": "p50:5%"}
     if arguments.real:
         document["real_a_a"] = origin | real(
             arguments.model,

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import platform
-import subprocess
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -20,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from provenance import commit
 
 from zipc.core.files import write_json
 from zipc.core.request import Request
@@ -117,11 +117,6 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "versions": {n: version(n) for n in ("onnxruntime", "torch", "numpy")}
         | {"python": platform.python_version()},
     }
-
-
-def commit() -> str:
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 if __name__ == "__main__":

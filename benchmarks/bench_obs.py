@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import platform
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +22,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from provenance import commit
 from torch import Tensor
 
 from zipc.core.files import write_json
@@ -140,11 +140,6 @@ def seconds(work: Callable[[], object]) -> float:
 
 def ratio(slow: list[float], fast: list[float]) -> float:
     return median(a / b for a, b in zip(slow, fast, strict=True))
-
-
-def commit() -> str:
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 if __name__ == "__main__":

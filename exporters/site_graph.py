@@ -26,7 +26,7 @@ def block_ends(graph: OnnxGraph, site: Site) -> tuple[list[str], list[str]]:
         if not nodes:
             raise UnsupportedModel(f"{module} has no node in the exported graph")
         starts.append(nodes[0].input[0])
-    maps = {*site.producers, *(c.module for c in site.consumers)}
+    maps = site.maps
     for piece in site.slices:
         if piece.parameter.rpartition(".")[0] not in maps and piece.parameter in graph.weights:
             starts.append(graph.weights[piece.parameter][0])

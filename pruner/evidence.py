@@ -97,14 +97,15 @@ def collect(
                 )
             parts = rows.chunk(call.groups, dim=1)
             grams = [second_moment(part) for part in parts]
+            total = rows.sum(0, dtype=torch.float64).reshape(call.groups, -1)
+            low, high = (float(end) for end in torch.aminmax(rows))
             with adding:
                 held = stats.setdefault(call.module, _empty(call, rows))
                 for g, gram in enumerate(grams):
                     held.gram[g] += gram
-                held.total += rows.sum(0, dtype=torch.float64).reshape(call.groups, -1)
+                held.total += total
                 held.count += len(rows)
-                low, high = torch.aminmax(rows)
-                held.low, held.high = min(held.low, float(low)), max(held.high, float(high))
+                held.low, held.high = min(held.low, low), max(held.high, high)
             chosen = torch.randperm(len(rows), generator=generator)[:per_batch]
             drawn.setdefault(call.module, []).append(rows[chosen])
 

@@ -164,7 +164,7 @@ class Levels:
         """Whether a map is only run through by the units of a site, as a depthwise one is: around
         a removed site it stays as it was."""
         found = self.sites[site]
-        return module not in (*found.producers, *(c.module for c in found.consumers))
+        return module not in found.maps
 
     def idle(self, module: str, allocation: Allocation) -> bool:
         """Whether nothing reads what a map gives: it produces units of a removed site."""

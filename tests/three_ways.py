@@ -98,6 +98,14 @@ def by_program(made: Case, kept: Kept, feeds: Mapping[str, Tensor]) -> list[Tens
     return made.executor.run(feeds, variant)[0]
 
 
+def prove_in_torch(made: Case, kept: Kept, feeds: Feeds, bound: float = EXACT) -> list[Tensor]:
+    """Both torch ways agree with the oracle, which is returned."""
+    want = inert(made, kept, feeds)
+    assert gap(by_surgery(made, kept, feeds), want) < bound
+    assert gap(by_program(made, kept, feeds), want) < bound
+    return want
+
+
 def all_exported(made: Case, family: Family) -> OnnxGraph:
     """The dense ONNX graph with all outputs."""
     return export_dense(

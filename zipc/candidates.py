@@ -136,7 +136,7 @@ def _evidence(
         dict.fromkeys(
             m
             for s in prepared.structure.sites
-            for m in (*s.producers, *(c.module for c in s.consumers))
+            for m in s.maps
             if not prepared.calls[m].convolution or m in {c.module for c in s.consumers}
         )
     )

@@ -54,7 +54,7 @@ class Prepared:
 
     def on_integers(self, site: Site) -> bool:
         """Whether all maps of a site have integer kernels here: linear maps do."""
-        maps = (*site.producers, *(c.module for c in site.consumers))
+        maps = site.maps
         return not any(self.calls[m].convolution for m in maps)
 
     @property

@@ -253,7 +253,7 @@ def _measure(
 def _overlapping(prepared: Prepared) -> bool:
     """Whether sites share maps, as in a chain of convolutions: each then prices them once more."""
     sites = prepared.structure.sites
-    maps = [m for s in sites for m in {*s.producers, *(c.module for c in s.consumers)}]
+    maps = [m for s in sites for m in s.maps]
     return len(maps) > len(set(maps))
 
 
@@ -301,7 +301,7 @@ def plain_edit(
             continue
         if level.numeric == "fp32":
             continue
-        for module in (*site.producers, *(c.module for c in site.consumers)):
+        for module in site.maps:
             call = calls[module]
             matrix = matrices(call, torch.from_numpy(tensors[call.weight]))[0]
             rounded = quantize_weight(matrix)

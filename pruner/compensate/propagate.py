@@ -124,7 +124,7 @@ def propagate(
         level = allocation.levels[site.name]
         consumer = site.consumers[0].module
         if where is None:
-            run.feed_back([*site.producers, *(c.module for c in site.consumers)])
+            run.feed_back(site.maps)
         elif consumer not in done and executor.needs(where.total, run.variant()):
             run.small.reach(executor.first_effect(site), run.variant())
             run.dense.reach(min(s.at for s in sums[i:] if s is not None), Variant())

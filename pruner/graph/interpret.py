@@ -232,7 +232,8 @@ class Executor:
         self, removed: frozenset[str], given: frozenset[str]
     ) -> tuple[list[fx.Node], dict[str, int]]:
         """Nodes still needed beyond the values `given`, and the index of each value's last use."""
-        if (removed, given) not in self._plans:
+        plan = self._plans.get((removed, given))
+        if plan is None:
             needed: set[str] = set()
             stack = [o.name for o in self.program.outputs]
             by_name = {n.name: n for n in self.program.nodes}
@@ -259,8 +260,8 @@ class Executor:
             ]
             if len(self._plans) >= _PLANS:
                 self._plans.clear()
-            self._plans[removed, given] = order, last
-        return self._plans[removed, given]
+            plan = self._plans[removed, given] = order, last
+        return plan
 
 
 def _has_site(extent: Extent) -> bool:

@@ -114,7 +114,7 @@ def describe(
     stubs: dict[str, dict[str, Any]] = {}
     for site in structure.sites:
         if widths.get(site.name, site.units) == 0:
-            for path in [*site.producers, *(c.module for c in site.consumers)]:
+            for path in site.maps:
                 if path in stubs and stubs[path]["kind"] == "empty":
                     continue  # nothing reads it, whatever it has lost itself
                 call = calls[path]

@@ -79,14 +79,23 @@ def _joined(structure: Structure, parts: Sequence[Structure]) -> Structure:
 def _stuck(trial: _Trial, structure: Structure) -> Iterator[str]:
     """Sites without which the module fails, or whose loss would leave outputs of nothing but
     constants, of those that the graph could do without."""
-    vital = {s.name for s in structure.sites if s.removable and trial.cuts_off(structure, s)}
+    executor = Executor(trial.program, structure)
+    removable = [s for s in structure.sites if s.removable]
+    vital = {s.name for s in removable if _cuts_off(executor, s)}
     yield from vital
-    removable = [s for s in structure.sites if s.removable and s.name not in vital]
+    removable = [s for s in removable if s.name not in vital]
     for start in range(TOGETHER):
         group = removable[start::TOGETHER]
         if trial.failure(structure, {s.name: [] for s in group}) is None:
             continue
         yield from (s.name for s in group if trial.failure(structure, {s.name: []}) is not None)
+
+
+def _cuts_off(executor: Executor, site: Site) -> bool:
+    """Whether no output depends on any input once a site is gone."""
+    bias = torch.empty(0)
+    without_it = Variant(constants={c.module: bias for c in site.consumers})
+    return not any(executor.needs(name, without_it) for name in executor.program.inputs)
 
 
 def _one_by_one(trial: _Trial, structure: Structure) -> Structure:
@@ -133,13 +142,6 @@ class _Trial:
             if failure is not None:
                 return failure
         return None
-
-    def cuts_off(self, structure: Structure, site: Site) -> bool:
-        """Whether no output depends on any input once a site is gone."""
-        bias = torch.empty(0)
-        without_it = Variant(constants={c.module: bias for c in site.consumers})
-        executor = Executor(self.program, structure)
-        return not any(executor.needs(name, without_it) for name in self.program.inputs)
 
     def failure(self, structure: Structure, kept: Kept) -> str | None:
         """What goes wrong when only the units `kept` are left; None: nothing."""

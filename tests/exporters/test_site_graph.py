@@ -50,7 +50,7 @@ def edits(family: str, width: int, numeric: str, index: int) -> Edit:
     held: dict[str, Int8Weights] = {}
     if numeric == "int8-dynamic" and width:
         weights = made.weights | sliced(made, kept)[0]
-        for path in (*site.producers, *(c.module for c in site.consumers)):
+        for path in site.maps:
             rounded = quantize_weight(weights[path + ".weight"])
             held[path] = Int8Weights(rounded.values.numpy(), rounded.scale.numpy())
     edit = edit_of(made, kept, held)
@@ -95,7 +95,7 @@ def test_a_cut_out_site_holds_the_site_and_little_else(family: str) -> None:
     for site in made.sites:
         proto = extract(dense, block_ends(dense, site)).to_proto()
         held = {i.name for i in proto.graph.initializer}
-        mine = {*site.producers, *(c.module for c in site.consumers)}
+        mine = site.maps
         for call in made.program.maps:
             inside = dense.weights[call.weight][0] in held
             # a coupled site spans layers, whose other maps lie between

@@ -112,7 +112,7 @@ def test_each_site_removed_alone_equals_surgery_and_frees_its_operators(family: 
         graph = specialise(dense, edit_of(made, kept))
         proto = graph.to_proto()
         left = {name for n in proto.graph.node for name in n.input}
-        for module in (*site.producers, *(c.module for c in site.consumers)):
+        for module in site.maps:
             held = dense.weights[module + ".weight"][0]
             assert held not in left, f"{module} is still computed"
         feeds = text(family, batch=2, length=5)
@@ -189,7 +189,7 @@ def quantised(
     modules = []
     for site in made.sites[:only]:
         if kept[site.name]:
-            modules += [*site.producers, *(c.module for c in site.consumers)]
+            modules += site.maps
     inputs: dict[str, Tensor] = {}
     hooked = surgered(made, kept)
     for path in modules:

@@ -45,7 +45,7 @@ def test_moments_are_those_of_the_unpadded_tokens_of_all_calls(family: str) -> N
         text(family, batch=3, length=7, seed=1),
         text(family, batch=2, length=32, seed=2),
     ]
-    modules = {m for s in made.sites for m in (*s.producers, *(c.module for c in s.consumers))}
+    modules = {m for s in made.sites for m in s.maps}
     stats = collect(made.executor, batches, modules=sorted(modules))
     assert set(stats) == modules
     for module in modules:

@@ -55,7 +55,7 @@ def searched(made: Case, kept: Kept) -> Variant:
     for site in made.sites:
         if not kept[site.name]:
             continue
-        for path in (*site.producers, *(c.module for c in site.consumers)):
+        for path in site.maps:
             maps[path] = Held(weights[path + ".weight"], weights.get(path + ".bias"))
     others = {n: t for n, t in tensors.items() if n.rpartition(".")[0] not in maps}
     widths = {n: len(k) for n, k in kept.items()}

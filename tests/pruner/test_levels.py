@@ -25,7 +25,7 @@ families = pytest.mark.parametrize("family", FAMILY_NAMES)
 @functools.cache
 def evidence(family: str) -> dict[str, InputStats]:
     made = case(family)
-    modules = {m for s in made.sites for m in (*s.producers, *(c.module for c in s.consumers))}
+    modules = {m for s in made.sites for m in s.maps}
     return collect(made.executor, data(family), modules=sorted(modules))
 
 
@@ -53,7 +53,7 @@ def states(held: Levels, site: str, level: Level, *, feedback: bool = False) -> 
 
 
 def maps_of(site: Site) -> set[str]:
-    return {*site.producers, *(c.module for c in site.consumers)}
+    return set(site.maps)
 
 
 def inputs(made: Case, module: str, batches: list[dict[str, Tensor]]) -> Tensor:

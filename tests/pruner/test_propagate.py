@@ -37,7 +37,7 @@ class Toy(nn.Module):
 
 
 def maps_of(site: Site) -> list[str]:
-    return [*site.producers, *(c.module for c in site.consumers)]
+    return set(site.maps)
 
 
 def batches(family: str = "bert", count: int = 4) -> list[dict[str, Tensor]]:

@@ -23,7 +23,7 @@ NUMERICS = ("fp32", DYNAMIC, STATIC)
 
 def levels_of(made: Case, family: str) -> Levels:
     batches = [text(family, batch=6, length=9, seed=s) for s in range(3)]
-    modules = [m for s in made.sites for m in (*s.producers, *(c.module for c in s.consumers))]
+    modules = [m for s in made.sites for m in s.maps]
     stats = collect(made.executor, batches, modules=modules)
     sweeps = {s.name: sweep_site(s, made.weights, stats, made.calls) for s in made.sites}
     sites = {s.name: s for s in made.sites}

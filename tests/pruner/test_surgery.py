@@ -75,7 +75,7 @@ def test_structure_holds_shapes_only_where_something_changed(family: str) -> Non
 def test_numerics_come_back_as_integer_linears(numeric: str) -> None:
     made = case("bert")
     site = made.sites[1]
-    paths = [*site.producers, *(c.module for c in site.consumers)]
+    paths = site.maps
     kept = everything(made) | {site.name: [1, 4, 5]}
     widths = {n: len(k) for n, k in kept.items()}
     numerics = dict.fromkeys(paths, numeric)

@@ -166,6 +166,11 @@ class Site:
     calls: int = 1  # how often the shared modules run in one forward pass
     removable: bool = True  # its consumers read nothing else: without units they are constants
 
+    @property
+    def maps(self) -> tuple[str, ...]:
+        """Module paths of its producers and consumers, each once."""
+        return tuple(dict.fromkeys((*self.producers, *(c.module for c in self.consumers))))
+
 
 @dataclass(frozen=True, slots=True)
 class LeftAlone:
