@@ -27,10 +27,12 @@ def export_dense(
     *,
     outputs: Sequence[tuple[int, str]],
     dynamic: Mapping[str, Mapping[int, str]],
+    inputs: Mapping[str, str] | None = None,
 ) -> OnnxGraph:
     """Export to standard-domain ONNX with the named axes symbolic, cleaned by our passes.
 
-    `outputs` are (index in the traced outputs, public name). Inputs keep their torch names.
+    `outputs` are (index in the traced outputs, public name), `inputs` the public names of those
+    that do not keep their torch name.
 
     Raises:
         UnsupportedModel: an operation has no ONNX translation; names it.
@@ -61,6 +63,7 @@ def export_dense(
     _drop_metadata_(graph)
     _put_back_(graph, parameters, names)
     _keep_outputs(graph, outputs)
+    _rename_inputs(graph, inputs or {})
     clean(graph)
     return graph
 
@@ -181,6 +184,17 @@ def _keep_outputs(graph: OnnxGraph, outputs: Sequence[tuple[int, str]]) -> None:
         graph.results = {n: name if v == before else v for n, v in graph.results.items()}
         if before in graph.origin:
             graph.origin[name] = graph.origin[before]
+
+
+def _rename_inputs(graph: OnnxGraph, names: Mapping[str, str]) -> None:
+    for value in graph.proto.graph.input:
+        before = value.name
+        value.name = names.get(before, before)
+        graph.shapes[value.name], graph.types[value.name] = graph.shapes[before], graph.types[before]
+        graph.results[before] = value.name
+    for node in graph.nodes:
+        for i, source in enumerate(node.input):
+            node.input[i] = names.get(source, source)
 
 
 def check_parity(

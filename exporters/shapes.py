@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import numpy as np
+import onnx
 from onnx import NodeProto, TensorProto
 
-from zipc.exporters.graph import Array, OnnxGraph, attribute
+from zipc.core.errors import ExportMismatch
+from zipc.exporters.graph import Array, OnnxGraph, attribute, live
 from zipc.exporters.graph import node as new_node
 
 Entry = int | str  # of a target shape: a number, or the value (one element) that holds it
@@ -30,6 +32,7 @@ def resize_(graph: OnnxGraph, size_of: SizeOf) -> None:
         size = size_of(names[value], axis) if value in names else None
         return old if size is None else size
 
+    _resize_ends_(graph, new_size)
     for node in list(graph.nodes):
         if node.op_type in ("Reshape", "Expand", "ConstantOfShape"):
             target = read_target(graph, node)
@@ -53,6 +56,48 @@ def resize_(graph: OnnxGraph, size_of: SizeOf) -> None:
             _regroup_(graph, node, new_size)
         elif node.op_type == "InstanceNormalization":
             _regroup_norm_(graph, node, new_size)
+
+
+def _resize_ends_(graph: OnnxGraph, new_size: Callable[[str, int, int], int]) -> None:
+    """Inputs and outputs at their new sizes; an output of which nothing is left goes."""
+    proto = onnx.ModelProto()
+    proto.CopyFrom(graph.proto)
+    for ends in (proto.graph.input, proto.graph.output):
+        for value in list(ends):
+            dims = value.type.tensor_type.shape.dim
+            for axis, dim in enumerate(dims):
+                if dim.HasField("dim_value"):
+                    dim.dim_value = new_size(value.name, axis, dim.dim_value)
+    for value in [v for v in proto.graph.output if _is_empty(v)]:
+        proto.graph.output.remove(value)
+    graph.proto = proto
+
+
+def drop_empty_inputs_(graph: OnnxGraph) -> None:
+    """Drop inputs of which nothing is left; no output may need them any more."""
+    gone = [value for value in graph.proto.graph.input if _is_empty(value)]
+    if not gone:
+        return
+    for value in gone:
+        graph.proto.graph.input.remove(value)
+    graph.nodes = live(graph.nodes, graph.outputs())
+    names = {value.name for value in gone}
+    asked = [n for n in graph.nodes if n.op_type == "Shape" and n.input[0] in names]
+    graph.nodes = [n for n in graph.nodes if not any(n is shape for shape in asked)]
+    sizes = Sizes(graph)
+    for shape in asked:  # another input tells the sizes, or the sum it is a part of
+        whole = graph.shapes[shape.input[0]]
+        part = whole[attribute(shape, "start", 0) : attribute(shape, "end", len(whole))]
+        held = [name for size in part if isinstance(name := sizes.of(size), str)]
+        if len(held) < len(part):
+            raise ExportMismatch(f"nothing is left that tells the size of {shape.input[0]}")
+        if held != list(shape.output):
+            graph.nodes.append(new_node("Concat", held, [shape.output[0]], axis=0))
+
+
+def _is_empty(value: onnx.ValueInfoProto) -> bool:
+    dims = value.type.tensor_type.shape.dim
+    return any(dim.HasField("dim_value") and dim.dim_value == 0 for dim in dims)
 
 
 def _regroup_norm_(
@@ -224,17 +269,28 @@ class Sizes:
         """A known number, or the value that holds a symbolic size; None if neither is known."""
         if isinstance(size, int):
             return size or None
-        if size not in self._places:
-            return None
         name = f"size_of_{size}"
-        if name not in self.values:
-            self.values.add(name)
-            if all(name not in n.output for n in self.graph.nodes):
-                source, axis = self._places[size]
-                made = new_node("Shape", [source], [name], start=axis, end=axis + 1)
-                self.graph.nodes.append(made)
-                self.graph.shapes[name], self.graph.types[name] = [1], TensorProto.INT64
+        if name in self.values:
+            return name
+        if all(name not in n.output for n in self.graph.nodes):
+            made = self._read(size, name)
+            if made is None:
+                return None
+            self.graph.nodes.append(made)
+            self.graph.shapes[name], self.graph.types[name] = [1], TensorProto.INT64
+        self.values.add(name)
         return name
+
+    def _read(self, size: str, name: str) -> NodeProto | None:
+        """A node that makes a symbolic size, from an input that has it or a sum it is part of."""
+        if size in self._places:
+            source, axis = self._places[size]
+            return new_node("Shape", [source], [name], start=axis, end=axis + 1)
+        for whole in self._places:
+            first, _, second = whole.partition("+")
+            if size == first and second in self._places:
+                return new_node("Sub", [str(self.of(whole)), str(self.of(second))], [name])
+        return None
 
 
 def read_target(graph: OnnxGraph, node: NodeProto) -> list[Entry] | None:

@@ -12,7 +12,7 @@ from onnx import NodeProto, TensorProto
 from zipc.core.errors import ExportMismatch
 from zipc.exporters.finish import finish
 from zipc.exporters.graph import OnnxGraph, attribute, node
-from zipc.exporters.shapes import SizeOf, Sizes, resize_, write_target_
+from zipc.exporters.shapes import SizeOf, Sizes, drop_empty_inputs_, resize_, write_target_
 
 FloatArray = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -59,6 +59,7 @@ def specialise(dense: OnnxGraph, edit: Edit) -> OnnxGraph:
         resize_(graph, edit.size_of)
     for module, constant in edit.removed.items():
         _remove_(graph, module, constant)
+    drop_empty_inputs_(graph)
     shared: dict[tuple[str, tuple[float, int] | None], tuple[str, ...]] = {}
     for module, weights in edit.int8.items():
         for call in graph.map_nodes(module + ".weight"):

@@ -70,10 +70,11 @@ def build(
                 f"ONNX Runtime runs {found} of {integers} integer products of the graph as "
                 "integers: the rest would be slower than fp32. Use --numerics fp32."
             )
-    example = prepared.source.example(batch=1, length=min(32, prepared.source.max_length))
+    length = min(32, prepared.source.max_length)
+    example = prepared.example(batch=1, length=length, widths=widths)
     expected, _ = prepared.executor.run(example, variant_of(allocation, states))
     runner = OnnxRuntimeRunner(model, workload=workload)
-    outputs = runner.outputs({k: v.numpy() for k, v in example.items()})
+    outputs = runner.outputs(prepared.for_graph(example))
     parity = check_parity(
         [outputs[name] for _, name in prepared.source.outputs],
         [t.numpy() for t in expected],
@@ -122,7 +123,9 @@ def checkpoint(
     )
     document["source"] = source.recipe
     module = rebuild(source.blank(), document, tensors)
-    example = source.example(batch=1, length=min(32, source.max_length))
+    widths = {n: lv.width for n, lv in allocation.levels.items()}
+    length = min(32, source.max_length)
+    example = prepared.example(batch=1, length=length, widths=widths)
     expected, _ = prepared.executor.run(example, variant_of(allocation, states))
     with torch.no_grad():
         result = module(**example)

@@ -47,7 +47,7 @@ def inspect_model(
         source.module,
         program,
         find_sites(program, include=include, exclude=exclude),
-        source.example(),
+        source.example(cached=False),
     )
     sizes = {name: tensor.numel() for name, tensor in program.tensors.values()}
     return {

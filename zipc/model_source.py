@@ -10,6 +10,7 @@ from zipc.core.types import InputSpec
 from zipc.pruner.graph.trace import Program, trace
 from zipc.sources.attention import ATTENTION, register_attention
 from zipc.sources.common import SourceModel
+from zipc.sources.decode import with_cache
 from zipc.sources.factory import load_factory
 from zipc.sources.hub import ALIASES, Alias
 from zipc.sources.huggingface import build_module, load_config, load_folder
@@ -27,6 +28,7 @@ __all__ = [
     "register_attention",
     "settle",
     "trace_source",
+    "with_cache",
 ]
 
 
@@ -64,12 +66,16 @@ def trace_source(source: SourceModel, *, batch: int = 1) -> Program:
         )
     except UnsupportedModel as error:
         program = _trace_one_batch(source, batch, error)
-    program.outputs = [program.outputs[i] for i, _ in source.outputs]
+    given = program.outputs
+    program.outputs = [given[i] for i, _ in source.outputs]
+    if source.cache is not None:
+        program.caches = frozenset(source.cache.public)
+        program.kept = [given[i] for i, _ in source.cache.outputs]
     return program
 
 
 def _trace_one_batch(source: SourceModel, batch: int, error: UnsupportedModel) -> Program:
-    specs = source.specs
+    specs, cache = source.specs, source.cache
     source.fix_batch_(batch)
     try:
         if source.specs == specs:
@@ -78,7 +84,7 @@ def _trace_one_batch(source: SourceModel, batch: int, error: UnsupportedModel) -
             source.module, source.example(), dynamic=source.dynamic, limits=source.limits
         )
     except UnsupportedModel:
-        source.specs = specs
+        source.specs, source.cache = specs, cache
         raise error from None
     source.notes.append(
         f"the model cannot be traced for every batch: the graph takes batches of {batch} only"

@@ -21,7 +21,7 @@ from zipc.core.types import Allocation, LeftAlone, Progress, Site, Target
 from zipc.effort import effort_of
 from zipc.latency_tables.store import TableStore, default_cache_dir
 from zipc.manifest import Manifest
-from zipc.model_source import SourceModel, load_source, settle
+from zipc.model_source import SourceModel, load_source, settle, with_cache
 from zipc.output import check_output, staged, write_artifacts
 from zipc.prepare import Prepared, prepare
 from zipc.pricing import Prices, price
@@ -276,6 +276,8 @@ def _load(request: Request, progress: Progress) -> tuple[SourceModel, Request]:
         )
     progress.stage("load model")
     source = load_source(request.model, weights=request.weights, input_shapes=request.input_shapes)
+    if request.phase == "decode":
+        source = with_cache(source)
     progress.done(type(source.module).__name__)
     for note in source.notes:
         progress.info(note)

@@ -20,6 +20,7 @@ Run = Callable[[Batch], Array]  # -> (b, d)
 OUTPUTS = {"logits": "logits", "pooler": "pooler_output"}  # else last_hidden_state
 Outputs = dict[str, Array]  # by name, rows first
 Predict = Callable[[Mapping[str, Array]], Outputs]
+CACHED = "past_key_values."  # how the names of inputs begin that hold earlier tokens
 INTEGERS = {"tensor(int64)": np.int64, "tensor(int32)": np.int32}
 TYPES: dict[str, Any] = {
     **INTEGERS,
@@ -77,13 +78,14 @@ def torch_run(module: torch.nn.Module, pooling: Pooling) -> Run:
 def onnx_predict(model: Path | bytes, outputs: Sequence[str], *, threads: int = 1) -> Predict:
     """Load a graph into ONNX Runtime (CPU, default optimisations) as a function of named arrays.
 
-    Arrays the graph has no input for are left out.
+    Arrays the graph has no input for are left out; a cache that is not given is empty.
 
     Raises:
         UsageError: it cannot be loaded, lacks an output, or an input is not among the arrays.
     """
     session, name = _open(model, threads)
     types = {value.name: value.type for value in session.get_inputs()}
+    caches = {v.name: v.shape for v in session.get_inputs() if v.name.startswith(CACHED)}
     given = [value.name for value in session.get_outputs()]
     lacking = [output for output in outputs if output not in given]
     if lacking:
@@ -93,13 +95,20 @@ def onnx_predict(model: Path | bytes, outputs: Sequence[str], *, threads: int = 
         raise UsageError(f"{name} takes {types[strange[0]]} as {strange[0]}: zipc cannot feed it.")
 
     def predict(feeds: Mapping[str, Array]) -> Outputs:
-        missing = sorted(set(types) - set(feeds))
+        missing = sorted(set(types) - set(feeds) - set(caches))
         if missing:
             raise UsageError(f"{name} has inputs the data does not: {', '.join(missing)}.")
-        cast = {k: np.asarray(feeds[k]).astype(TYPES[t]) for k, t in types.items()}
+        rows = len(next(iter(feeds.values())))
+        empty = {name: np.empty((rows, *_known(shape[1:]))) for name, shape in caches.items()}
+        cast = {k: np.asarray((empty | feeds)[k]).astype(TYPES[t]) for k, t in types.items()}
         return dict(zip(outputs, _run(session, outputs, cast, name=name), strict=True))
 
     return predict
+
+
+def _known(shape: Sequence[int | str]) -> list[int]:
+    """The sizes of an input; 0 for those that are open."""
+    return [size if isinstance(size, int) else 0 for size in shape]
 
 
 def _open(model: Path | bytes, threads: int) -> tuple[Any, str]:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import onnx
 from torch import Tensor
 
@@ -18,9 +21,10 @@ from zipc.core.types import LeftAlone, Progress, Site
 from zipc.exporters.graph import OnnxGraph
 from zipc.exporters.onnx_export import check_parity, export_dense
 from zipc.model_source import SourceModel, trace_source
+from zipc.sources.common import Cache
 from zipc.profiler.runners.onnxruntime import OnnxRuntimeRunner
 from zipc.pruner.graph.interpret import Executor, Variant
-from zipc.pruner.graph.sites import Structure, find_sites, without
+from zipc.pruner.graph.sites import Structure, extent_size, find_sites, without
 from zipc.pruner.graph.trace import MapCall, Program
 from zipc.pruner.graph.verify import verify
 from zipc.stage_cache import StageCache
@@ -57,6 +61,23 @@ class Prepared:
         maps = site.maps
         return not any(self.calls[m].convolution for m in maps)
 
+    def example(
+        self, *, batch: int, length: int, widths: Mapping[str, int] | None = None
+    ) -> dict[str, Tensor]:
+        """Inputs of the module at the widths of its sites: its cache has no place for the rest."""
+        feeds = self.source.example(batch=batch, length=length)
+        for name in self.program.caches:
+            extents = self.structure.shapes.get(name, ())
+            sizes = [extent_size(extent, widths or {}) for extent in extents]
+            if 0 not in sizes:  # that of a removed layer is not read
+                feeds[name] = feeds[name][tuple(slice(size) for size in sizes)].contiguous()
+        return feeds
+
+    def for_graph(self, feeds: Mapping[str, Tensor]) -> dict[str, np.ndarray[Any, Any]]:
+        """Inputs of the module as those of its ONNX graph."""
+        names = self.source.cache.public if self.source.cache else {}
+        return {names.get(name, name): tensor.numpy() for name, tensor in feeds.items()}
+
     @property
     def weights(self) -> dict[str, Tensor]:
         return dict(self.program.tensors.values())
@@ -75,7 +96,7 @@ def prepare(
     program = trace_source(source, batch=request.batch_size)
     example = source.example()
     structure = find_sites(program, include=request.include, exclude=request.exclude)
-    structure = verify(source.module, program, structure, example)
+    structure = verify(source.module, program, structure, source.example(cached=False))
     structure = _searched(structure)
     if not structure.sites:
         reasons = "; ".join(f"{a.path}: {a.reason}" for a in structure.left_alone[:3])
@@ -88,7 +109,7 @@ def prepare(
     key = fingerprint(
         source.sha256,
         source.outputs,
-        source.specs,
+        source.all_specs,
         str(program.exported.graph),  # a factory's code may change under equal weights
         _versions(),
         dataclasses.asdict(request.workload),
@@ -96,14 +117,21 @@ def prepare(
     dense = _load_graph(cache, key)
     reused = dense is not None
     if dense is None:
+        cache_ends = source.cache or Cache((), ())
         dense = export_dense(
-            program.exported, example, outputs=source.outputs, dynamic=source.dynamic
+            program.exported,
+            example,
+            outputs=[*source.outputs, *cache_ends.outputs],
+            dynamic=source.dynamic,
+            inputs=cache_ends.public,
         )
         _save_graph(cache, key, dense)
-    executor = Executor(program, structure)
-    parity = _check(executor, dense, source, request)
-    progress.done("reused" if reused else f"parity {parity:.1e}")
-    return Prepared(source, program, structure, executor, dense, parity, key)
+    prepared = Prepared(
+        source, program, structure, Executor(program, structure), dense, 0.0, key
+    )
+    prepared.parity = _check(prepared, request)
+    progress.done("reused" if reused else f"parity {prepared.parity:.1e}")
+    return prepared
 
 
 def _searched(structure: Structure) -> Structure:
@@ -112,14 +140,17 @@ def _searched(structure: Structure) -> Structure:
     return without(structure, {s.name: reason for s in structure.sites if s.kind == "width"})
 
 
-def _check(executor: Executor, dense: OnnxGraph, source: SourceModel, request: Request) -> float:
-    example = source.example(batch=3, length=min(24, source.max_length))
-    expected, _ = executor.run(example, Variant())
-    runner = OnnxRuntimeRunner(dense.to_bytes(), workload=request.workload)
-    outputs = runner.outputs({k: v.numpy() for k, v in example.items()})
+def _check(prepared: Prepared, request: Request) -> float:
+    source = prepared.source
+    example = prepared.example(batch=3, length=min(24, source.max_length))
+    caches = [] if source.cache is None else [name for _, name in source.cache.outputs]
+    kept: dict[str, Tensor] = dict.fromkeys((n.name for n in prepared.program.kept), None)  # type: ignore[arg-type]
+    expected, _ = prepared.executor.run(example, Variant(), captured=kept)
+    runner = OnnxRuntimeRunner(prepared.dense.to_bytes(), workload=request.workload)
+    outputs = runner.outputs(prepared.for_graph(example))
     return check_parity(
-        [outputs[name] for _, name in source.outputs],
-        [t.numpy() for t in expected],
+        [outputs[name] for name in (*(n for _, n in source.outputs), *caches)],
+        [t.numpy() for t in (*expected, *(kept[n.name] for n in prepared.program.kept))],
         bound=PARITY_BOUND,
         what="the dense ONNX graph against torch",
     )

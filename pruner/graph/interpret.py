@@ -91,13 +91,18 @@ class Executor:
         env: Env = dict(live or {})
         order, last_use = self._plan(frozenset(variant.constants), frozenset(env))
         symbols = {s: int(feeds[name].shape[d]) for name, d, s in self._symbols if name in feeds}
+        symbols = dict.fromkeys((s for _, _, s in self._symbols), 0) | symbols
         saved: dict[int, Env] = {}
         pending = sorted(c for c in cuts if c >= start)
         for node in order:
             at = self._index[node.name]
             while pending and pending[0] <= at:
                 cut = pending.pop(0)
-                saved[cut] = {k: v for k, v in env.items() if last_use.get(k, -1) >= cut}
+                saved[cut] = {
+                    k: v
+                    for k, v in env.items()
+                    if last_use.get(k, -1) >= cut and k not in self.program.caches
+                }
             if stop is not None and at >= stop:
                 return [], saved
             env[node.name] = self._step(node, env, feeds, variant, symbols, on_map)
@@ -138,6 +143,8 @@ class Executor:
         on_map: Callable[[MapCall, Tensor], None] | None,
     ) -> Any:
         if node.op == "placeholder":
+            if node.name in self.program.caches and node.name not in feeds:
+                return self._empty(node, variant, symbols)
             return feeds.get(node.name)
 
         def value(source: fx.Node) -> Any:
@@ -202,6 +209,19 @@ class Executor:
         result: Tensor = node.target(x, weight, bias, *args)  # type: ignore[operator]
         return result
 
+    def _empty(self, node: fx.Node, variant: Variant, symbols: Mapping[str, int]) -> Tensor:
+        """A cache without any token in it."""
+        sizes = self._sizes(node, variant, symbols)
+        return torch.empty(sizes, dtype=node.meta["val"].dtype)
+
+    def _sizes(self, node: fx.Node, variant: Variant, symbols: Mapping[str, int]) -> list[int]:
+        """The shape of a node's result at the widths of a candidate."""
+        sizes = [_concrete(s, symbols) for s in _val(node)]
+        for i, extent in enumerate(self.structure.shapes.get(node.name, ())):
+            kept = extent_size(extent, variant.widths)
+            sizes[i] = sizes[i] if kept is None else kept
+        return sizes
+
     def _constant(
         self,
         node: fx.Node,
@@ -211,10 +231,7 @@ class Executor:
         symbols: Mapping[str, int],
     ) -> Tensor:
         """What a map gives that has lost its whole input: its bias at every position."""
-        sizes = [_concrete(s, symbols) for s in _val(node)]
-        for i, extent in enumerate(self.structure.shapes.get(node.name, ())):
-            kept = extent_size(extent, variant.widths)
-            sizes[i] = sizes[i] if kept is None else kept
+        sizes = self._sizes(node, variant, symbols)
         if not call.convolution:
             return constant.expand(*sizes)
         return constant.view(-1, *[1] * (len(sizes) - 2)).expand(*sizes)

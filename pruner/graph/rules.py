@@ -60,7 +60,8 @@ class Axes:
                 self.of[node.name] = self.parameters[name]
             else:
                 self.of[node.name] = _fresh(node)
-                pin(self.of[node.name], "it is part of the model's input")
+                if node.name not in self.program.caches:
+                    pin(self.of[node.name], "it is part of the model's input")
             return
         if node.op != "call_function":
             return

@@ -56,6 +56,8 @@ class Program:
     outputs: list[fx.Node]
     maps: list[MapCall]
     fixed: dict[str, str] = field(default_factory=dict)  # tensor that must keep its size -> why
+    caches: frozenset[str] = frozenset()  # inputs that follow what is pruned, and may be missing
+    kept: list[fx.Node] = field(default_factory=list)  # what goes into a cache: no output
 
     def tensor_of(self, node: Any) -> tuple[str, Tensor] | None:
         """Qualified name and value if `node` is a parameter, buffer or constant."""
@@ -74,7 +76,7 @@ def trace(
 ) -> Program:
     """Export `model` on `example`, given by keyword; the axes named in `dynamic` stay symbolic.
 
-    An axis may be named by another one and a number, as in "past+1". `limits` gives the largest
+    An axis may be named as the sum of others, as in "past+sequence". `limits` gives the largest
     size of a named axis.
 
     Raises:
@@ -82,11 +84,12 @@ def trace(
     """
     limits = limits or {}
     names = dict.fromkeys(name for axes in dynamic.values() for name in axes.values())
-    roots = dict.fromkeys(name.partition("+")[0] for name in names)
-    dims = {name: torch.export.Dim(name, max=limits.get(name)) for name in roots}
-    for name in names:
-        root, _, more = name.partition("+")
-        dims[name] = dims[root] + int(more) if more else dims[root]
+    dims = {
+        name: torch.export.Dim.AUTO  # which follows from the code
+        if "+" in name
+        else torch.export.Dim(name, max=limits.get(name))
+        for name in names
+    }
     shapes = {k: {i: dims[n] for i, n in dynamic.get(k, {}).items()} for k in example}
     try:
         with torch.no_grad(), hush():

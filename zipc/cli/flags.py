@@ -18,6 +18,7 @@ from zipc.core.shapes import parse_input_shapes
 
 Numerics = Literal["auto", "fp32", "int8", "int8-dynamic", "int8-static"]
 _WORKLOAD, _SEARCH, _DATA, _RUN = "Workload", "Search", "Reading the data", "Running"
+Phase = Literal["prefill", "decode"]
 Effort = Literal["quick", "default", "extensive"]
 FormatFlag = Annotated[
     Format, typer.Option("--format", help="table for people, json: one document on stdout.")
@@ -105,6 +106,23 @@ class ModelFlags:
             rich_help_panel=_WORKLOAD,
         ),
     ] = None
+    phase: Annotated[
+        Phase,
+        typer.Option(
+            "--phase",
+            help="What of a language model is timed: reading a prompt, or one token more.",
+            rich_help_panel=_WORKLOAD,
+        ),
+    ] = "prefill"
+    past_length: Annotated[
+        int | None,
+        typer.Option(
+            "--past-length",
+            min=1,
+            help="Tokens before the one decoded: 128, or the most the model takes.",
+            rich_help_panel=_WORKLOAD,
+        ),
+    ] = None
     input_shapes: InputShapesFlag = None
     effort: Annotated[
         Effort,
@@ -146,6 +164,8 @@ class ModelFlags:
             "threads": self.threads,
             "batch_size": self.batch_size,
             "sequence_length": self.sequence_length,
+            "phase": self.phase,
+            "past_length": self.past_length,
             "input_shapes": () if shapes is None else parse_input_shapes(shapes),
             "weights": self.weights,
             "effort": self.effort,

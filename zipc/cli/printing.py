@@ -273,6 +273,8 @@ _FLAGS: Mapping[str, str] = {  # those whose value is their text
     "threads": "--threads",
     "batch_size": "--batch-size",
     "sequence_length": "--sequence-length",
+    "phase": "--phase",
+    "past_length": "--past-length",
     "cache_dir": "--cache-dir",
 }
 _COLUMNS: tuple[tuple[str, Literal["left", "right"]], ...] = (

@@ -33,6 +33,8 @@ class Request:
     threads: int = 1
     batch_size: int = 1
     sequence_length: int | None = None  # 128 or the most the model takes, if it reads sequences
+    phase: str = "prefill"  # prefill | decode: a language model reads a prompt, or makes a token
+    past_length: int | None = None  # tokens in the cache of a decode step; 128 or the most there is
     input_shapes: tuple[InputSpec, ...] = ()  # whole shapes, of models that read no text
     cache_dir: Path | None = None
     keep_reference: bool = True
@@ -40,7 +42,14 @@ class Request:
     require: str | None = None  # "validated": a predicted verdict is a failure too
 
     @property
+    def context(self) -> int | None:
+        """Tokens that the last one timed can look at, itself included."""
+        return self.sequence_length if self.past_length is None else self.past_length + 1
+
+    @property
     def workload(self) -> Workload:
         """What is timed; complete once `sources.settle` has filled in what the model decides."""
         shapes = {s.name: tuple(int(n) for n in s.shape) for s in self.input_shapes}
-        return Workload(self.batch_size, self.sequence_length, self.threads, shapes)
+        return Workload(
+            self.batch_size, self.sequence_length, self.threads, shapes, self.past_length
+        )

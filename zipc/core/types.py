@@ -83,16 +83,18 @@ class Workload:
         if self.input_shapes:
             shapes = ",".join(f"{n}:{_sizes(shape)}" for n, shape in self.input_shapes.items())
             sizes = f"--input-shapes {shapes}"
+        elif self.past_length is not None:
+            sizes += f" --phase decode --past-length {self.past_length}"
         elif self.sequence_length is not None:
             sizes += f" --sequence-length {self.sequence_length}"
         return f"{sizes} --threads {self.threads}"
 
     def __str__(self) -> str:
         parts = [f"batch {self.batch_size}"]
-        if self.sequence_length is not None:
-            parts.append(f"sequence {self.sequence_length}")
         if self.past_length is not None:
             parts.append(f"1 token after {self.past_length}")
+        elif self.sequence_length is not None:
+            parts.append(f"sequence {self.sequence_length}")
         parts += [f"{n} {_sizes(shape)}" for n, shape in self.input_shapes.items()]
         return ", ".join([*parts, f"{self.threads} thread{'s' if self.threads > 1 else ''}"])
 

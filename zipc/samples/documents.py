@@ -2,7 +2,7 @@
 
 Documents are what `<|endoftext|>` separates, else what blank lines separate, else lines: the
 coarsest of these that gives enough of them to cut. Those of one part are joined, each with the
-tokenizer's own marks of a beginning or an end, and cut into windows of the sequence length timed;
+tokenizer's own marks of a beginning or an end, and cut into windows of the length timed;
 so no window holds text of two parts, and every token but the first of a part is predicted once.
 """
 
@@ -47,7 +47,7 @@ def document_samples(source: SourceModel, request: Request) -> RowSamples:
     user = user_function(request.evaluator, request.metric)
     require_tokenizer(source)
     made, how = _cut(request)
-    length = request.sequence_length or min(128, source.max_length)
+    length = request.context or min(128, source.max_length)
     streams = {p: _stream(source.tokenizer, docs) for p, docs in _apart(made.parts).items()}
     windows = {p: _windows(s, length, pad=_pad_id(source.tokenizer)) for p, s in streams.items()}
     rows = ArrayRows(
@@ -174,7 +174,7 @@ def _require(
             raise UsageError(
                 f"{request.data} gives the {part} part {len(streams[part]):,} tokens, less than "
                 f"{FEWEST} windows of {length}. Pass more text with --data, or time a shorter "
-                "--sequence-length."
+                f"{'--past-length' if request.phase == 'decode' else '--sequence-length'}."
             )
 
 

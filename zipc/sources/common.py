@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass, replace
@@ -17,7 +18,24 @@ from zipc.core.errors import UnsupportedModel
 from zipc.core.types import InputSpec, ModelTask
 
 BATCH, SEQUENCE, DECODER, PAST = "batch", "sequence", "decoder_sequence", "past"
+TOTAL = f"{PAST}+{SEQUENCE}"
 SAFE_ID = 8  # integers of unknown meaning stay below it: no vocabulary is smaller
+
+
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """The keys and values of earlier tokens, which a model takes and gives beside all else."""
+
+    specs: tuple[InputSpec, ...]  # inputs that may be left out, and are empty then
+    outputs: tuple[tuple[int, str], ...]  # index among the module's output tensors, public name
+
+    @property
+    def public(self) -> dict[str, str]:
+        """Name of an input in Python -> its name in a graph, as the ecosystem writes it."""
+        return {s.name: _CACHED.sub(r"past_key_values.\1.\2", s.name) for s in self.specs}
+
+
+_CACHED = re.compile(r"past_key_values_(\d+)_(key|value)")
 
 
 @dataclass(slots=True)
@@ -38,22 +56,28 @@ class SourceModel:
     blank: Callable[[], nn.Module]  # an untrained module of the same structure
     recipe: dict[str, Any]  # how `zipc.load` makes such a module; names no code that is run
     notes: list[str] = field(default_factory=list)
+    cache: Cache | None = None
 
     @property
     def inputs(self) -> list[str]:
         return [spec.name for spec in self.specs]
 
     @property
+    def all_specs(self) -> tuple[InputSpec, ...]:
+        """Every input of the module, those of the cache included."""
+        return (*self.specs, *(self.cache.specs if self.cache else ()))
+
+    @property
     def axes(self) -> set[str]:
         """The names of the axes that stay open."""
-        return {size for spec in self.specs for size in spec.shape if isinstance(size, str)}
+        return {size for spec in self.all_specs for size in spec.shape if isinstance(size, str)}
 
     @property
     def dynamic(self) -> dict[str, dict[int, str]]:
         """The axes whose size is not fixed, by input."""
         return {
             spec.name: {i: size for i, size in enumerate(spec.shape) if isinstance(size, str)}
-            for spec in self.specs
+            for spec in self.all_specs
         }
 
     @property
@@ -65,17 +89,20 @@ class SourceModel:
     def has_logits(self) -> bool:
         return any(name == "logits" for _, name in self.outputs)
 
-    def example(self, *, batch: int = 2, length: int = 16) -> dict[str, Tensor]:
-        """Inputs in the order the model takes them; of tokens, one row is padded: on the right, of
-        a decode step on the left.
+    def example(
+        self, *, batch: int = 2, length: int = 16, cached: bool = True
+    ) -> dict[str, Tensor]:
+        """Inputs in the order the model takes them; of tokens, one row is padded: on the right,
+        where there is a cache on the left. Half of `length` is in the cache, if any is `cached`.
 
         An axis that is not open keeps its size, whatever `batch` and `length` say.
         """
         length = min(length, self.max_length)
-        sizes = {BATCH: batch, SEQUENCE: length, DECODER: max(1, 2 * length // 3), PAST: length}
-        sizes[f"{PAST}+1"] = length + 1
+        past = length // 2 if self.cache and cached else 0
+        sizes = {BATCH: batch, SEQUENCE: length - past, PAST: past, TOTAL: length}
+        sizes[DECODER] = max(1, 2 * length // 3)
         pad = int(getattr(self.config, "pad_token_id", 0) or 0)
-        return make_example(self.specs, sizes, pad=pad)
+        return make_example(self.all_specs if past else self.specs, sizes, pad=pad)
 
     def chosen(self, result: Any) -> list[Tensor]:
         """Of what a forward pass gave, the tensors in `outputs`."""
@@ -84,10 +111,15 @@ class SourceModel:
 
     def fix_batch_(self, batch: int) -> None:
         """Close the batch axis at one size."""
-        self.specs = tuple(
-            replace(s, shape=tuple(batch if size == BATCH else size for size in s.shape))
-            for s in self.specs
-        )
+        self.specs = _at_batch(self.specs, batch)
+        if self.cache is not None:
+            self.cache = replace(self.cache, specs=_at_batch(self.cache.specs, batch))
+
+
+def _at_batch(specs: tuple[InputSpec, ...], batch: int) -> tuple[InputSpec, ...]:
+    return tuple(
+        replace(s, shape=tuple(batch if size == BATCH else size for size in s.shape)) for s in specs
+    )
 
 
 def make_example(
@@ -96,7 +128,8 @@ def make_example(
     """Values for every input under the given sizes of its open axes, equal in every call."""
     generator = torch.Generator().manual_seed(0)
     shapes = {s.name: [sizes[n] if isinstance(n, str) else n for n in s.shape] for s in specs}
-    values = {s.name: _values(s, shapes[s.name], generator) for s in specs}
+    left = sizes.get(PAST, 0) > 0
+    values = {s.name: _values(s, shapes[s.name], generator, left=left) for s in specs}
     for name, ids in values.items():
         mask = values.get(f"{name.removesuffix('input_ids')}attention_mask")
         if name.endswith("input_ids") and mask is not None and mask.shape == ids.shape:
@@ -104,12 +137,14 @@ def make_example(
     return values
 
 
-def _values(spec: InputSpec, shape: list[int], generator: torch.Generator) -> Tensor:
+def _values(
+    spec: InputSpec, shape: list[int], generator: torch.Generator, *, left: bool
+) -> Tensor:
     dtype: torch.dtype = getattr(torch, spec.dtype)
     if spec.name.endswith("attention_mask") and len(shape) == 2:
         mask = torch.ones(shape, dtype=dtype)
         half = max(1, shape[1] // 2)
-        padding = slice(0, half) if PAST in str(spec.shape[1]) else slice(half, None)
+        padding = slice(0, half) if left else slice(half, None)
         mask[-1, padding] = 0
         return mask
     if dtype.is_floating_point:

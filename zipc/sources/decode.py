@@ -1,9 +1,10 @@
-"""One step of generation: a causal model on its newest token, with the past in a cache.
+"""A causal language model with its past in a cache: one graph for the prompt and for every token.
 
-The inputs are `input_ids` (b, 1), `attention_mask` (b, past + 1), and for layer i
+The inputs are `input_ids` (b, s), `attention_mask` (b, past + s), and for layer i
 `past_key_values_i_key` and `past_key_values_i_value` (b, kv_heads, past, d); the outputs are
-`logits` and `present.i.key`, `present.i.value` (b, kv_heads, past + 1, d). Padding is on the left,
-so that the newest token is the last. Exports of Optimum write the inputs with dots.
+`logits` (b, s, vocabulary) and `present.i.key`, `present.i.value` (b, kv_heads, past + s, d). With
+an empty past it reads a prompt, with s = 1 it makes one step. Padding is on the left, so that the
+newest token is the last.
 """
 
 from __future__ import annotations
@@ -19,34 +20,37 @@ from torch import Tensor, nn
 
 from zipc.core.errors import UnsupportedModel
 from zipc.core.types import InputSpec
-from zipc.sources.common import BATCH, PAST, SourceModel, first_line
+from zipc.sources.common import BATCH, PAST, SEQUENCE, TOTAL, Cache, SourceModel, first_line
 
-TOTAL = f"{PAST}+1"
 MASK = "attention_mask"
 
 
-def decode_step(source: SourceModel) -> SourceModel:
-    """The decode step of a causal language model; it shares every parameter with `source`.
+def with_cache(source: SourceModel) -> SourceModel:
+    """A causal language model that takes and gives its cache; it shares its parameters.
 
     Raises:
         UnsupportedModel: it is none, or its cache is not keys and values of every past token.
     """
     shapes = _cache_shapes(source)
-    past = tuple(
+    caches = tuple(
         InputSpec(f"past_key_values_{i}_{part}", "float32", (BATCH, heads, PAST, size))
         for i, sizes in enumerate(shapes)
         for part, (heads, size) in zip(("key", "value"), sizes, strict=True)
     )
-    newest = dataclasses.replace(source.specs[0], shape=(BATCH, 1))
-    specs = (newest, InputSpec(MASK, "int64", (BATCH, TOTAL), high=2), *past)
-    names = ["logits", *(f"present.{i}.{p}" for i in range(len(shapes)) for p in ("key", "value"))]
+    specs = (
+        dataclasses.replace(source.specs[0], shape=(BATCH, SEQUENCE)),
+        InputSpec(MASK, "int64", (BATCH, TOTAL), high=2),
+    )
+    presents = [f"present.{i}.{p}" for i in range(len(shapes)) for p in ("key", "value")]
+    blank, names = source.blank, [spec.name for spec in caches]
     return dataclasses.replace(
         source,
-        module=_step_module(source.module, specs),
-        max_length=source.max_length - 1,
+        module=_cached(source.module, names),
         specs=specs,
-        outputs=list(enumerate(names)),
+        outputs=[(0, "logits")],
+        blank=lambda: _cached(blank(), names),
         notes=list(source.notes),
+        cache=Cache(caches, tuple(enumerate(presents, 1))),
     )
 
 
@@ -69,18 +73,22 @@ def _cache_shapes(source: SourceModel) -> list[tuple[tuple[int, int], tuple[int,
     return [((k.shape[1], k.shape[3]), (v.shape[1], v.shape[3])) for k, v in states]
 
 
-def _step_module(module: nn.Module, specs: tuple[InputSpec, ...]) -> nn.Module:
-    """The same module under another forward."""
+def _cached(module: nn.Module, names: list[str]) -> nn.Module:
+    """The same module under another forward; a cache that is not given is empty."""
     whole = type(module).forward
-    names = [spec.name for spec in specs]
 
     def forward(self: nn.Module, **given: Tensor) -> dict[str, Tensor]:
-        cache = _cache_of([given[name] for name in names[2:]])
-        rest = {name: given[name][:, -1:] for name in ("position_ids",) if name in given}
+        states = [given[name] for name in names if name in given]
+        for state in states[1:]:
+            torch._check(state.shape[2] == states[0].shape[2])  # one past: the trace is told so
+        cache = _cache_of(states)
+        ids, mask = given["input_ids"], given[MASK]
+        past = mask.shape[1] - ids.shape[1]
+        rest = {name: given[name][:, past:] for name in ("position_ids",) if name in given}
         result = whole(
             self,
-            input_ids=given["input_ids"],
-            attention_mask=given[MASK],
+            input_ids=ids,
+            attention_mask=mask,
             past_key_values=cache,
             use_cache=True,
             **rest,
@@ -92,11 +100,12 @@ def _step_module(module: nn.Module, specs: tuple[InputSpec, ...]) -> nn.Module:
 
     kind = inspect.Parameter.KEYWORD_ONLY
     parameters = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)]
-    parameters += [inspect.Parameter(name, kind) for name in names]
+    parameters += [inspect.Parameter(name, kind) for name in ("input_ids", MASK)]
+    parameters += [inspect.Parameter(name, kind, default=None) for name in names]
     forward.__setattr__("__signature__", inspect.Signature(parameters))
-    step = copy.copy(module)
-    step.__dict__["forward"] = types.MethodType(forward, step)
-    return step
+    made = copy.copy(module)
+    made.__dict__["forward"] = types.MethodType(forward, made)
+    return made
 
 
 def _cache_of(states: list[Tensor]) -> Any:

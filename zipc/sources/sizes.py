@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from zipc.core.errors import UsageError
 from zipc.core.request import Request
-from zipc.sources.common import BATCH, DECODER, PAST, SEQUENCE, SourceModel
+from zipc.sources.common import BATCH, DECODER, SEQUENCE, SourceModel
 
 USUAL_LENGTH = 128  # tokens timed, where the user does not say
 
@@ -14,14 +14,18 @@ USUAL_LENGTH = 128  # tokens timed, where the user does not say
 def settle(request: Request, source: SourceModel) -> Request:
     """The request with the sizes it leaves open filled in for this model.
 
-    A model whose inputs are all (batch, sequence) is timed at a length; any other at the whole
-    shapes of its inputs, and has no sequence length.
+    A model whose inputs are all (batch, sequence) is timed at a length, one with a cache on one
+    token after others; any other at the whole shapes of its inputs, and has no sequence length.
 
     Raises:
         UsageError: two sizes contradict each other, or the model cannot take one.
     """
     batch = _batch(request, source)
-    texts = all(set(spec.shape) <= {BATCH, SEQUENCE, DECODER, PAST} for spec in source.specs)
+    if source.cache is not None:
+        return _settle_decode(replace(request, batch_size=batch), source)
+    if request.past_length is not None:
+        raise UsageError("--past-length is of a decode step: give --phase decode with it.")
+    texts = all(set(spec.shape) <= {BATCH, SEQUENCE, DECODER} for spec in source.specs)
     if texts and SEQUENCE in source.axes:
         length = request.sequence_length or min(USUAL_LENGTH, source.max_length)
         if length > source.max_length:
@@ -40,6 +44,21 @@ def settle(request: Request, source: SourceModel) -> Request:
         for s in source.specs
     )
     return replace(request, batch_size=batch, input_shapes=shapes)
+
+
+def _settle_decode(request: Request, source: SourceModel) -> Request:
+    most = source.max_length - 1
+    if request.sequence_length not in (None, 1):
+        raise UsageError(
+            "A decode step reads one token: leave --sequence-length out. How many tokens came "
+            "before is given with --past-length."
+        )
+    past = request.past_length or min(USUAL_LENGTH, most)
+    if past > most:
+        raise UsageError(
+            f"--past-length {past} is more than the model takes before another token ({most})."
+        )
+    return replace(request, sequence_length=1, past_length=past, input_shapes=())
 
 
 def _batch(request: Request, source: SourceModel) -> int:
