@@ -188,10 +188,9 @@ def _keep_outputs(graph: OnnxGraph, outputs: Sequence[tuple[int, str]]) -> None:
 
 def _rename_inputs(graph: OnnxGraph, names: Mapping[str, str]) -> None:
     for value in graph.proto.graph.input:
-        before = value.name
-        value.name = names.get(before, before)
-        graph.shapes[value.name], graph.types[value.name] = graph.shapes[before], graph.types[before]
-        graph.results[before] = value.name
+        before, after = value.name, names.get(value.name, value.name)
+        graph.shapes[after], graph.types[after] = graph.shapes[before], graph.types[before]
+        graph.results[before] = value.name = after
     for node in graph.nodes:
         for i, source in enumerate(node.input):
             node.input[i] = names.get(source, source)

@@ -77,6 +77,12 @@ def model_folder(path: Path, *, labels: tuple[str, ...] = (), seed: int = 0) -> 
             elif "bias" in name:
                 value.normal_(0.0, 0.1)
     module.save_pretrained(path)
+    save_tokenizer(path, inputs=["input_ids", "token_type_ids", "attention_mask"])
+    return path
+
+
+def save_tokenizer(path: Path, *, inputs: list[str]) -> None:
+    """A tokenizer of whole words."""
     words = Tokenizer(
         models.WordLevel({w: i for i, w in enumerate([*SPECIAL, *WORDS])}, unk_token="[UNK]")
     )
@@ -92,9 +98,8 @@ def model_folder(path: Path, *, labels: tuple[str, ...] = (), seed: int = 0) -> 
         unk_token="[UNK]",
         cls_token="[CLS]",
         sep_token="[SEP]",
-        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+        model_input_names=inputs,
     ).save_pretrained(path)
-    return path
 
 
 def sentences(count: int, *, seed: int = 0) -> list[str]:

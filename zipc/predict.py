@@ -86,10 +86,10 @@ def onnx_predict(model: Path | bytes, outputs: Sequence[str], *, threads: int = 
     session, name = _open(model, threads)
     types = {value.name: value.type for value in session.get_inputs()}
     caches = {v.name: v.shape for v in session.get_inputs() if v.name.startswith(CACHED)}
-    given = [value.name for value in session.get_outputs()]
-    lacking = [output for output in outputs if output not in given]
+    results = [value.name for value in session.get_outputs()]
+    lacking = [output for output in outputs if output not in results]
     if lacking:
-        raise UsageError(f"{name} has no output '{lacking[0]}', only {', '.join(given)}.")
+        raise UsageError(f"{name} has no output '{lacking[0]}', only {', '.join(results)}.")
     strange = [input for input, kind in types.items() if kind not in TYPES]
     if strange:
         raise UsageError(f"{name} takes {types[strange[0]]} as {strange[0]}: zipc cannot feed it.")
@@ -99,8 +99,10 @@ def onnx_predict(model: Path | bytes, outputs: Sequence[str], *, threads: int = 
         if missing:
             raise UsageError(f"{name} has inputs the data does not: {', '.join(missing)}.")
         rows = len(next(iter(feeds.values())))
-        empty = {name: np.empty((rows, *_known(shape[1:]))) for name, shape in caches.items()}
-        cast = {k: np.asarray((empty | feeds)[k]).astype(TYPES[t]) for k, t in types.items()}
+        given = dict(feeds)
+        for cache, shape in caches.items():
+            given.setdefault(cache, np.empty((rows, *_known(shape[1:]))))
+        cast = {k: np.asarray(given[k]).astype(TYPES[t]) for k, t in types.items()}
         return dict(zip(outputs, _run(session, outputs, cast, name=name), strict=True))
 
     return predict

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import torch
 from torch import Tensor
 
 import zipc
@@ -21,12 +22,12 @@ from zipc.core.types import LeftAlone, Progress, Site
 from zipc.exporters.graph import OnnxGraph
 from zipc.exporters.onnx_export import check_parity, export_dense
 from zipc.model_source import SourceModel, trace_source
-from zipc.sources.common import Cache
 from zipc.profiler.runners.onnxruntime import OnnxRuntimeRunner
 from zipc.pruner.graph.interpret import Executor, Variant
 from zipc.pruner.graph.sites import Structure, extent_size, find_sites, without
 from zipc.pruner.graph.trace import MapCall, Program
 from zipc.pruner.graph.verify import verify
+from zipc.sources.common import Cache
 from zipc.stage_cache import StageCache
 
 PARITY_BOUND = 1e-4  # norm of dense ONNX minus torch, relative to torch
@@ -126,9 +127,7 @@ def prepare(
             inputs=cache_ends.public,
         )
         _save_graph(cache, key, dense)
-    prepared = Prepared(
-        source, program, structure, Executor(program, structure), dense, 0.0, key
-    )
+    prepared = Prepared(source, program, structure, Executor(program, structure), dense, 0.0, key)
     prepared.parity = _check(prepared, request)
     progress.done("reused" if reused else f"parity {prepared.parity:.1e}")
     return prepared
@@ -144,20 +143,19 @@ def _check(prepared: Prepared, request: Request) -> float:
     source = prepared.source
     example = prepared.example(batch=3, length=min(24, source.max_length))
     caches = [] if source.cache is None else [name for _, name in source.cache.outputs]
-    kept: dict[str, Tensor] = dict.fromkeys((n.name for n in prepared.program.kept), None)  # type: ignore[arg-type]
+    kept = {node.name: torch.empty(0) for node in prepared.program.kept}
     expected, _ = prepared.executor.run(example, Variant(), captured=kept)
     runner = OnnxRuntimeRunner(prepared.dense.to_bytes(), workload=request.workload)
     outputs = runner.outputs(prepared.for_graph(example))
     return check_parity(
         [outputs[name] for name in (*(n for _, n in source.outputs), *caches)],
-        [t.numpy() for t in (*expected, *(kept[n.name] for n in prepared.program.kept))],
+        [t.numpy() for t in (*expected, *kept.values())],
         bound=PARITY_BOUND,
         what="the dense ONNX graph against torch",
     )
 
 
 def _versions() -> list[str]:
-    import torch
     import transformers
 
     return [zipc.__version__, torch.__version__, transformers.__version__, onnx.__version__]

@@ -137,9 +137,7 @@ def make_example(
     return values
 
 
-def _values(
-    spec: InputSpec, shape: list[int], generator: torch.Generator, *, left: bool
-) -> Tensor:
+def _values(spec: InputSpec, shape: list[int], generator: torch.Generator, *, left: bool) -> Tensor:
     dtype: torch.dtype = getattr(torch, spec.dtype)
     if spec.name.endswith("attention_mask") and len(shape) == 2:
         mask = torch.ones(shape, dtype=dtype)

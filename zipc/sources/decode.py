@@ -79,8 +79,8 @@ def _cached(module: nn.Module, names: list[str]) -> nn.Module:
 
     def forward(self: nn.Module, **given: Tensor) -> dict[str, Tensor]:
         states = [given[name] for name in names if name in given]
-        for state in states[1:]:
-            torch._check(state.shape[2] == states[0].shape[2])  # one past: the trace is told so
+        for state in states[1:]:  # one past, which the trace cannot know
+            torch._check(state.shape[2] == states[0].shape[2])  # type: ignore[no-untyped-call]
         cache = _cache_of(states)
         ids, mask = given["input_ids"], given[MASK]
         past = mask.shape[1] - ids.shape[1]

@@ -1,4 +1,4 @@
-"""A step of generation gives what the whole sequence gives at its last token."""
+"""With its past in a cache, a model gives what it gives on the whole sequence."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from torch import Tensor
 from tests.tiny_folders import save_family
 from zipc.core.errors import UnsupportedModel
 from zipc.model_source import SourceModel, load_source, trace_source
-from zipc.sources.decode import decode_step
+from zipc.pruner.graph.interpret import Executor, Variant
+from zipc.pruner.graph.sites import find_sites
+from zipc.sources.decode import with_cache
 
 FAMILIES = ["gpt2", "opt", "llama", "llama-tied", "qwen2", "mistral", "mixtral"]
 
@@ -35,16 +37,16 @@ def padded(source: SourceModel, length: int, padding: int) -> tuple[Tensor, Tens
     return ids, mask
 
 
-def step_feeds(source: SourceModel, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """The last token, and the cache of those before it as transformers itself fills it."""
+def step_feeds(source: SourceModel, ids: Tensor, mask: Tensor, *, newest: int) -> dict[str, Tensor]:
+    """The newest tokens, and the cache of those before as transformers itself fills it."""
     from transformers import DynamicCache
 
     module: Any = source.module
     cache = DynamicCache()
-    whole = {"input_ids": ids[:, :-1], "attention_mask": mask[:, :-1]}
+    whole = {"input_ids": ids[:, :-newest], "attention_mask": mask[:, :-newest]}
     with torch.no_grad():
         module(**whole, past_key_values=cache, use_cache=True)
-    feeds = {"input_ids": ids[:, -1:], "attention_mask": mask}
+    feeds = {"input_ids": ids[:, -newest:], "attention_mask": mask}
     for i, layer in enumerate(cache.layers):
         feeds |= {
             f"past_key_values_{i}_key": layer.keys,
@@ -53,36 +55,54 @@ def step_feeds(source: SourceModel, ids: Tensor, mask: Tensor) -> dict[str, Tens
     return feeds
 
 
+@pytest.mark.parametrize("newest", [1, 3])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_step_gives_the_last_logits_of_the_whole_sequence(folders: Path, family: str) -> None:
+def test_newest_tokens_have_the_logits_of_the_whole_sequence(
+    folders: Path, family: str, newest: int
+) -> None:
     source = loaded(folders, family)
-    step = decode_step(source)
+    step = with_cache(source)
     ids, mask = padded(source, 11, 4)
-    feeds = step_feeds(source, ids, mask)
-    assert list(feeds) == step.inputs
+    feeds = step_feeds(source, ids, mask, newest=newest)
+    assert step.cache is not None
+    assert list(feeds) == [spec.name for spec in step.all_specs]
     with torch.no_grad():
         found = step.module(**feeds)
-        expected = source.module(input_ids=ids, attention_mask=mask).logits[:, -1:]
+        expected = source.module(input_ids=ids, attention_mask=mask).logits[:, -newest:]
     torch.testing.assert_close(found["logits"], expected, rtol=1e-4, atol=1e-5)
-    assert [name for _, name in step.outputs] == list(found)
+    assert [name for _, name in (*step.outputs, *step.cache.outputs)] == list(found)
     for i in range(2):
         for part in ("key", "value"):
             present = found[f"present.{i}.{part}"]
-            assert torch.equal(present[:, :, :-1], feeds[f"past_key_values_{i}_{part}"])
+            assert torch.equal(present[:, :, :-newest], feeds[f"past_key_values_{i}_{part}"])
 
 
-@pytest.mark.parametrize("family", ["gpt2", "opt", "llama", "mistral", "mixtral"])
-def test_step_is_traced_for_any_past(folders: Path, family: str) -> None:
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_cache_that_is_not_given_is_empty(folders: Path, family: str) -> None:
     source = loaded(folders, family)
-    step = decode_step(source)
-    program = trace_source(step)
-    assert len(program.outputs) == 5
-    ids, mask = padded(source, 23, 9)
-    feeds = step_feeds(source, ids, mask)
+    feeds = source.example(batch=2, length=9)
     with torch.no_grad():
-        found = program.exported.module()(**feeds)["logits"]
-        expected = source.module(input_ids=ids, attention_mask=mask).logits[:, -1:]
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        found = with_cache(source).module(**feeds)["logits"]
+        assert torch.equal(found, source.module(**feeds).logits)
+
+
+@pytest.mark.parametrize("newest", [1, 6])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_trace_is_for_any_past_and_any_number_of_tokens(
+    folders: Path, family: str, newest: int
+) -> None:
+    source = loaded(folders, family)
+    program = trace_source(with_cache(source))
+    assert len(program.outputs) == 1
+    assert len(program.kept) == len(program.caches) == 4
+    ids, mask = padded(source, 23, 9)
+    executor = Executor(program, find_sites(program))
+    with torch.no_grad():
+        expected = source.module(input_ids=ids, attention_mask=mask).logits
+        (found,), _ = executor.run(step_feeds(source, ids, mask, newest=newest), Variant())
+        (prompt,), _ = executor.run({"input_ids": ids, "attention_mask": mask}, Variant())
+    torch.testing.assert_close(found, expected[:, -newest:], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(prompt[mask > 0], expected[mask > 0], rtol=1e-4, atol=1e-5)
 
 
 def test_step_shares_its_weights_and_leaves_the_model_as_it_was(folders: Path) -> None:
@@ -90,21 +110,23 @@ def test_step_shares_its_weights_and_leaves_the_model_as_it_was(folders: Path) -
     example = source.example()
     with torch.no_grad():
         before = source.module(**example).logits
-        step = decode_step(source)
+        step = with_cache(source)
         step.module(**step.example())
         assert torch.equal(source.module(**example).logits, before)
     theirs = dict(step.module.named_parameters())
     assert all(theirs[name] is value for name, value in source.module.named_parameters())
 
 
-def test_example_of_a_step_has_the_sizes_asked_for(folders: Path) -> None:
-    example = decode_step(loaded(folders, "llama")).example(batch=3, length=7)
-    assert example["input_ids"].shape == (3, 1)
-    assert example["attention_mask"].shape == (3, 8)
-    assert example["past_key_values_1_value"].shape == (3, 2, 7, 8)
+def test_half_of_an_example_is_in_the_cache(folders: Path) -> None:
+    step = with_cache(loaded(folders, "llama"))
+    example = step.example(batch=3, length=9)
+    assert example["input_ids"].shape == (3, 5)
+    assert example["attention_mask"].shape == (3, 9)
+    assert example["past_key_values_1_value"].shape == (3, 2, 4, 8)
     assert example["attention_mask"][:, -1].tolist() == [1, 1, 1]
+    assert list(step.example(cached=False)) == ["input_ids", "attention_mask"]
 
 
 def test_model_without_a_cache_has_no_step(folders: Path) -> None:
     with pytest.raises(UnsupportedModel, match="no causal language model"):
-        decode_step(loaded(folders, "bert"))
+        with_cache(loaded(folders, "bert"))

@@ -1,0 +1,188 @@
+"""`--phase decode`: a compiled language model, one token after another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+from torch import Tensor
+
+import zipc
+from tests.tiny_folders import save_family
+from tests.tiny_project import (
+    SETTINGS,
+    Told,
+    fake_clock,
+    request,
+    save_tokenizer,
+    sentences,
+    small_effort,
+)
+from zipc.core.errors import UsageError
+from zipc.core.request import Request
+from zipc.core.types import Level, Silent
+from zipc.exporters.specialise import specialise
+from zipc.manifest import Manifest
+from zipc.model_source import load_source, settle, with_cache
+from zipc.pipeline import compile_model
+from zipc.prepare import Prepared, prepare
+from zipc.pricing import plain_edit
+from zipc.pruner.graph.interpret import Variant
+from zipc.stage_cache import StageCache
+
+FAMILIES = ["gpt2", "opt", "llama", "qwen2", "mistral", "mixtral"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("folders")
+
+
+def prepared(folders: Path, family: str) -> Prepared:
+    path = folders / family
+    source = with_cache(load_source(str(path if path.is_dir() else save_family(family, path))))
+    asked = settle(Request(model=str(path), phase="decode"), source)
+    return prepare(source, asked, cache=StageCache(folders / "cache"), progress=Silent())
+
+
+def token_by_token(session: ort.InferenceSession, ids: Tensor) -> Tensor:
+    """Logits of a graph that is given one token at a time, and its own cache."""
+    caches = [i for i in session.get_inputs() if i.name.startswith("past_key_values.")]
+    held = {i.name: np.zeros((1, i.shape[1], 0, i.shape[3]), np.float32) for i in caches}
+    found = []
+    for at in range(ids.shape[1]):
+        feeds = {
+            "input_ids": ids[:, at : at + 1].numpy(),
+            "attention_mask": np.ones((1, at + 1), np.int64),
+        }
+        given = {i.name for i in session.get_inputs()}
+        feeds = {k: v for k, v in (feeds | held).items() if k in given}
+        names = [o.name for o in session.get_outputs()]
+        results = dict(zip(names, session.run(names, feeds), strict=True))
+        held = {n: results[n.replace("past_key_values", "present")] for n in held}
+        found.append(torch.from_numpy(results["logits"]))
+    return torch.cat(found, 1)
+
+
+def opened(model: bytes | Path) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    return ort.InferenceSession(model if isinstance(model, bytes) else str(model), options)
+
+
+@pytest.mark.parametrize("width", ["all", "half", "none", "first layer none"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_cut_graph_decodes_what_the_cut_network_reads(
+    folders: Path, family: str, width: str
+) -> None:
+    made = prepared(folders, family)
+    first = next(iter(made.sites))
+    levels = {}
+    for name, site in made.sites.items():
+        gone = site.removable and (
+            width == "none" or (width == "first layer none" and name == first)
+        )
+        kept = site.units if width == "all" else max(1, site.units // 2)
+        levels[name] = Level(0 if gone else kept)
+    edit = plain_edit(made, levels, {n: tuple(range(lv.width)) for n, lv in levels.items()})
+    session = opened(specialise(made.dense, edit).to_bytes())
+    variant = Variant(
+        tensors={k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in edit.tensors.items()},
+        constants={k: torch.from_numpy(v) for k, v in edit.removed.items()},
+        widths={name: level.width for name, level in levels.items()},
+    )
+    ids = made.source.example(batch=2, length=10, cached=False)["input_ids"][:1]
+    (expected,), _ = made.executor.run(
+        {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, variant
+    )
+    torch.testing.assert_close(token_by_token(session, ids), expected, rtol=1e-3, atol=1e-4)
+    heads = [i.shape[1] for i in session.get_inputs() if i.name.startswith("past_key_values.")]
+    attention = [n for n, site in made.sites.items() if site.kind == "heads"]
+    assert heads == [levels[n].width for n in attention for _ in "kv" if levels[n].width]
+
+
+@pytest.fixture(scope="module")
+def language_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A model folder with a tokenizer, and text."""
+    folder = tmp_path_factory.mktemp("language")
+    sizes = {k: SETTINGS[k] for k in ("vocab_size", "intermediate_size", "pad_token_id")}
+    model = save_family("llama", folder / "model", **sizes)
+    save_tokenizer(model, inputs=["input_ids", "attention_mask"])
+    data = folder / "text.txt"
+    data.write_text("\n".join(sentences(600)))
+    return model, data
+
+
+@pytest.fixture(scope="module")
+def compiled(language_model: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("decode")
+    model, data = language_model
+    with pytest.MonkeyPatch.context() as patch:
+        fake_clock(patch)
+        small_effort(patch)
+        asked = request(
+            model,
+            data,
+            out / "out",
+            out / "cache",
+            phase="decode",
+            sequence_length=None,
+            past_length=15,
+            speedup=1.5,
+        )
+        compile_model(asked, progress=Told())
+    return out / "out"
+
+
+def test_a_decode_compile_is_timed_at_its_past(compiled: Path) -> None:
+    manifest = Manifest.read(compiled)
+    assert manifest.verdict == "validated"
+    assert (manifest.workload.sequence_length, manifest.workload.past_length) == (1, 15)
+    assert manifest.quality.metric == "loss"
+    assert np.isfinite(manifest.quality.compiled)
+
+
+def test_a_compiled_model_decodes_what_its_checkpoint_reads(compiled: Path) -> None:
+    module = zipc.load(compiled)
+    ids = torch.randint(4, 20, (1, 12), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = module(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    integers = any(a.level.numeric != "fp32" for a in Manifest.read(compiled).allocation)
+    bound = 0.3 if integers else 1e-4
+    found = token_by_token(opened(compiled / "model.onnx"), ids)
+    assert (found - expected).norm() <= bound * expected.norm()
+
+
+def test_a_compiled_model_generates(compiled: Path) -> None:
+    module = zipc.load(compiled)
+    ids = torch.tensor([[5, 6, 7]])
+    made = module.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False
+    )
+    with torch.no_grad():
+        for _ in range(4):
+            following = module(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, -1:]
+            ids = torch.cat([ids, following.argmax(-1)], 1)
+    assert torch.equal(made, ids[:, : made.shape[1]])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "told"),
+    [
+        ({"phase": "decode", "sequence_length": 8}, "--past-length"),
+        ({"phase": "decode", "past_length": 64}, "more than the model takes"),
+        ({"past_length": 8}, "--phase decode"),
+    ],
+)
+def test_sizes_that_contradict_the_phase_are_refused(
+    folders: Path, sizes: dict[str, object], told: str
+) -> None:
+    path = folders / "llama"
+    source = load_source(str(path if path.is_dir() else save_family("llama", path)))
+    asked = Request(model=str(path), **sizes)  # type: ignore[arg-type]
+    source = with_cache(source) if asked.phase == "decode" else source
+    with pytest.raises(UsageError, match=told):
+        settle(asked, source)
