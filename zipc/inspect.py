@@ -11,12 +11,15 @@ from typing import Any
 import onnx
 
 from zipc.build import integer_kernels
-from zipc.core.errors import UsageError
+from zipc.core.errors import UsageError, ZipcError
 from zipc.core.request import Request
-from zipc.core.types import InputSpec, Site
+from zipc.core.types import InputSpec, Progress, Silent, Site
+from zipc.exporters.onnx_export import export_dense
 from zipc.gate import bytes_of
-from zipc.model_source import load_source, settle, trace_source
-from zipc.pruner.graph.sites import find_sites
+from zipc.model_source import SourceModel, load_source, settle, trace_source
+from zipc.pricing import dense_shares
+from zipc.pruner.graph.sites import Structure, find_sites
+from zipc.pruner.graph.trace import Program
 from zipc.pruner.graph.verify import verify
 from zipc.pruner.ladder import widths_of
 from zipc.targets import load_target
@@ -30,37 +33,54 @@ def inspect_model(
     target: str = "cpu",
     weights: str | None = None,
     input_shapes: Sequence[InputSpec] = (),
+    measure: bool = True,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Sites, units, legal widths and consumers of MODEL, and what was left alone and why.
 
-    Nothing is measured and no data is needed; a folder without a tokenizer will do.
+    No data is needed; a folder without a tokenizer will do. With `measure`, the dense model is
+    exported and timed on this machine, and so is the surroundings of every kind of site; where
+    that cannot be, the shares of the latency are None and a note says why.
 
     Raises:
         UsageError: the model cannot be found or read.
         UnsupportedModel: it cannot be traced.
     """
+    progress = progress or Silent()
+    progress.stage("trace")
     step = load_target(target).width_step
     request = Request(model=model, weights=weights, input_shapes=tuple(input_shapes))
     source = load_source(model, weights=weights, input_shapes=input_shapes)
-    program = trace_source(source, batch=settle(request, source).batch_size)
+    request = settle(request, source)
+    program = trace_source(source, batch=request.batch_size)
     structure = verify(
         source.module,
         program,
         find_sites(program, include=include, exclude=exclude),
         source.example(cached=False),
     )
+    progress.done(f"{len(structure.sites)} sites, {len(structure.left_alone)} left alone")
     sizes = {name: tensor.numel() for name, tensor in program.tensors.values()}
+    parameters = sum(p.numel() for p in source.module.parameters())
+    dense_ms: float | None = None
+    shares: dict[str, float] = {}
+    if measure and structure.sites:
+        dense_ms, shares = _measured(source, program, structure, request, progress)
     return {
         "model": source.source,
         "sha256": source.sha256,
         "revision": source.revision,
         "architecture": type(source.module).__name__,
-        "parameters": sum(p.numel() for p in source.module.parameters()),
+        "parameters": parameters,
+        "workload": str(request.workload),
+        "latency_ms": dense_ms,
         "inputs": source.inputs,
         "input_shapes": {spec.name: list(spec.shape) for spec in source.specs},
         "outputs": [name for _, name in source.outputs],
         "max_length": source.max_length or None,
-        "sites": [_site(site, sizes, step) for site in structure.sites],
+        "sites": [
+            _site(site, sizes, step, parameters, shares.get(site.name)) for site in structure.sites
+        ],
         "left_alone": [{"path": a.path, "reason": a.reason} for a in structure.left_alone],
         "notes": source.notes,
     }
@@ -96,13 +116,40 @@ def inspect_onnx(path: Path) -> dict[str, Any]:
     }
 
 
-def _site(site: Site, sizes: dict[str, int], step: int) -> dict[str, Any]:
+def _measured(
+    source: SourceModel,
+    program: Program,
+    structure: Structure,
+    request: Request,
+    progress: Progress,
+) -> tuple[float | None, dict[str, float]]:
+    """Milliseconds of the dense model and the share of each site; a note where there are none."""
+    progress.stage("export and time")
+    try:
+        dense = export_dense(
+            program.exported, source.example(), outputs=source.outputs, dynamic=source.dynamic
+        )
+        found = dense_shares(dense, structure.sites, request.workload)
+    except ZipcError as error:
+        source.notes.append(f"the latency was not measured: {error}")
+        progress.done("not possible")
+        return None, {}
+    progress.done(f"{found[0]:.2f} ms")
+    return found
+
+
+def _site(
+    site: Site, sizes: dict[str, int], step: int, parameters: int, share: float | None
+) -> dict[str, Any]:
+    own = sum(sizes[name] for name in {s.parameter for s in site.slices})
     return {
         "name": site.name,
         "kind": site.kind,
         "units": site.units,
         "widths": widths_of(site, step=step),
-        "parameters": sum(sizes[name] for name in {s.parameter for s in site.slices}),
+        "parameters": own,
+        "parameter_share": own / parameters,
+        "latency_share": share,
         "calls": site.calls,
         "producers": list(site.producers),
         "consumers": [c.module for c in site.consumers],

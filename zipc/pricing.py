@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ WHOLE, NARROWEST = "model", "model-narrowest"
 MIN_SHARE = 0.05
 DENSE = Level(1, "fp32")  # the level under which the whole dense model stands in a table
 SWEEP_ROUNDS = 20
+SHARE_ROUNDS = 10
 CORRECTION_POINTS = 6
 TRUSTED_ERROR = 0.06  # a table whose sums are further off than this (median) is not kept
 CORRECTION_ROUNDS = 20
@@ -83,6 +84,46 @@ def offered_levels(prepared: Prepared, site: Site, target: Target) -> list[Level
     return [*removed, *(Level(w, n) for n in numerics for w in widths if w)]
 
 
+def surroundings(
+    dense: OnnxGraph, sites: Sequence[Site]
+) -> tuple[dict[str, str], dict[str, OnnxGraph]]:
+    """What each site is priced in: its signature by name, and the graph of each signature.
+
+    Sites of one signature cost the same at equal levels.
+    """
+    signatures: dict[str, str] = {}
+    parts: dict[str, OnnxGraph] = {}
+    for site in sites:
+        part = extract(dense, block_ends(dense, site))
+        ops = [n.op_type for n in specialise(part, Edit()).nodes]
+        fed = [part.shapes[i.name] for i in part.proto.graph.input]
+        signature = f"{site.kind}-{site.units}-{short_hash(site.signature, ops, fed)[:10]}"
+        signatures[site.name] = signature
+        parts.setdefault(signature, part)
+    return signatures, parts
+
+
+def dense_shares(
+    dense: OnnxGraph, sites: Sequence[Site], workload: Workload
+) -> tuple[float, dict[str, float]]:
+    """Milliseconds of the dense model, and the share of them that each site takes, measured here.
+
+    A share is that of the graph the site is priced in: with the normalisation and the residual sum
+    after it. Those of sites that share maps overlap.
+    """
+    signatures, parts = surroundings(dense, sites)
+    graphs = [dense, *parts.values()]
+    runners = [
+        OnnxRuntimeRunner(specialise(graph, Edit()).to_bytes(), workload=workload)
+        for graph in graphs
+    ]
+    for runner in runners:
+        warm_up(runner)
+    times = [float(np.median(t)) for t in interleave(runners, rounds=SHARE_ROUNDS)]
+    alone = dict(zip(parts, times[1:], strict=True))
+    return times[0], {s.name: alone[signatures[s.name]] * s.calls / times[0] for s in sites}
+
+
 def price(
     prepared: Prepared,
     target: Target,
@@ -99,17 +140,8 @@ def price(
         TableMissing: an allowed table of another device lacks prices.
     """
     workload = request.workload
-    parts: dict[str, OnnxGraph] = {}
-    signatures: dict[str, str] = {}
-    examples: dict[str, Site] = {}
-    for site in prepared.structure.sites:
-        part = extract(prepared.dense, block_ends(prepared.dense, site))
-        ops = [n.op_type for n in specialise(part, Edit()).nodes]
-        fed = [part.shapes[i.name] for i in part.proto.graph.input]
-        signature = f"{site.kind}-{site.units}-{short_hash(site.signature, ops, fed)[:10]}"
-        signatures[site.name] = signature
-        parts.setdefault(signature, part)
-        examples.setdefault(signature, site)
+    signatures, parts = surroundings(prepared.dense, prepared.structure.sites)
+    examples = {signatures[s.name]: s for s in reversed(prepared.structure.sites)}
     key = short_hash(
         sorted(signatures.values()), target.width_step, sorted(prepared.dense.op_counts().items())
     )
@@ -382,4 +414,4 @@ def _fit_correction(
     return fitted
 
 
-__all__ = ["Prices", "measure_points", "offered_levels", "plain_edit", "price"]
+__all__ = ["Prices", "dense_shares", "measure_points", "offered_levels", "plain_edit", "price"]

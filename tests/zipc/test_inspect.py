@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from transformers import BertConfig, BertModel
 
 import zipc
-from zipc.core.errors import ExportMismatch, UsageError
+from zipc.core.errors import ExportMismatch, UnsupportedModel, UsageError
 from zipc.inspect import inspect_model, inspect_onnx
 
 ROOT = Path(__file__).parents[2]
@@ -33,7 +33,7 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_folder_without_tokenizer_gives_sites_units_and_consumers(bare: Path) -> None:
-    found = inspect_model(str(bare))
+    found = inspect_model(str(bare), measure=False)
     kinds = {site["name"]: (site["kind"], site["units"]) for site in found["sites"]}
     assert kinds == {
         f"encoder.layer.{i}.{part}": value
@@ -48,8 +48,36 @@ def test_folder_without_tokenizer_gives_sites_units_and_consumers(bare: Path) ->
     assert any("no tokenizer" in note for note in found["notes"])
 
 
+def test_every_site_has_its_share_of_parameters_and_time(bare: Path) -> None:
+    found = inspect_model(str(bare))
+    assert found["latency_ms"] > 0
+    assert found["workload"] == "batch 1, sequence 128, 1 thread"
+    for site in found["sites"]:
+        assert site["parameter_share"] == site["parameters"] / found["parameters"]
+        assert 0 < site["latency_share"] < 1
+
+
+def test_shares_of_the_time_are_none_where_nothing_is_measured(bare: Path) -> None:
+    found = inspect_model(str(bare), measure=False)
+    assert found["latency_ms"] is None
+    assert {site["latency_share"] for site in found["sites"]} == {None}
+
+
+def test_a_model_that_cannot_be_exported_is_inspected_without_times(
+    bare: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object, **rest: object) -> None:
+        raise UnsupportedModel("no such operator")
+
+    monkeypatch.setattr("zipc.inspect.export_dense", refuse)
+    found = inspect_model(str(bare))
+    assert len(found["sites"]) == 4
+    assert found["latency_ms"] is None
+    assert any("no such operator" in note for note in found["notes"])
+
+
 def test_what_is_left_alone_has_a_path_and_a_reason(bare: Path) -> None:
-    found = inspect_model(str(bare), exclude=["*attention*"])
+    found = inspect_model(str(bare), measure=False, exclude=["*attention*"])
     alone = {part["path"]: part["reason"] for part in found["left_alone"]}
     assert alone["encoder.layer.1.attention.self"] == "excluded by --include/--exclude"
     assert {site["kind"] for site in found["sites"]} == {"ffn"}

@@ -29,6 +29,10 @@ def inspect_verb(
     exclude: ExcludeFlag = None,
     weights: WeightsFlag = None,
     input_shapes: InputShapesFlag = None,
+    latency: Annotated[
+        bool,
+        typer.Option(help="Export a model and time it here, for the share of every site."),
+    ] = True,
     format: FormatFlag = "table",
 ) -> None:
     """Print what a compile did, what could be removed from a model, or what an ONNX file holds."""
@@ -53,15 +57,15 @@ def inspect_verb(
             )
         from zipc.inspect import inspect_model
 
-        progress.stage("trace")
         found = inspect_model(
             what,
             include=include or (),
             exclude=exclude or (),
             weights=weights,
             input_shapes=() if input_shapes is None else parse_input_shapes(input_shapes),
+            measure=latency,
+            progress=progress,
         )
-        progress.done()
         return Outcome(found, lambda console: show_structure(console, found))
 
     run_verb(body, output=format)

@@ -73,17 +73,22 @@ def show_structure(console: Console, document: Mapping[str, Any]) -> None:
     _say(
         console,
         f"[bold]{escape(document['model'])}[/]  {document['architecture']}, "
-        f"{document['parameters'] / 1e6:.2f} M parameters, {len(sites)} sites",
+        f"{document['parameters'] / 1e6:.2f} M parameters, {len(sites)} sites"
+        + (f", {ms:.2f} ms ({document['workload']})" if (ms := document["latency_ms"]) else ""),
     )
     table = Table(box=None, pad_edge=False)
     for name in ("site", "kind", "consumers"):
         table.add_column(name, overflow="fold")
-    for name in ("units", "widths", "M parameters", "calls"):
+    for name in ("units", "widths", "calls", "M parameters", "of all", "of the time"):
         table.add_column(name, justify="right")
     for site in sites:
         consumers = escape("\n".join(site["consumers"]))
-        share = f"{site['parameters'] / 1e6:.3f}"
-        counts = (str(site["units"]), str(len(site["widths"])), share, str(site["calls"]))
+        counts = (
+            *(str(n) for n in (site["units"], len(site["widths"]), site["calls"])),
+            f"{site['parameters'] / 1e6:.3f}",
+            f"{site['parameter_share']:.1%}",
+            "-" if site["latency_share"] is None else f"{site['latency_share']:.1%}",
+        )
         table.add_row(escape(site["name"]), site["kind"], consumers, *counts)
     if sites:
         console.print(table)
