@@ -17,6 +17,8 @@ from zipc.sources.huggingface import build_module, load_config, load_folder
 from zipc.sources.sizes import settle
 from zipc.user_code import split_reference
 
+SHORT = 4  # tokens; shorter sequences may be traced differently
+
 __all__ = [
     "ALIASES",
     "ATTENTION",
@@ -55,22 +57,49 @@ def load_source(
 def trace_source(source: SourceModel, *, batch: int = 1) -> Program:
     """Trace the module with its open axes; its outputs are those of the source.
 
-    Where it cannot be traced for every batch, the axis is closed at `batch`, and a note says so.
+    Code that treats the shortest or the longest sequences in a way of its own is traced for those
+    between; where it cannot be traced for every batch, the axis is closed at `batch`. A note says
+    so.
 
     Raises:
         UnsupportedModel: torch.export cannot follow the module; names the reason.
     """
     try:
-        program = trace(
-            source.module, source.example(), dynamic=source.dynamic, limits=source.limits
-        )
+        program = _trace(source)
     except UnsupportedModel as error:
-        program = _trace_one_batch(source, batch, error)
+        program = _trace_usual_lengths(source) or _trace_one_batch(source, batch, error)
     given = program.outputs
     program.outputs = [given[i] for i, _ in source.outputs]
     if source.cache is not None:
         program.caches = frozenset(source.cache.public)
         program.kept = [given[i] for i, _ in source.cache.outputs]
+    return program
+
+
+def _trace(source: SourceModel, *, least: int | None = None) -> Program:
+    return trace(
+        source.module,
+        source.example(),
+        dynamic=source.dynamic,
+        limits=source.limits,
+        least={} if least is None else dict.fromkeys(source.limits, least),
+    )
+
+
+def _trace_usual_lengths(source: SourceModel) -> Program | None:
+    """Trace for sequences that are neither very short nor the longest; None where that fails."""
+    if not source.limits or source.max_length <= 2 * SHORT:
+        return None
+    source.max_length -= 1
+    try:
+        program = _trace(source, least=SHORT)
+    except UnsupportedModel:
+        source.max_length += 1
+        return None
+    source.notes.append(
+        f"the model treats the shortest and the longest sequences in a way of its own: the graph "
+        f"is for {SHORT} to {source.max_length} tokens"
+    )
     return program
 
 
@@ -80,9 +109,7 @@ def _trace_one_batch(source: SourceModel, batch: int, error: UnsupportedModel) -
     try:
         if source.specs == specs:
             raise error
-        program = trace(
-            source.module, source.example(), dynamic=source.dynamic, limits=source.limits
-        )
+        program = _trace(source)
     except UnsupportedModel:
         source.specs, source.cache = specs, cache
         raise error from None

@@ -131,6 +131,11 @@ def _constant(axes: Axes, node: fx.Node) -> list[Dim]:
     return _fresh(node)
 
 
+def _same(axes: Axes, node: fx.Node) -> list[Dim]:
+    """The dimensions of the first argument, whatever the others are for."""
+    return list(axes.dims(node.args[0]))
+
+
 # --- element by element --------------------------------------------------------------------------
 
 
@@ -389,6 +394,14 @@ def _view(axes: Axes, node: fx.Node) -> list[Dim]:
     return out
 
 
+def _view_as(axes: Axes, node: fx.Node) -> list[Dim]:
+    """A view that is given its shape by another tensor."""
+    out = _view(axes, node)
+    for own, other in zip(out, axes.dims(node.args[1]), strict=True):
+        unify(own, other, where=node.name)
+    return out
+
+
 def _permute(axes: Axes, node: fx.Node) -> list[Dim]:
     dims = axes.dims(node.args[0])
     order: Any = node.args[1]
@@ -472,10 +485,10 @@ def _slice(axes: Axes, node: fx.Node) -> list[Dim]:
 
 
 def _reduce(axes: Axes, node: fx.Node) -> list[Dim]:
-    """Mean, sum, max over dimensions: those are pinned, the others pass."""
+    """Mean, sum, max, norm over dimensions: those are pinned, the others pass."""
     source = node.args[0]
     assert isinstance(source, fx.Node)
-    over: Any = node.args[1] if len(node.args) > 1 else None
+    over: Any = argument(node, 2 if op_name(node) == "linalg_vector_norm" else 1, "dim")
     dims = axes.dims(source)
     indices = over if isinstance(over, (list, tuple)) else [over]
     if not all(isinstance(i, int) for i in indices):
@@ -599,7 +612,8 @@ _ELEMENTWISE = """
     add sub mul div rsub maximum minimum where masked_fill
     eq ne lt le gt ge logical_and logical_or logical_not bitwise_and bitwise_or bitwise_not
     __and__ __or__ dropout feature_dropout contiguous clone detach alias to
-    _to_copy type_as float lift_fresh_copy nan_to_num isnan cos sin round floor ceil sign
+    _to_copy float lift_fresh_copy nan_to_num isnan cos sin round floor ceil sign
+    multiply subtract divide true_divide expand_as
 """.split()
 _POOLS = """
     max_pool1d max_pool2d avg_pool1d avg_pool2d adaptive_avg_pool1d adaptive_avg_pool2d
@@ -611,10 +625,11 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(_ELEMENTWISE, _elementwise),
     **dict.fromkeys(_POOLS, _positions),
     **dict.fromkeys(["view", "reshape", "_unsafe_view", "flatten", "unflatten"], _view),
+    **dict.fromkeys(["reshape_as", "view_as"], _view_as),
     **dict.fromkeys(["transpose", "t"], _transpose),
     **dict.fromkeys(["softmax", "_softmax", "log_softmax"], _softmax),
     **dict.fromkeys(["cumsum", "flip", "roll"], _along),
-    **dict.fromkeys(["mean", "sum", "amax", "amin"], _reduce),
+    **dict.fromkeys(["mean", "sum", "amax", "amin", "linalg_vector_norm"], _reduce),
     **dict.fromkeys(["matmul", "bmm"], _matmul),
     **dict.fromkeys(["arange", "linspace", "eye"], _counting),
     **dict.fromkeys([*CREATED, "scalar_tensor"], _constant),
@@ -623,6 +638,7 @@ RULES: dict[str, Rule] = {
         ["conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d"],
         _convolution,
     ),
+    "type_as": _same,
     "permute": _permute,
     "unsqueeze": _unsqueeze,
     "squeeze": _squeeze,

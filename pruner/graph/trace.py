@@ -73,11 +73,12 @@ def trace(
     *,
     dynamic: Dynamic,
     limits: Mapping[str, int] | None = None,
+    least: Mapping[str, int] | None = None,
 ) -> Program:
     """Export `model` on `example`, given by keyword; the axes named in `dynamic` stay symbolic.
 
     An axis may be named as the sum of others, as in "past+sequence". `limits` gives the largest
-    size of a named axis.
+    size of a named axis, `least` the smallest.
 
     Raises:
         UnsupportedModel: torch.export cannot follow the module; names the reason.
@@ -87,7 +88,7 @@ def trace(
     dims = {
         name: torch.export.Dim.AUTO  # which follows from the code
         if "+" in name
-        else torch.export.Dim(name, max=limits.get(name))
+        else torch.export.Dim(name, min=(least or {}).get(name), max=limits.get(name))
         for name in names
     }
     shapes = {k: {i: dims[n] for i, n in dynamic.get(k, {}).items()} for k in example}
@@ -99,15 +100,22 @@ def trace(
             if any(_in_place(node) for node in exported.graph.nodes):
                 exported = exported.run_decompositions({})  # the same operations, none in place
     except Exception as error:  # torch.export raises many unrelated types
-        first = str(error).strip().splitlines()[0] if str(error).strip() else ""
         raise UnsupportedModel(
             f"{type(model).__name__} cannot be traced by torch.export: "
-            f"{type(error).__name__}: {first}. Data-dependent control flow and custom ops must be "
-            "rewritten or the part excluded."
+            f"{type(error).__name__}: {_reason(error)}. Data-dependent control flow and custom ops "
+            "must be rewritten or the part excluded."
         ) from error
     program = program_of(exported)
     program.fixed |= _tied(model)
     return program
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what torch says, and what it found where it lists that below."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    found = [line.removeprefix("- ") for line in lines[1:] if line.startswith("- ")]
+    first = [line.partition(" For more information")[0] for line in lines[:1]]
+    return " ".join([*first, *found[:1]])
 
 
 def _in_place(node: fx.Node) -> bool:

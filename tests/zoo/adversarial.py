@@ -242,6 +242,22 @@ class ChannelMax(Trap):
         return (x - 1).amax(1, keepdim=True)
 
 
+class NormPerChannel(Trap):
+    """Each channel by its own norm, which stands at every position."""
+
+    def trap(self, x: Tensor) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=(2, 3), keepdim=True)
+        return F.relu(torch.divide(x, norm.clamp_min(1e-3).expand_as(x)))
+
+
+class ShapedLikeAnother(Trap):
+    """A shape and a type are taken from other tensors, one of them larger than what it types."""
+
+    def trap(self, x: Tensor) -> Tensor:
+        half = torch.sqrt(torch.tensor(0.25)).type_as(x)
+        return F.relu(x.flatten(1).reshape_as(x) * half)
+
+
 class ChannelSort(Trap):
     """Which unit a column reads depends on the data."""
 
@@ -598,6 +614,8 @@ ADVERSARIES: dict[str, Family] = {
         "channel-sum": ChannelSum,
         "channel-mean": ChannelMean,
         "channel-max": ChannelMax,
+        "norm-per-channel": NormPerChannel,
+        "shaped-like-another": ShapedLikeAnother,
         "channel-sort": ChannelSort,
         "channel-normalised": ChannelNormalised,
         "channel-layer-norm": ChannelLayerNorm,
@@ -630,5 +648,6 @@ ADVERSARIES: dict[str, Family] = {
 # width that these names are about.
 SOLVABLE = frozenset(
     "twice-concatenated halves-added prelu-per-channel added-per-channel many-readers "
-    "wrong-flatten depth-multiplier residual-of-input same-module-apart".split()
+    "wrong-flatten depth-multiplier residual-of-input same-module-apart norm-per-channel "
+    "shaped-like-another".split()
 )
