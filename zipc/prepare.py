@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import zipc
-from zipc.core.errors import UnsupportedModel
+from zipc.core.errors import UnsupportedModel, UsageError
 from zipc.core.files import fingerprint
 from zipc.core.request import Request
 from zipc.core.types import LeftAlone, Progress, Site
@@ -95,6 +95,11 @@ def prepare(
     """
     progress.stage("trace")
     program = trace_source(source, batch=request.batch_size)
+    if source.cache is None and (request.sequence_length or 0) > source.max_length:
+        raise UsageError(
+            f"--sequence-length {request.sequence_length} is more than the graph is for: "
+            f"{source.notes[-1]}. Give {source.max_length} or less."
+        )
     example = source.example()
     structure = find_sites(program, include=request.include, exclude=request.exclude)
     structure = verify(source.module, program, structure, source.example(cached=False))
