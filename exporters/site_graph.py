@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import onnx
-from onnx import helper
+from onnx import TensorProto, helper
 
 from zipc.core.errors import UnsupportedModel
 from zipc.core.types import Site
@@ -13,53 +13,24 @@ PASSED = ("Add", "Sum", "BatchNormalization")  # what belongs to a site after it
 LAST = ("LayerNormalization", "RMSNormalization", "Relu", "Clip", "HardSwish")  # up to one of these
 
 
-def block_ends(graph: OnnxGraph, site: Site) -> tuple[list[str], list[str]]:
-    """Values where the surroundings of a site begin and end, in the dense graph.
+def extract(graph: OnnxGraph, site: Site) -> OnnxGraph:
+    """The nodes of a site and its surroundings, in the dense graph, as a graph of their own.
 
-    They begin at the inputs of the producing maps, and at any other tensor that carries the
-    units (a bias per head on the scores, say), and end after the residual sum and the normalisation
-    that follow the consumer, where there are such.
-    """
-    starts: list[str] = []
-    for module in site.producers:
-        nodes = graph.map_nodes(module + ".weight")
-        if not nodes:
-            raise UnsupportedModel(f"{module} has no node in the exported graph")
-        starts.append(nodes[0].input[0])
-    maps = site.maps
-    for piece in site.slices:
-        if piece.parameter.rpartition(".")[0] not in maps and piece.parameter in graph.weights:
-            starts.append(graph.weights[piece.parameter][0])
-    consumers = graph.consumers()
-    ends: list[str] = []
-    for consumer in site.consumers:
-        end = graph.map_nodes(consumer.module + ".weight")[0].output[0]
-        while True:
-            after = consumers.get(end, [])
-            chain = [n for n in after if n.op_type in (*PASSED, *LAST)]
-            if not chain or end in graph.outputs():
-                break
-            end = chain[0].output[0]
-            if chain[0].op_type in LAST:
-                break
-        ends.append(end)
-    # squeeze-and-excite: what one of its maps gives is what another reads
-    starts = [name for name in starts if name not in ends]
-    return list(dict.fromkeys(starts)), list(dict.fromkeys(ends))
-
-
-def extract(graph: OnnxGraph, ends: tuple[list[str], list[str]]) -> OnnxGraph:
-    """The nodes between the two ends as a graph of its own.
+    They are the first call of the producing maps, all that carries the units from there on, and the
+    first call of the consumers, with the residual sum and the normalisation that follow those,
+    where there are such. What lies between the parts of a site that spans layers is left out.
 
     Batch and sequence stay symbolic, as in the artifact: with concrete shapes ONNX Runtime fuses
-    differently, and the price would be that of another graph.
-    Values that come from elsewhere (an attention mask) become inputs too. The result can be
-    specialised like the whole graph.
+    differently, and the price would be that of another graph. Values that come from elsewhere (an
+    attention mask) become inputs, but for sizes, which are computed from the inputs of the whole:
+    made-up ones would be wrong. The result can be specialised like the whole graph.
     """
-    starts, stops = ends
+    consumed = [_first_call(graph, consumer.module) for consumer in site.consumers]
+    tails = [_tail(graph, node.output[0]) for node in consumed]
+    inside = _carriers(graph, site, end={node.output[0] for node in consumed}).union(*tails)
+    stops = list(dict.fromkeys(tail[-1] for tail in tails))
     producers = graph.producers()
-    depends = _dependents(graph, starts)
-    inside: dict[int, onnx.NodeProto] = {}
+    held: dict[int, onnx.NodeProto] = {}
     inputs: list[str] = []
     stack = list(stops)
     seen: set[str] = set()
@@ -69,10 +40,10 @@ def extract(graph: OnnxGraph, ends: tuple[list[str], list[str]]) -> OnnxGraph:
             continue
         seen.add(name)
         node = producers.get(name)
-        if name in starts or node is None or (name not in depends and name not in stops):
+        if node is None or not (name in inside or _is_sizes(graph, name)):
             inputs.append(name)
             continue
-        inside[id(node)] = node
+        held[id(node)] = node
         stack += node.input
     proto = onnx.ModelProto()
     proto.CopyFrom(graph.proto)
@@ -83,7 +54,7 @@ def extract(graph: OnnxGraph, ends: tuple[list[str], list[str]]) -> OnnxGraph:
                 raise UnsupportedModel(f"the shape of {name} is unknown in the exported graph")
             kind, shape = graph.types[name], graph.shapes[name]
             group.append(helper.make_tensor_value_info(name, kind, shape))
-    nodes = [n for n in graph.nodes if id(n) in inside]
+    nodes = [n for n in graph.nodes if id(n) in held]
     used = {i for n in nodes for i in n.input}
     arrays = {k: v for k, v in graph.arrays.items() if k in used}
     weights = {k: v for k, v in graph.weights.items() if v[0] in used}
@@ -92,15 +63,50 @@ def extract(graph: OnnxGraph, ends: tuple[list[str], list[str]]) -> OnnxGraph:
     )
 
 
-def _dependents(graph: OnnxGraph, starts: list[str]) -> set[str]:
-    """Values computed from `starts`."""
-    found = set(starts)
+def _first_call(graph: OnnxGraph, module: str) -> onnx.NodeProto:
+    nodes = graph.map_nodes(module + ".weight")
+    if not nodes:
+        raise UnsupportedModel(f"{module} has no node in the exported graph")
+    return nodes[0]
+
+
+def _tail(graph: OnnxGraph, value: str) -> list[str]:
+    """What a consumer gives, and what becomes of it up to the end of its block."""
+    consumers, outputs = graph.consumers(), graph.outputs()
+    found = [value]
+    while found[-1] not in outputs:
+        after = consumers.get(found[-1], [])
+        following = next((n for n in after if n.op_type in (*PASSED, *LAST)), None)
+        if following is None:
+            break
+        found.append(following.output[0])
+        if following.op_type in LAST:
+            break
+    return found
+
+
+def _carriers(graph: OnnxGraph, site: Site, *, end: set[str]) -> set[str]:
+    """Values that carry the units of a site, from the producing maps to what the consumers give.
+
+    Other tensors may carry them too: a bias per head on the scores, say.
+    """
+    maps = site.maps
+    begin = [output for m in site.producers for output in _first_call(graph, m).output]
+    for piece in site.slices:
+        name = piece.parameter
+        if name.rpartition(".")[0] not in maps and name in graph.weights:
+            begin.append(graph.weights[name][0])
+    found = set(begin) | end
     consumers = graph.consumers()
-    stack = list(starts)
+    stack = [value for value in begin if value not in end]
     while stack:
         for node in consumers.get(stack.pop(), []):
-            for output in node.output:
-                if output not in found:
-                    found.add(output)
-                    stack.append(output)
+            fresh = [output for output in node.output if output not in found]
+            found.update(fresh)
+            stack += fresh
     return found
+
+
+def _is_sizes(graph: OnnxGraph, value: str) -> bool:
+    """Whether a value is a size or a shape: a whole number or a vector of them."""
+    return graph.types.get(value) == TensorProto.INT64 and len(graph.shapes.get(value, [0, 0])) < 2

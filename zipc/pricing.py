@@ -17,7 +17,7 @@ from zipc.core.files import fingerprint as short_hash
 from zipc.core.request import Request
 from zipc.core.types import Level, Progress, Site, Target, Workload
 from zipc.exporters.graph import OnnxGraph
-from zipc.exporters.site_graph import block_ends, extract
+from zipc.exporters.site_graph import extract
 from zipc.exporters.specialise import Edit, Int8Weights, specialise
 from zipc.latency_tables import correction
 from zipc.latency_tables.store import TableStore, differences
@@ -94,7 +94,7 @@ def surroundings(
     signatures: dict[str, str] = {}
     parts: dict[str, OnnxGraph] = {}
     for site in sites:
-        part = extract(dense, block_ends(dense, site))
+        part = extract(dense, site)
         ops = [n.op_type for n in specialise(part, Edit()).nodes]
         fed = [part.shapes[i.name] for i in part.proto.graph.input]
         signature = f"{site.kind}-{site.units}-{short_hash(site.signature, ops, fed)[:10]}"

@@ -13,7 +13,7 @@ from onnx import helper
 from tests.tiny_models import case, dense_graph, edit_of, everything, sliced, text
 from zipc.core.errors import UnsupportedModel
 from zipc.exporters.graph import OnnxGraph
-from zipc.exporters.site_graph import block_ends, extract
+from zipc.exporters.site_graph import extract
 from zipc.exporters.specialise import Edit, Int8Weights, specialise
 from zipc.numerics.int8 import quantize_weight
 
@@ -68,11 +68,11 @@ def test_a_cut_out_site_computes_its_part_of_the_whole(family: str) -> None:
     dense = dense_graph(family)
     feeds = {k: v.numpy() for k, v in text(family, batch=2, length=9).items()}
     for index, site in enumerate(made.sites):
-        starts, stops = block_ends(dense, site)
+        stops = extract(dense, site).outputs()
         for width, numeric in ((site.units, "fp32"), (3, "fp32"), (3, "int8-dynamic"), (0, "fp32")):
             edit = edits(family, width, numeric, index)
             graph = specialise(dense, edit)
-            part = specialise(extract(dense, (starts, stops)), edit)
+            part = specialise(extract(dense, site), edit)
             proto = part.to_proto()
             onnx.checker.check_model(proto)
             names = [i.name for i in proto.graph.input]
@@ -93,24 +93,22 @@ def test_a_cut_out_site_holds_the_site_and_little_else(family: str) -> None:
     made = case(family)
     dense = dense_graph(family)
     for site in made.sites:
-        proto = extract(dense, block_ends(dense, site)).to_proto()
+        proto = extract(dense, site).to_proto()
         held = {i.name for i in proto.graph.initializer}
         mine = site.maps
         for call in made.program.maps:
             inside = dense.weights[call.weight][0] in held
-            # a coupled site spans layers, whose other maps lie between
-            if call.module in mine or len(site.consumers) == 1:
-                assert inside == (call.module in mine), (site.name, call.module)
+            assert inside == (call.module in mine), (site.name, call.module)
 
 
-def test_ends_are_the_input_of_the_site_and_the_norm_after_it() -> None:
+def test_a_site_ends_with_the_norm_after_it() -> None:
     made = case("bert")
     dense = dense_graph("bert")
     producers = dense.producers()
     for site in made.sites:
-        starts, stops = block_ends(dense, site)
-        assert len(starts) == len(stops) == 1
-        assert producers[stops[0]].op_type == "LayerNormalization"
+        part = extract(dense, site)
+        (stop,) = part.outputs()
+        assert producers[stop].op_type == "LayerNormalization"
 
 
 def test_a_site_that_is_not_in_the_graph_is_an_error() -> None:
@@ -119,4 +117,4 @@ def test_a_site_that_is_not_in_the_graph_is_an_error() -> None:
     name = dense.weights[made.sites[0].producers[0] + ".weight"][0]
     dense.nodes = [n for n in dense.nodes if name not in n.input]
     with pytest.raises(UnsupportedModel, match="has no node"):
-        block_ends(dense, made.sites[0])
+        extract(dense, made.sites[0])

@@ -33,7 +33,7 @@ from tests.zoo import ZOO
 from zipc import build
 from zipc.core.types import Allocation, Level
 from zipc.exporters.graph import OnnxGraph
-from zipc.exporters.site_graph import block_ends, extract
+from zipc.exporters.site_graph import extract
 from zipc.exporters.specialise import specialise
 from zipc.pruner.compensate.propagate import propagate
 from zipc.pruner.evidence import collect
@@ -161,7 +161,7 @@ def test_every_site_is_priced_on_a_graph_with_all_that_it_cuts(name: str) -> Non
         if site.kind == "width":  # not searched
             continue
         cut = {piece.parameter for piece in site.slices} & set(graph.weights)
-        part = extract(graph, block_ends(graph, site))
+        part = extract(graph, site)
         assert cut <= set(part.weights)
         for units in [range(1, site.units)] + ([range(0)] if site.removable else []):
             edit = edit_of(made, everything(made) | {site.name: list(units)})
