@@ -227,7 +227,15 @@ def graph_name(call: NodeProto) -> str:
     return f"{call.input[1]}/{call.output[0]}"
 
 
-INTEGER_KERNELS = ("MatMulIntegerToFloat", "DynamicQuantizeMatMul", "MatMulInteger", "QGemm")
+INTEGER_KERNELS = (
+    "MatMulIntegerToFloat",
+    "DynamicQuantizeMatMul",
+    "MatMulInteger",
+    "QGemm",
+    "QLinearMatMul",
+    "QLinearConv",
+    "ConvInteger",
+)
 
 
 def count_integer_kernels(nodes: Sequence[NodeProto]) -> int:

@@ -16,6 +16,7 @@ from zipc.core.errors import UsageError
 
 DYNAMIC = "int8-dynamic"
 STATIC = "int8-static"
+FULL, REDUCED = 127, 63  # largest weight; the smaller one where U8 x S8 products saturate
 
 
 @dataclass(frozen=True, slots=True)

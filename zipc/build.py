@@ -58,7 +58,8 @@ def build(
     """
     widths = {n: lv.width for n, lv in allocation.levels.items()}
     edit = edit_of(states, sizes_at(prepared.structure, widths))
-    model = specialise(prepared.dense, edit).to_bytes()
+    graph = specialise(prepared.dense, edit)
+    model = graph.to_bytes()
     integers = sum(
         call.module in states.maps and states.maps[call.module].integer is not None
         for call in prepared.program.maps
@@ -81,7 +82,23 @@ def build(
         bound=INT8_BOUND if integers else FP32_BOUND,
         what="the compiled ONNX graph against its torch simulation",
     )
-    return Built(allocation, states, model, parity, integers)
+    if prepared.body is None:
+        return Built(allocation, states, model, parity, integers)
+    integer = prepared.emit(graph)
+    integers = integer_kernels(integer)
+    if not integers:
+        raise ExportMismatch(
+            "ONNX Runtime runs no product of the graph as integers. Use --numerics fp32."
+        )
+    feeds = prepared.body.batches[0]
+    both = [OnnxRuntimeRunner(m, workload=workload).outputs(feeds) for m in (integer, model)]
+    names = [name for _, name in prepared.source.outputs]
+    parity = check_parity(
+        *([found[name] for name in names] for found in both),
+        bound=INT8_BOUND,
+        what="the graph in INT8 against the same in floats",
+    )
+    return Built(allocation, states, integer, parity, integers)
 
 
 def integer_kernels(model: bytes | Path) -> int:

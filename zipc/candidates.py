@@ -17,7 +17,7 @@ from zipc.core.files import fingerprint
 from zipc.core.request import Request
 from zipc.core.types import Allocation, Ladder, Level, Progress, Rung, Target
 from zipc.effort import Effort
-from zipc.numerics.int8 import DYNAMIC, STATIC
+from zipc.numerics.int8 import DYNAMIC, FULL, REDUCED, STATIC
 from zipc.prepare import Prepared
 from zipc.pricing import Prices
 from zipc.profiler.fingerprint import device_fingerprint
@@ -86,7 +86,7 @@ def gather(
         prepared.weights,
         stats,
         sweeps,
-        weight_limit=_weight_limit(target),
+        weight_limit=weight_limit(target),
     )
     progress.stage("oracle on dense")
 
@@ -103,6 +103,8 @@ def gather(
 
     first = scorer(effort.search_texts, request.seed, prefixes=True)
     second = scorer(effort.confirm_texts, request.seed + 1, prefixes=False)
+    if prepared.body is not None:
+        prepared.body = prepared.body.calibrated_on([prepared.for_graph(b) for b in repair])
     progress.done()
     notes: list[str] = []
     numerics = _numerics(prepared, prices, target, request, first, notes)
@@ -214,11 +216,12 @@ def _stats_from(tensors: Mapping[str, Tensor], extent: Sequence[Any], leader: st
     )
 
 
-def _weight_limit(target: Target) -> int:
-    """63 where U8 x S8 products saturate: x86 without VNNI (ONNX Runtime's reduce_range)."""
+def weight_limit(target: Target) -> int:
+    """REDUCED where U8 x S8 products saturate: x86 without VNNI (ONNX Runtime's reduce_range)."""
     prints = device_fingerprint(runtime=target.runtime)
     x86 = str(prints.get("arch", "")).lower() in ("x86_64", "amd64")
-    return 63 if x86 and not any("vnni" in str(f) for f in prints.get("isa", ())) else 127
+    vnni = any("vnni" in str(f) for f in prints.get("isa", ()))
+    return REDUCED if x86 and not vnni else FULL
 
 
 def _numerics(
@@ -235,6 +238,10 @@ def _numerics(
         UsageError: the request names a numeric the target does not run.
     """
     wanted = request.numerics
+    if prepared.body is not None:
+        ms = prices.fixed_ms + sum(prices.ms(n, Level(s.units)) for n, s in prepared.sites.items())
+        notes.append(f"the whole network in {prepared.numeric}, unpruned: {ms:.2f} ms")
+        return ("fp32",)
     schemes = [n for n in (DYNAMIC, STATIC) if n in target.numerics]
     if wanted == "fp32":
         return ("fp32",)
@@ -285,4 +292,4 @@ def _ladder(
     return Ladder(name, sweep.order, tuple(rungs))
 
 
-__all__ = ["Candidates", "gather"]
+__all__ = ["Candidates", "gather", "weight_limit"]

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from zipc.build import Built, build
 from zipc.candidates import Candidates
@@ -19,6 +21,7 @@ from zipc.core.memory import release
 from zipc.core.request import Request
 from zipc.core.types import Allocation, Level, PairedTiming, Progress, Runner
 from zipc.effort import Effort
+from zipc.integer_body import RANGES, IntegerBody
 from zipc.prepare import Prepared
 from zipc.pricing import Prices
 from zipc.profiler.runners.onnxruntime import OnnxRuntimeRunner
@@ -26,6 +29,7 @@ from zipc.proof import paired_speedup, paired_timing
 from zipc.pruner.allocate.search import Problem, SearchState, build_problem, search
 from zipc.pruner.allocate.sensitivity import probe_count, site_losses
 from zipc.pruner.compensate.propagate import propagate
+from zipc.pruner.levels import States
 from zipc.stage_cache import StageCache
 
 AIM = 1.03  # the lower end of the verdict's interval must clear the target, not its middle
@@ -144,7 +148,41 @@ def _repaired(
         prepared.executor, candidates.levels, allocation, candidates.repair, on_site=advance
     )
     progress.done()
-    return build(prepared, allocation, states, workload=request.workload)
+    if prepared.body is None:
+        return build(prepared, allocation, states, workload=request.workload)
+    return _best_ranges(prepared, prepared.body, candidates, allocation, states, request, progress)
+
+
+def _best_ranges(
+    prepared: Prepared,
+    body: IntegerBody,
+    candidates: Candidates,
+    allocation: Allocation,
+    states: States,
+    request: Request,
+    progress: Progress,
+) -> Built:
+    """The network in INT8 under the ranges that cost least on the confirming rows."""
+    progress.stage("INT8 ranges", len(RANGES))
+    found: list[tuple[float, str, Built]] = []
+    for ranges in RANGES:
+        prepared.body = replace(body, ranges=ranges)
+        built = build(prepared, allocation, states, workload=request.workload)
+        runner = OnnxRuntimeRunner(built.model, workload=request.workload)
+
+        def outputs(
+            feeds: Mapping[str, Tensor], runner: OnnxRuntimeRunner = runner
+        ) -> list[Tensor]:
+            values = runner.outputs(prepared.for_graph(feeds))
+            return [torch.from_numpy(values[name]) for _, name in prepared.source.outputs]
+
+        found.append((candidates.confirm.judge(outputs), ranges, built))
+        progress.advance(1, ranges)
+    loss, ranges, built = min(found, key=lambda entry: entry[0])
+    told = ", ".join(f"{name} {value:.5f}" for value, name, _ in found)
+    candidates.notes.append(f"INT8 ranges by {ranges}; oracle: {told}")
+    progress.done(f"{ranges}, oracle {loss:.5f}")
+    return built
 
 
 def make_problem(
@@ -241,6 +279,10 @@ def _look(reference: Runner, candidate: Runner) -> tuple[PairedTiming, float]:
     return timing, width
 
 
+def _widest(levels: Sequence[Level]) -> int:
+    return max(range(len(levels)), key=lambda i: levels[i].width)
+
+
 def void(_: object) -> None:
     """Drop a value where a callback must not return one."""
 
@@ -274,6 +316,12 @@ class _Loop:
         if target is None:
             return self.solution(self.attempt(self.fastest()))
         attempts: list[_Attempt] = []
+        if self.prepared.body is not None:  # that alone may do
+            whole = self.problem.allocation([_widest(levels) for levels in self.problem.levels])
+            if self.prices.ratio(whole.predicted_ms) * target * AIM <= 1:
+                attempts.append(self.attempt(whole))
+                if attempts[0].speedup >= target * ACCEPT[0]:
+                    return self.solution(attempts[0])
         try:
             return self.run(target, attempts)
         except TargetUnreachable as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +12,18 @@ import numpy as np
 import torch
 
 from zipc.build import checkpoint, dense_model
-from zipc.candidates import Candidates, gather
+from zipc.candidates import Candidates, gather, weight_limit
 from zipc.closed_loop import FINALISTS, choose, forget_solution, make_problem, solve_and_build
 from zipc.core.errors import UsageError
 from zipc.core.memory import release
 from zipc.core.request import Request
 from zipc.core.types import Allocation, LeftAlone, Progress, Site, Target
 from zipc.effort import effort_of
+from zipc.integer_body import IntegerBody
 from zipc.latency_tables.store import TableStore, default_cache_dir
 from zipc.manifest import Manifest
 from zipc.model_source import SourceModel, load_source, settle, with_cache
+from zipc.numerics.int8 import FULL, STATIC
 from zipc.output import check_output, staged, write_artifacts
 from zipc.prepare import Prepared, prepare
 from zipc.pricing import Prices, price
@@ -32,6 +34,9 @@ from zipc.record import make_manifest, read_quality, samples_of
 from zipc.samples import Samples, kind_of, open_samples
 from zipc.stage_cache import StageCache
 from zipc.targets import load_target
+
+BODY_PAIRS = 60
+BODY_GAIN = 1.1  # least speedup of the unpruned network for which it is brought to INT8
 
 
 def compile_model(request: Request, *, progress: Progress) -> Manifest:
@@ -171,8 +176,9 @@ def plan_model(request: Request, *, progress: Progress) -> Plan:
                 progress=clock,
             )
         ratio = setup.prices.ratio(allocation.predicted_ms)
+        levels = {n: setup.prepared.shipped(lv) for n, lv in allocation.levels.items()}
         return Plan(
-            allocation=allocation,
+            allocation=replace(allocation, levels=levels),
             sites=setup.prepared.structure.sites,
             left_alone=setup.prepared.left_alone,
             dense_ms=setup.prices.dense_ms,
@@ -290,8 +296,30 @@ def _price(
     cache = _cache(request)
     prepared = prepare(source, request, cache=cache, progress=progress)
     _tell_discarded(cache, progress)
+    prepared.body = _body(prepared, request, target, progress)
     store = TableStore(_cache_root(request) / "tables")
     return prepared, price(prepared, target, request, store=store, progress=progress)
+
+
+def _body(
+    prepared: Prepared, request: Request, target: Target, progress: Progress
+) -> IntegerBody | None:
+    """INT8 for the whole network, where it has convolutions to cut, may run in it, and gains.
+
+    Sites of linear maps alone choose their numeric one by one: see `candidates`.
+    """
+    kinds = {site.kind for site in prepared.structure.sites}
+    wanted = request.numerics in ("auto", "int8", STATIC) and STATIC in target.numerics
+    if "channels" not in kinds or "heads" in kinds or not wanted:
+        return None
+    progress.stage("whole network in INT8")
+    body = IntegerBody(request.workload, reduce_range=weight_limit(target) < FULL)
+    dense = dense_model(prepared)
+    runners = [OnnxRuntimeRunner(m, workload=request.workload) for m in (dense, body.emit(dense))]
+    speedup = paired_speedup(*runners, pairs=BODY_PAIRS).speedup
+    pays = speedup >= BODY_GAIN or request.numerics != "auto"
+    progress.done(f"{speedup:.2f}x unpruned{'' if pays else ': not used'}")
+    return body if pays else None
 
 
 def _tell_discarded(cache: StageCache, progress: Progress) -> None:

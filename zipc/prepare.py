@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,12 @@ import zipc
 from zipc.core.errors import UnsupportedModel, UsageError
 from zipc.core.files import fingerprint
 from zipc.core.request import Request
-from zipc.core.types import LeftAlone, Progress, Site
+from zipc.core.types import LeftAlone, Level, Progress, Site
 from zipc.exporters.graph import OnnxGraph
 from zipc.exporters.onnx_export import check_parity, export_dense
+from zipc.integer_body import IntegerBody
 from zipc.model_source import SourceModel, trace_source
+from zipc.numerics.int8 import STATIC
 from zipc.profiler.runners.onnxruntime import OnnxRuntimeRunner
 from zipc.pruner.graph.interpret import Executor, Variant
 from zipc.pruner.graph.sites import Structure, extent_size, find_sites, without
@@ -44,6 +46,7 @@ class Prepared:
     dense: OnnxGraph
     parity: float
     key: str  # names the model's structure and weights in the cache
+    body: IntegerBody | None = None  # the whole network runs in INT8; sites are cut in floats
 
     @property
     def sites(self) -> dict[str, Site]:
@@ -61,6 +64,22 @@ class Prepared:
         """Whether all maps of a site have integer kernels here: linear maps do."""
         maps = site.maps
         return not any(self.calls[m].convolution for m in maps)
+
+    @property
+    def numeric(self) -> str:
+        """What a site runs in whose level says nothing else."""
+        return "fp32" if self.body is None else STATIC
+
+    def shipped(self, level: Level) -> Level:
+        """A level as it stands in the graph that is deployed."""
+        if level.removed or self.body is None:
+            return level
+        return replace(level, numeric=STATIC)
+
+    def emit(self, graph: OnnxGraph, *, part: bool = False) -> bytes:
+        """A graph, or that of one site, as it is deployed."""
+        model = graph.to_bytes()
+        return model if self.body is None else self.body.emit(model, part=part)
 
     def example(
         self, *, batch: int, length: int, widths: Mapping[str, int] | None = None

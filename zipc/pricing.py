@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +57,11 @@ class Prices:
     from_cache: bool
     dense_prices: dict[str, float]
     share: float  # of what a level saves on its site alone that the whole model saves too
+    numeric: str  # of the whole network, which a level in fp32 means too
 
     def ms(self, site: str, level: Level) -> float:
         """Time of all calls of a site at a level, as part of the whole model."""
-        alone = self.table.price(self.signatures[site], level)
+        alone = self.table.price(self.signatures[site], _in(self.numeric, level))
         dense = self.dense_prices[site]
         return (dense - self.share * (dense - alone)) * self.calls[site]
 
@@ -80,8 +81,14 @@ def offered_levels(prepared: Prepared, site: Site, target: Target) -> list[Level
     widths = widths_of(site, step=target.width_step)
     integers = prepared.on_integers(site)
     numerics = [n for n in target.numerics if integers or not n.startswith("int8")]
+    if prepared.body is not None:
+        numerics = [prepared.numeric]
     removed = [Level(0)] if site.removable else []
     return [*removed, *(Level(w, n) for n in numerics for w in widths if w)]
+
+
+def _in(numeric: str, level: Level) -> Level:
+    return level if level.removed or level.numeric != "fp32" else replace(level, numeric=numeric)
 
 
 def surroundings(
@@ -143,7 +150,10 @@ def price(
     signatures, parts = surroundings(prepared.dense, prepared.structure.sites)
     examples = {signatures[s.name]: s for s in reversed(prepared.structure.sites)}
     key = short_hash(
-        sorted(signatures.values()), target.width_step, sorted(prepared.dense.op_counts().items())
+        sorted(signatures.values()),
+        target.width_step,
+        sorted(prepared.dense.op_counts().items()),
+        *([] if prepared.body is None else [prepared.numeric]),
     )
     path = store.path(target.name, workload, target.runtime, key)
     prints = device_fingerprint(runtime=target.runtime)
@@ -157,9 +167,12 @@ def price(
         )
         stored = None
     graphs = [PricedGraph(WHOLE, DENSE, lambda: specialise(prepared.dense, Edit()).to_bytes())]
+    whole = Level(1, prepared.numeric)
+    if prepared.body is not None:
+        graphs.append(PricedGraph(WHOLE, whole, lambda: _whole(prepared, {})))
     narrow = _narrowest(prepared, target) if _overlapping(prepared) else None
     if narrow is not None:
-        graphs.append(PricedGraph(NARROWEST, DENSE, lambda: _whole(prepared, narrow)))
+        graphs.append(PricedGraph(NARROWEST, whole, lambda: _whole(prepared, narrow)))
     for signature, part in parts.items():
         site = examples[signature]
         graphs += [
@@ -193,37 +206,34 @@ def price(
             table, missing, anchor_bytes, workload, store=store, path=path, progress=progress
         )
     calls = {s.name: s.calls for s in prepared.structure.sites}
-    dense_ms = table.price(WHOLE, DENSE)
-    sites = sum(
-        table.price(signatures[s.name], Level(s.units, "fp32")) * s.calls
+    dense_ms, whole_ms = table.price(WHOLE, DENSE), table.price(WHOLE, whole)
+    dense_prices = {
+        s.name: table.price(signatures[s.name], Level(s.units, prepared.numeric))
         for s in prepared.structure.sites
-    )
+    }
+    sites = sum(dense_prices[s.name] * s.calls for s in prepared.structure.sites)
     least = [
         s.calls
         * min(table.price(signatures[s.name], lv) for lv in offered_levels(prepared, s, target))
         for s in prepared.structure.sites
     ]
-    fixed_ms = dense_ms - sites
+    fixed_ms = whole_ms - sites
     share = 1.0
     if narrow is not None:
         gains = sum(
             s.calls
             * (
-                table.price(signatures[s.name], Level(s.units, "fp32"))
-                - table.price(signatures[s.name], narrow[s.name])
+                dense_prices[s.name]
+                - table.price(signatures[s.name], prepared.shipped(narrow[s.name]))
             )
             for s in prepared.structure.sites
         )
-        gained = dense_ms - table.price(NARROWEST, DENSE)
+        gained = whole_ms - table.price(NARROWEST, whole)
         share = min(max(gained / gains, MIN_SHARE), 1.0) if gains > 0 else 1.0
     else:
         # No whole is faster than one of its parts. Prices of a busy machine can say so; the check
         # on whole models below then finds them out.
         fixed_ms = max(fixed_ms, max(least) - sum(least))
-    dense_prices = {
-        s.name: table.price(signatures[s.name], Level(s.units, "fp32"))
-        for s in prepared.structure.sites
-    }
     prices = Prices(
         table,
         path,
@@ -235,6 +245,7 @@ def price(
         not missing,
         dense_prices,
         share,
+        prepared.numeric,
     )
     if table.correction is None:
         fitted = _fit_correction(prepared, target, prices, workload, progress)
@@ -301,14 +312,16 @@ def _narrowest(prepared: Prepared, target: Target) -> dict[str, Level]:
 def _whole(prepared: Prepared, levels: Mapping[str, Level]) -> bytes:
     """The whole model at some levels, with unrepaired weights."""
     kept = {n: tuple(range(lv.width)) for n, lv in levels.items()}
-    return specialise(prepared.dense, plain_edit(prepared, levels, kept)).to_bytes()
+    return prepared.emit(specialise(prepared.dense, plain_edit(prepared, levels, kept)))
 
 
 def _builder(part: OnnxGraph, site: Site, level: Level, prepared: Prepared) -> Callable[[], bytes]:
+    cut = level if prepared.body is None else Level(level.width)
+
     def build() -> bytes:
         kept = {site.name: tuple(range(level.width))}
-        edit = plain_edit(prepared, {site.name: level}, kept)
-        return specialise(part, edit).to_bytes()
+        edit = plain_edit(prepared, {site.name: cut}, kept)
+        return prepared.emit(specialise(part, edit), part=True)
 
     return build
 
@@ -361,7 +374,7 @@ def random_levels(prepared: Prepared, target: Target, rng: np.random.Generator) 
         wanted = float(np.clip(density + rng.normal(0, 0.2), 0, 1)) * site.units
         width = int(widths[np.abs(widths - wanted).argmin()])
         numeric = policy or mixed[int(rng.integers(len(mixed)))]
-        if not prepared.on_integers(site):
+        if not prepared.on_integers(site) or prepared.body is not None:
             numeric = "fp32"
         levels[site.name] = Level(width, numeric) if width else Level(0)
     return levels

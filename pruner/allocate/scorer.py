@@ -66,6 +66,11 @@ class Scorer:
         self._memo[key] = self._oracle(self._dense, outputs)
         return self._memo[key]
 
+    def judge(self, model: Callable[[Feeds], Sequence[Tensor]]) -> float:
+        """Loss of a model that runs elsewhere, an ONNX file say, on the same rows."""
+        outputs = [self._readout(model(feeds), feeds) for feeds in self._batches]
+        return self._oracle(self._dense, torch.cat(outputs))
+
     def rebase_on_dense(self) -> None:
         """Start candidates from the dense model, as sensitivities want."""
         dense = Allocation({}, 0.0, 0.0)

@@ -1,0 +1,199 @@
+"""A network of convolutions in INT8 as a whole: the graph, and a compile that uses it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+import zipc
+from tests.three_ways import all_exported, case_of
+from tests.tiny_project import Told, fake_clock, request, small_effort
+from tests.zoo import ZOO
+from zipc.build import FP32_BOUND, INT8_BOUND, integer_kernels
+from zipc.core.errors import ExportMismatch
+from zipc.core.types import Workload
+from zipc.exporters.specialise import Edit, specialise
+from zipc.integer_body import IntegerBody
+from zipc.manifest import Manifest
+from zipc.pipeline import compile_model, plan_model
+from zipc.profiler.runners.onnxruntime import OnnxRuntimeRunner
+from zipc.pruner.graph.interpret import Variant
+
+NETS = """
+import torch
+from torch import nn
+
+example_inputs = {"x": torch.zeros(1, 3, 16, 16)}
+
+
+class Block(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+
+    def forward(self, x):
+        return torch.relu(x + self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x))))))
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.blocks = nn.Sequential(Block(16), Block(16))
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x):
+        return self.head(self.blocks(torch.relu(self.stem(x))).mean((2, 3)))
+
+
+def net():
+    torch.manual_seed(0)
+    return Net()
+"""
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A network, and images whose classes are its own answers."""
+    folder = tmp_path_factory.mktemp("convolutions")
+    (folder / "nets.py").write_text(NETS)
+    names: dict[str, Any] = {}
+    exec(compile(NETS, "nets.py", "exec"), names)
+    images = np.random.default_rng(0).standard_normal((400, 3, 16, 16), dtype=np.float32)
+    with torch.no_grad():
+        labels = names["net"]().eval()(torch.from_numpy(images)).argmax(1).numpy()
+    np.savez(folder / "data.npz", x=images, labels=labels)
+    return folder
+
+
+def asked(project: Path, out: str, **rest: Any) -> Any:
+    made = request(project / "data.npz", project / "data.npz", None, project / "cache")
+    return replace(
+        made,
+        model=f"{project / 'nets.py'}:net",
+        output=project / out,
+        sequence_length=None,
+        **rest,
+    )
+
+
+@pytest.fixture(scope="module")
+def compiled(project: Path) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        fake_clock(patch)
+        small_effort(patch)
+        compile_model(asked(project, "whole", speedup=1.5), progress=Told())
+    return project / "whole"
+
+
+def test_where_int8_alone_is_fast_enough_nothing_is_removed(compiled: Path) -> None:
+    manifest = Manifest.read(compiled)
+    assert manifest.verdict == "validated"
+    assert all(a.level.width == a.units for a in manifest.allocation)
+    assert {a.level.numeric for a in manifest.allocation} == {"int8-static"}
+    assert manifest.quality.metric == "accuracy"
+    assert manifest.quality.dense == 100
+    assert manifest.quality.compiled > 80
+    assert any("INT8 ranges by" in note for note in manifest.latency.notes)
+
+
+def test_every_convolution_runs_on_integers(compiled: Path) -> None:
+    model = onnx.load(compiled / "model.onnx")
+    onnx.checker.check_model(model)
+    assert {e.domain for e in model.opset_import} <= {"", "ai.onnx", "ai.onnx.ml"}
+    assert "BatchNormalization" not in Counter(n.op_type for n in model.graph.node)
+    assert integer_kernels(compiled / "model.onnx") >= 5
+
+
+def test_the_checkpoint_is_near_the_graph(compiled: Path, project: Path) -> None:
+    module = zipc.load(compiled, factory=f"{project / 'nets.py'}:net")
+    images = np.load(project / "data.npz")["x"][:32]
+    runner = OnnxRuntimeRunner(
+        compiled / "model.onnx", workload=Workload(1, None), feeds={"x": images}
+    )
+    found = runner.outputs({"x": images})["output"]
+    with torch.no_grad():
+        expected = module(torch.from_numpy(images)).numpy()
+    assert np.linalg.norm(found - expected) <= INT8_BOUND * np.linalg.norm(expected)
+
+
+def test_more_than_int8_gives_takes_units_too(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_clock(monkeypatch)
+    small_effort(monkeypatch)
+    whole = plan_model(asked(project, "none", speedup=1.4), progress=Told())
+    units = {site.name: site.units for site in whole.sites}
+    assert all(level.width == units[n] for n, level in whole.allocation.levels.items())
+    fast = whole.dense_ms / whole.predicted_ms
+    plan = plan_model(asked(project, "none", speedup=fast * 1.15), progress=Told())
+    assert any(level.width < units[n] for n, level in plan.allocation.levels.items())
+    assert {lv.numeric for lv in plan.allocation.levels.values() if lv.width} == {"int8-static"}
+
+
+def test_fp32_stays_fp32(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_clock(monkeypatch)
+    small_effort(monkeypatch)
+    plan = plan_model(asked(project, "none", speedup=1.3, numerics="fp32"), progress=Told())
+    assert {lv.numeric for lv in plan.allocation.levels.values()} == {"fp32"}
+
+
+def test_int8_that_gains_nothing_is_not_used(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_clock(monkeypatch)
+    small_effort(monkeypatch)
+    monkeypatch.setattr(OnnxRuntimeRunner, "run", lambda self: 1.0)
+    told = Told()
+    monkeypatch.setattr("zipc.pipeline.price", _stop)
+    with pytest.raises(_Stopped) as stopped:
+        plan_model(asked(project, "none", speedup=1.3), progress=told)
+    assert stopped.value.prepared.body is None
+    assert told.notes["whole network in INT8"] == "1.00x unpruned: not used"
+
+
+class _Stopped(Exception):
+    def __init__(self, prepared: Any) -> None:
+        self.prepared = prepared
+
+
+def _stop(prepared: Any, *_: Any, **rest: Any) -> None:
+    raise _Stopped(prepared)
+
+
+@pytest.mark.parametrize("ranges", ["minmax", "percentile"])
+@pytest.mark.parametrize(
+    "family", ["cifar-resnet8", "vgg", "mobilenet-v2", "mobilenet-v3", "densenet", "unet", "yolo"]
+)
+def test_networks_of_convolutions_keep_their_outputs(family: str, ranges: str) -> None:
+    made = case_of(ZOO[family], torch.float32)
+    dense = specialise(all_exported(made, ZOO[family]), Edit()).to_bytes()
+    feeds = {k: v.numpy() for k, v in ZOO[family].example(batch=8).items()}
+    body = IntegerBody(Workload(2, None, 1, {k: v.shape for k, v in feeds.items()}))
+    body = replace(body.calibrated_on([feeds]), ranges=ranges)
+    integer = body.emit(dense)
+    kernels = integer_kernels(integer)
+    assert kernels >= len([c for c in made.program.maps if c.convolution]) // 2
+    runner = [OnnxRuntimeRunner(m, workload=body.workload, feeds=feeds) for m in (dense, integer)]
+    exact, rounded = (r.outputs(feeds) for r in runner)
+    expected, _ = made.executor.run(ZOO[family].example(batch=8), Variant())
+    for name, value in exact.items():
+        apart = np.linalg.norm(rounded[name] - value)
+        assert 0 < apart <= INT8_BOUND * np.linalg.norm(value)
+    first = exact["result_0"]
+    assert np.linalg.norm(first - expected[0].numpy()) <= FP32_BOUND * np.linalg.norm(first)
+
+
+def test_a_graph_the_quantiser_refuses_is_an_error() -> None:
+    with pytest.raises(ExportMismatch, match="cannot bring the graph to INT8"):
+        IntegerBody(Workload()).emit(b"no graph")

@@ -1,0 +1,114 @@
+"""A whole network of convolutions in INT8: values stay integers from one operator to the next.
+
+A single convolution in INT8 between floats gains little, since its input and output are converted;
+a network that is converted once at each end gains as much as a linear map does. The graph is
+written by ONNX Runtime's own quantiser as QuantizeLinear and DequantizeLinear around standard
+operators (symmetric S8 weights per output channel, U8 activations per tensor), which ONNX Runtime
+replaces by integer kernels when it loads the graph under default options.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+
+from zipc.core.errors import ExportMismatch
+from zipc.core.quiet import hush
+from zipc.core.types import Workload
+from zipc.profiler.runners.onnxruntime import PROVIDERS, default_feeds, one_line
+
+Batch = Mapping[str, np.ndarray[Any, Any]]
+RANGES = ("minmax", "percentile")  # how the range of an activation is chosen
+PERCENTILE = 99.99
+ROWS = 256  # that ranges are taken from
+
+
+@dataclass(frozen=True, slots=True)
+class IntegerBody:
+    """How a graph is brought to INT8: on which batches, and how ranges are chosen from them.
+
+    Without batches ranges come from made-up inputs, which is enough to time a graph.
+    """
+
+    workload: Workload
+    reduce_range: bool = False  # 7 bits: where U8 x S8 dot products saturate in 16 bits
+    ranges: str = "minmax"
+    batches: Sequence[Batch] = field(default=())
+
+    def calibrated_on(self, batches: Sequence[Batch]) -> IntegerBody:
+        """With ranges from some rows of these batches; those of another size are left out."""
+        shapes = [[value.shape for value in batch.values()] for batch in batches]
+        same = [b for b, shape in zip(batches, shapes, strict=True) if shape == shapes[0]]
+        rows = max(1, shapes[0][0][0])
+        return replace(self, batches=tuple(same[: max(1, ROWS // rows)]))
+
+    def emit(self, model: bytes, *, part: bool = False) -> bytes:
+        """The graph in INT8. A `part` of the network has inputs of its own: they are made up.
+
+        Raises:
+            ExportMismatch: ONNX Runtime's quantiser does not take the graph.
+        """
+        from onnxruntime import quantization as q
+
+        method = q.CalibrationMethod.MinMax
+        if self.ranges == "percentile":
+            method = q.CalibrationMethod.Percentile
+        with tempfile.TemporaryDirectory() as folder, hush(), _no_advice():
+            try:
+                folded, made_up = _folded(model, Path(folder) / "folded.onnx", self.workload)
+                q.quantize_static(
+                    folded,
+                    str(Path(folder) / "integer.onnx"),
+                    _reader([made_up] if part or not self.batches else self.batches),
+                    quant_format=q.QuantFormat.QDQ,
+                    per_channel=True,
+                    reduce_range=self.reduce_range,
+                    weight_type=q.QuantType.QInt8,
+                    activation_type=q.QuantType.QUInt8,
+                    calibrate_method=method,
+                    extra_options={"CalibPercentile": PERCENTILE},
+                )
+            except Exception as error:  # the quantiser raises many unrelated types
+                raise ExportMismatch(
+                    f"ONNX Runtime {ort.__version__} cannot bring the graph to INT8: "
+                    f"{one_line(error)}. Use --numerics fp32."
+                ) from error
+            return (Path(folder) / "integer.onnx").read_bytes()
+
+
+def _folded(model: bytes, path: Path, workload: Workload) -> tuple[onnx.ModelProto, Batch]:
+    """The graph with every BatchNormalization folded into its convolution, and inputs for it."""
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.optimized_model_filepath = str(path)
+    options.log_severity_level = 4
+    session = ort.InferenceSession(model, options, providers=PROVIDERS)
+    return onnx.load(path), default_feeds(session, workload)
+
+
+def _reader(batches: Sequence[Batch]) -> Any:
+    """The batches as the quantiser wants to be given them."""
+    from onnxruntime.quantization import CalibrationDataReader
+
+    left = iter(batches)
+    reader = type("Reader", (CalibrationDataReader,), {"get_next": lambda _: next(left, None)})
+    return reader()
+
+
+class _no_advice:
+    """The quantiser logs that a model should be preprocessed; it has been."""
+
+    def __enter__(self) -> None:
+        self._before = logging.root.level
+        logging.root.setLevel(logging.ERROR)
+
+    def __exit__(self, *_: object) -> None:
+        logging.root.setLevel(self._before)
