@@ -81,7 +81,7 @@ class IntegerBody:
                     f"ONNX Runtime {ort.__version__} cannot bring the graph to INT8: "
                     f"{one_line(error)}. Use --numerics fp32."
                 ) from error
-            return (Path(folder) / "integer.onnx").read_bytes()
+            return _standard(onnx.load(Path(folder) / "integer.onnx"), like=model)
 
 
 def _folded(model: bytes, path: Path, workload: Workload) -> tuple[onnx.ModelProto, Batch]:
@@ -92,6 +92,18 @@ def _folded(model: bytes, path: Path, workload: Workload) -> tuple[onnx.ModelPro
     options.log_severity_level = 4
     session = ort.InferenceSession(model, options, providers=PROVIDERS)
     return onnx.load(path), default_feeds(session, workload)
+
+
+def _standard(made: onnx.ModelProto, *, like: bytes) -> bytes:
+    """The graph with the header of another one: only the operator sets in use are declared."""
+    header = onnx.load_from_string(like)
+    used = {"" if node.domain == "ai.onnx" else node.domain for node in made.graph.node}
+    kept = [entry for entry in made.opset_import if entry.domain in used]
+    del made.opset_import[:], made.metadata_props[:]
+    made.opset_import.extend(kept)
+    made.producer_name, made.producer_version = header.producer_name, header.producer_version
+    made.metadata_props.extend(header.metadata_props)
+    return bytes(made.SerializeToString())
 
 
 def _reader(batches: Sequence[Batch]) -> Any:
