@@ -8,8 +8,9 @@ each compile and for the rivals. The rivals are Torch-Pruning's (`pip install to
 filters by magnitude, by first-order Taylor expansion and at random. They cut the width inside the
 blocks, since the shortcut of these networks pads channels by a number that they do not rewrite.
 Each gets the least uniform pruning ratio at which it measures as fast as zipc's model, through
-zipc's own export, and its BatchNorm statistics estimated anew on the calibration images. Results go
-to benchmarks/results/convnets.json.
+zipc's own export, and its BatchNorm statistics estimated anew on the calibration images. They only
+prune, so zipc is compared without INT8; --numerics auto shows it with INT8, without rivals. Results
+go to benchmarks/results/convnets.json.
 """
 
 from __future__ import annotations
@@ -65,6 +66,7 @@ def main() -> None:
     parser.add_argument("--network", default="resnet56", choices=["resnet20", "resnet56"])
     parser.add_argument("--speedups", default="1.3,1.5")
     parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--numerics", default="fp32", help="auto: in INT8, without rivals")
     parser.add_argument("--cache-dir", type=Path)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--fresh", action="store_true", help="forget the runs in --out")
@@ -74,7 +76,12 @@ def main() -> None:
     runs: list[dict[str, Any]] = held.get("runs", [])
     for seed in map(int, arguments.seeds.split(",")):
         for speedup in arguments.speedups.split(","):
-            key = {"network": arguments.network, "asked": float(speedup), "seed": seed}
+            key = {
+                "network": arguments.network,
+                "numerics": arguments.numerics,
+                "asked": float(speedup),
+                "seed": seed,
+            }
             if any(key.items() <= run.items() for run in runs):
                 continue
             runs.append(key | one_run(arguments, speedup, seed))
@@ -96,9 +103,10 @@ def one_run(arguments: argparse.Namespace, speedup: str, seed: int) -> dict[str,
         base = runner(reference.read_bytes())
         fast = paired_speedup(base, runner(ours.read_bytes()), pairs=PAIRS).speedup
     train = images(arguments.images / "train.npz", rng=torch.Generator().manual_seed(seed))
-    ratio = as_fast(lambda: build(arguments), base, fast, train)
-    rivals = {}
-    for rival in RIVALS:
+    rivals: dict[str, Any] = {}
+    alike = RIVALS if arguments.numerics == "fp32" else ()  # the rivals only prune
+    ratio = as_fast(lambda: build(arguments), base, fast, train) if alike else 0.0
+    for rival in alike:
         made = exported(prune(build(arguments), rival, ratio, train, seed))
         theirs = classes(made, test)
         rivals[rival] = {
@@ -124,6 +132,7 @@ def compile_(arguments: argparse.Namespace, speedup: str, seed: int, out: Path) 
     command = [sys.executable, "-m", "zipc", "compile", f"{NETWORKS}:{arguments.network}"]
     command += ["--weights", str(weights(arguments)), "--data", str(arguments.images)]
     command += ["--speedup", f"{speedup}x", "--seed", str(seed), "-o", str(out)]
+    command += ["--numerics", arguments.numerics]
     if arguments.cache_dir is not None:
         command += ["--cache-dir", str(arguments.cache_dir)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -250,14 +259,16 @@ def difference(ours: np.ndarray, theirs: np.ndarray) -> list[float]:
 def document(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """What is written: the runs, and medians over the seeds of each request."""
     summary = []
-    for network, asked in sorted({(r["network"], r["asked"]) for r in runs}):
-        own = [r for r in runs if (r["network"], r["asked"]) == (network, asked)]
-        rivals = {n: median(r["rivals"][n]["accuracy"] for r in own) for n in RIVALS}
+    names = ("network", "numerics", "asked")
+    for key in sorted({tuple(r[n] for n in names) for r in runs}):
+        own = [r for r in runs if tuple(r[n] for n in names) == key]
+        rivals = {
+            n: median(r["rivals"][n]["accuracy"] for r in own) for n in RIVALS if own[0]["rivals"]
+        }
         accuracy = median(r["accuracy"] for r in own)
         summary.append(
             {
-                "network": network,
-                "asked": asked,
+                **dict(zip(names, key, strict=True)),
                 "seeds": len(own),
                 "verdicts": [r["verdict"] for r in own],
                 "speedup": median(r["speedup"] for r in own),
@@ -282,7 +293,7 @@ def document(runs: list[dict[str, Any]]) -> dict[str, Any]:
 def line(run: dict[str, Any]) -> str:
     rivals = ", ".join(f"{n} {r['accuracy']:.2f}" for n, r in run["rivals"].items())
     return (
-        f"{run['network']} {run['asked']}x seed {run['seed']}: {run['verdict']} "
+        f"{run['network']} {run['numerics']} {run['asked']}x seed {run['seed']}: {run['verdict']} "
         f"{run['speedup']:.3f}x, {run['accuracy']:.2f} (dense {run['dense']:.2f}; {rivals}), "
         f"{run['compile_s']:.0f} s"
     )
