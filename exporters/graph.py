@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -102,6 +103,14 @@ class OnnxGraph:
         lowest = helper.find_min_ir_version_for(list(proto.opset_import))
         proto.ir_version = max(proto.ir_version, lowest)
         self.proto = proto
+
+    def row_bytes(self) -> int:
+        """Bytes of all floats that one row of a batch makes; other open axes count as one."""
+        return 4 * sum(
+            math.prod(size for size in shape if isinstance(size, int))
+            for name, shape in self.shapes.items()
+            if self.types.get(name) == onnx.TensorProto.FLOAT and name not in self.arrays
+        )
 
     def op_counts(self) -> Counter[str]:
         return Counter(n.op_type for n in self.nodes)

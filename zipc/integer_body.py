@@ -29,6 +29,7 @@ Batch = Mapping[str, np.ndarray[Any, Any]]
 RANGES = ("minmax", "percentile")  # how the range of an activation is chosen
 PERCENTILE = 99.99
 ROWS = 256  # that ranges are taken from
+MEMORY = 1 << 29  # bytes of activations held at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,8 @@ class IntegerBody:
     workload: Workload
     reduce_range: bool = False  # 7 bits: where U8 x S8 dot products saturate in 16 bits
     ranges: str = "minmax"
+    row_bytes: int = 0  # of all activations of one row, which a percentile wants at once; 0 where
+    # rows of a batch cannot be taken apart
     batches: Sequence[Batch] = field(default=())
 
     def calibrated_on(self, batches: Sequence[Batch]) -> IntegerBody:
@@ -49,6 +52,16 @@ class IntegerBody:
         same = [b for b, shape in zip(batches, shapes, strict=True) if shape == shapes[0]]
         rows = max(1, shapes[0][0][0])
         return replace(self, batches=tuple(same[: max(1, ROWS // rows)]))
+
+    def _batches(self) -> Sequence[Batch]:
+        """The batches that ranges are taken from, as many rows as there is memory for."""
+        if self.ranges == "minmax":
+            return self.batches
+        rows = next(iter(self.batches[0].values())).shape[0]
+        fit = MEMORY // max(self.row_bytes, 1)
+        if fit >= rows:
+            return self.batches[: fit // rows]
+        return [{name: value[: max(fit, 1)] for name, value in self.batches[0].items()}]
 
     def emit(self, model: bytes, *, part: bool = False) -> bytes:
         """The graph in INT8. A `part` of the network has inputs of its own: they are made up.
@@ -67,7 +80,7 @@ class IntegerBody:
                 q.quantize_static(
                     folded,
                     str(Path(folder) / "integer.onnx"),
-                    _reader([made_up] if part or not self.batches else self.batches),
+                    _reader([made_up] if part or not self.batches else self._batches()),
                     quant_format=q.QuantFormat.QDQ,
                     per_channel=True,
                     reduce_range=self.reduce_range,

@@ -32,6 +32,7 @@ from zipc.profiler.timing import warm_up
 from zipc.proof import default_pairs, paired_speedup
 from zipc.record import make_manifest, read_quality, samples_of
 from zipc.samples import Samples, kind_of, open_samples
+from zipc.sources.common import BATCH
 from zipc.stage_cache import StageCache
 from zipc.targets import load_target
 
@@ -313,7 +314,11 @@ def _body(
     if "channels" not in kinds or "heads" in kinds or not wanted:
         return None
     progress.stage("whole network in INT8")
-    body = IntegerBody(request.workload, reduce_range=weight_limit(target) < FULL)
+    body = IntegerBody(
+        request.workload,
+        reduce_range=weight_limit(target) < FULL,
+        row_bytes=prepared.dense.row_bytes() if BATCH in prepared.source.axes else 0,
+    )
     dense = dense_model(prepared)
     runners = [OnnxRuntimeRunner(m, workload=request.workload) for m in (dense, body.emit(dense))]
     speedup = paired_speedup(*runners, pairs=BODY_PAIRS).speedup

@@ -77,7 +77,7 @@ def trace(
 ) -> Program:
     """Export `model` on `example`, given by keyword; the axes named in `dynamic` stay symbolic.
 
-    An axis may be named as the sum of others, as in "past+sequence". `limits` gives the largest
+    An axis may be named as a sum, as in "past+1" or "past+sequence". `limits` gives the largest
     size of a named axis, `least` the smallest.
 
     Raises:
@@ -86,11 +86,14 @@ def trace(
     limits = limits or {}
     names = dict.fromkeys(name for axes in dynamic.values() for name in axes.values())
     dims = {
-        name: torch.export.Dim.AUTO  # which follows from the code
-        if "+" in name
-        else torch.export.Dim(name, min=(least or {}).get(name), max=limits.get(name))
+        name: torch.export.Dim(name, min=(least or {}).get(name), max=limits.get(name))
         for name in names
+        if "+" not in name
     }
+    for name in names:
+        root, _, more = name.partition("+")
+        if more:  # torch takes no sum of two axes: it finds that out from the code
+            dims[name] = dims[root] + int(more) if more.isdigit() else torch.export.Dim.AUTO
     shapes = {k: {i: dims[n] for i, n in dynamic.get(k, {}).items()} for k in example}
     try:
         with torch.no_grad(), hush():

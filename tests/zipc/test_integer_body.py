@@ -194,6 +194,20 @@ def test_networks_of_convolutions_keep_their_outputs(family: str, ranges: str) -
     assert np.linalg.norm(first - expected[0].numpy()) <= FP32_BOUND * np.linalg.norm(first)
 
 
+def test_a_percentile_is_taken_of_as_many_rows_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zipc.integer_body.MEMORY", 1000)
+    batches = [{"x": np.zeros((8, 3), np.float32)} for _ in range(5)]
+
+    def taken(ranges: str, row_bytes: int) -> int:
+        body = IntegerBody(Workload(), ranges=ranges, row_bytes=row_bytes).calibrated_on(batches)
+        return sum(len(batch["x"]) for batch in body._batches())
+
+    assert taken("minmax", 400) == 40
+    assert taken("percentile", 400) == 2
+    assert taken("percentile", 60) == 16
+    assert taken("percentile", 4000) == 1
+
+
 def test_a_graph_the_quantiser_refuses_is_an_error() -> None:
     with pytest.raises(ExportMismatch, match="cannot bring the graph to INT8"):
         IntegerBody(Workload()).emit(b"no graph")
