@@ -178,6 +178,7 @@ def _best_ranges(
 
         found.append((candidates.confirm.judge(outputs), ranges, built))
         progress.advance(1, ranges)
+    prepared.body = body
     loss, ranges, built = min(found, key=lambda entry: entry[0])
     told = ", ".join(f"{name} {value:.5f}" for value, name, _ in found)
     candidates.notes.append(f"INT8 ranges by {ranges}; oracle: {told}")

@@ -13,11 +13,18 @@ import torch
 
 from zipc.build import checkpoint, dense_model
 from zipc.candidates import Candidates, gather, weight_limit
-from zipc.closed_loop import FINALISTS, choose, forget_solution, make_problem, solve_and_build
+from zipc.closed_loop import (
+    FINALISTS,
+    Found,
+    choose,
+    forget_solution,
+    make_problem,
+    solve_and_build,
+)
 from zipc.core.errors import UsageError
 from zipc.core.memory import release
 from zipc.core.request import Request
-from zipc.core.types import Allocation, LeftAlone, Progress, Site, Target
+from zipc.core.types import Allocation, LeftAlone, PairedTiming, Progress, Site, Target
 from zipc.effort import effort_of
 from zipc.integer_body import IntegerBody
 from zipc.latency_tables.store import TableStore, default_cache_dir
@@ -37,6 +44,7 @@ from zipc.stage_cache import StageCache
 from zipc.targets import load_target
 
 BODY_PAIRS = 60
+MOST_MORE = 1.05  # asked for in a second search, where the first artifact missed by little
 BODY_GAIN = 1.1  # least speedup of the unpruned network for which it is brought to INT8
 
 
@@ -54,23 +62,21 @@ def compile_model(request: Request, *, progress: Progress) -> Manifest:
         dense = dense_model(setup.prepared)
         reference = OnnxRuntimeRunner(dense, workload=request.workload)
         goal = target_speedup(request, reference)
-        found = solve_and_build(
-            setup.prepared,
-            setup.prices,
-            setup.candidates,
-            request,
-            target_speedup=goal,
-            reference=reference,
-            effort=effort_of(request.effort),
-            cache=cache,
-            progress=clock,
-        )
+        found, compiled, timing = _proved(setup, goal, reference, cache, clock)
+        if goal is not None and not found.solution.unreachable and timing.ci95[0] < goal:
+            forget_solution(cache, setup.prices, setup.candidates, request)
+            more = min(goal / timing.ci95[0], MOST_MORE)
+            told = (
+                f"a first artifact measured {timing.speedup:.3f}x: searched for {more - 1:.1%} more"
+            )
+            clock.info(told)
+            again = _proved(setup, goal * more, reference, cache, clock)
+            if not again[0].solution.unreachable:
+                setup.candidates.notes.append(told)
+                found, compiled, timing = again
         structure, tensors, _ = checkpoint(
             setup.prepared, found.built.allocation, found.built.states
         )
-        compiled = OnnxRuntimeRunner(found.built.model, workload=request.workload)
-        pairs = min(default_pairs(setup.prices.dense_ms), effort_of(request.effort).verdict_pairs)
-        timing = paired_speedup(reference, compiled, pairs=pairs, progress=clock)
         clock.stage("quality on test")
         quality = read_quality(
             setup.samples,
@@ -110,6 +116,27 @@ def compile_model(request: Request, *, progress: Progress) -> Manifest:
         if manifest.verdict == "missed":
             forget_solution(cache, setup.prices, setup.candidates, request)
     return manifest
+
+
+def _proved(
+    setup: Setup, goal: float | None, reference: OnnxRuntimeRunner, cache: StageCache, clock: Clock
+) -> tuple[Found, OnnxRuntimeRunner, PairedTiming]:
+    """An artifact, and the one measurement its verdict is read from."""
+    request, effort = setup.request, effort_of(setup.request.effort)
+    found = solve_and_build(
+        setup.prepared,
+        setup.prices,
+        setup.candidates,
+        request,
+        target_speedup=goal,
+        reference=reference,
+        effort=effort,
+        cache=cache,
+        progress=clock,
+    )
+    compiled = OnnxRuntimeRunner(found.built.model, workload=request.workload)
+    pairs = min(default_pairs(setup.prices.dense_ms), effort.verdict_pairs)
+    return found, compiled, paired_speedup(reference, compiled, pairs=pairs, progress=clock)
 
 
 @dataclass(frozen=True, slots=True)

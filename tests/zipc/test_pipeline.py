@@ -17,6 +17,7 @@ import torch
 import transformers
 
 import zipc
+import zipc.pipeline as pipeline
 import zipc.pricing as pricing
 from tests.tiny_project import (
     SETTINGS,
@@ -193,6 +194,28 @@ def test_loaded_module_equals_the_graph_closely_in_fp32(project: Project, tmp_pa
     feeds = padded_batch()
     compiled = run_onnx(tmp_path / "out" / "model.onnx", feeds)
     assert distance(run_torch(zipc.load(tmp_path / "out"), feeds), compiled) < FP32_BOUND
+
+
+def test_an_artifact_that_misses_by_little_is_followed_by_a_faster_one(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[float] = []
+    measure = pipeline.paired_speedup
+
+    def short_at_first(*runners: Any, **rest: Any) -> Any:
+        timing = measure(*runners, **rest)
+        seen.append(timing.speedup)
+        if len(seen) > 1:
+            return timing
+        low, high = timing.ci95
+        return replace(timing, speedup=0.97 * timing.speedup, ci95=(0.96 * low, 0.97 * high))
+
+    monkeypatch.setattr(pipeline, "paired_speedup", short_at_first)
+    manifest = project.compile(tmp_path / "out", cache=tmp_path / "cache")
+    assert manifest.verdict == "validated"
+    assert len(seen) == 2
+    assert seen[1] > seen[0]
+    assert any("a first artifact measured" in note for note in manifest.latency.notes)
 
 
 def test_unreachable_speedup_is_missed_with_the_best_artifact_complete(
