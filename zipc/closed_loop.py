@@ -239,7 +239,7 @@ def choose(
     except TargetUnreachable as error:  # it knows sums of prices only, not what they come out at
         best = 1 / prices.ratio(problem.fastest_ms)
         raise TargetUnreachable(
-            f"No allocation is predicted to reach {1 / ratio:.2f}x: with everything removed that "
+            "No allocation is predicted to be fast enough: with everything removed that "
             f"can be removed the model takes {prices.dense_ms / best:.2f} ms, "
             f"a speedup of {best:.2f}x.",
             best_speedup=best,

@@ -29,6 +29,7 @@ Batch = Mapping[str, np.ndarray[Any, Any]]
 RANGES = ("minmax", "percentile")  # how the range of an activation is chosen
 PERCENTILE = 99.99
 ROWS = 256  # that ranges are taken from
+WARNINGS, ERRORS = 2, 3  # severities of ONNX Runtime's log; warnings are its default
 MEMORY = 1 << 29  # bytes of activations held at once
 
 
@@ -129,11 +130,14 @@ def _reader(batches: Sequence[Batch]) -> Any:
 
 
 class _no_advice:
-    """The quantiser logs that a model should be preprocessed; it has been."""
+    """The quantiser logs that a model should be preprocessed, which it has been, and its sessions
+    log what they clean up."""
 
     def __enter__(self) -> None:
         self._before = logging.root.level
         logging.root.setLevel(logging.ERROR)
+        ort.set_default_logger_severity(ERRORS)
 
     def __exit__(self, *_: object) -> None:
         logging.root.setLevel(self._before)
+        ort.set_default_logger_severity(WARNINGS)

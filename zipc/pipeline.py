@@ -43,7 +43,7 @@ from zipc.sources.common import BATCH
 from zipc.stage_cache import StageCache
 from zipc.targets import load_target
 
-BODY_PAIRS = 60
+BODY_PAIRS = DEFAULT_PAIRS = 60
 MOST_MORE = 1.05  # asked for in a second search, where the first artifact missed by little
 BODY_GAIN = 1.1  # least speedup of the unpruned network for which it is brought to INT8
 
@@ -74,6 +74,7 @@ def compile_model(request: Request, *, progress: Progress) -> Manifest:
             if not again[0].solution.unreachable:
                 setup.candidates.notes.append(told)
                 found, compiled, timing = again
+        setup.candidates.notes.append(_by_default(dense, found.built.model, request, clock))
         structure, tensors, _ = checkpoint(
             setup.prepared, found.built.allocation, found.built.states
         )
@@ -137,6 +138,18 @@ def _proved(
     compiled = OnnxRuntimeRunner(found.built.model, workload=request.workload)
     pairs = min(default_pairs(setup.prices.dense_ms), effort.verdict_pairs)
     return found, compiled, paired_speedup(reference, compiled, pairs=pairs, progress=clock)
+
+
+def _by_default(dense: bytes, compiled: bytes, request: Request, clock: Clock) -> str:
+    """What the speedup is with as many threads as ONNX Runtime takes by itself."""
+    clock.stage("default session options")
+    workload = replace(request.workload, threads=0)
+    runners = [OnnxRuntimeRunner(model, workload=workload) for model in (dense, compiled)]
+    timing = paired_speedup(*runners, pairs=DEFAULT_PAIRS)
+    low, high = timing.ci95
+    told = f"{timing.speedup:.2f}x [{low:.2f}, {high:.2f}]"
+    clock.done(told)
+    return f"under ONNX Runtime's default options ({os.cpu_count()} processors): {told}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,6 +258,7 @@ def profile_model(request: Request, *, progress: Progress) -> ProfileResult:
     with _one_thread():
         clock = Clock(progress)
         target = load_target(request.target)
+        request.check(reference_numeric="")
         source, request = _load(request, clock)
         _, prices = _price(source, request, target, clock)
         fitted = prices.table.correction
@@ -275,10 +289,7 @@ def _set_up(request: Request, progress: Progress) -> Setup:
     kind_of(request)
     if request.recover != "none":
         raise UsageError(f"--recover {request.recover} is not available; the only choice is none.")
-    if not request.prune and request.numerics == target.reference_numeric:
-        raise UsageError(
-            f"--no-prune with --numerics {request.numerics} leaves the model as it is. Drop one."
-        )
+    request.check(reference_numeric=target.reference_numeric)
     effort = effort_of(request.effort)
     cache = _cache(request)
     source, request = _load(request, progress)

@@ -26,7 +26,7 @@ from zipc.core.request import Request
 from zipc.core.types import Level, Silent
 from zipc.exporters.specialise import specialise
 from zipc.manifest import Manifest
-from zipc.model_source import load_source, settle, with_cache
+from zipc.model_source import SourceModel, load_source, settle, with_cache
 from zipc.pipeline import compile_model
 from zipc.prepare import Prepared, prepare
 from zipc.pricing import plain_edit
@@ -169,6 +169,11 @@ def test_a_compiled_model_generates(compiled: Path) -> None:
     assert torch.equal(made, ids[:, : made.shape[1]])
 
 
+def settled(asked: Request, source: SourceModel) -> Request:
+    asked.check(reference_numeric="fp32")
+    return settle(asked, source)
+
+
 @pytest.mark.parametrize(
     ("sizes", "told"),
     [
@@ -185,4 +190,4 @@ def test_sizes_that_contradict_the_phase_are_refused(
     asked = Request(model=str(path), **sizes)  # type: ignore[arg-type]
     source = with_cache(source) if asked.phase == "decode" else source
     with pytest.raises(UsageError, match=told):
-        settle(asked, source)
+        settled(asked, source)

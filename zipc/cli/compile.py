@@ -52,7 +52,8 @@ def require_data(request: Request, name: str) -> None:
     """Refuse a request without data, saying what is needed and why."""
     if request.data is None:
         raise UsageError(
-            f"{name} needs --data: a folder or file (csv, tsv, jsonl, txt) with texts like those "
-            "the model will see, a few hundred or more. They decide what can be removed without "
-            "harm; labels are optional and only serve the report. To try it: --data examples/stsb."
+            f"{name} needs --data: texts (csv, tsv, jsonl, txt), a folder of images, or arrays "
+            "(npz), a few hundred or more like those the model will see. They decide what can be "
+            "removed without harm; labels are optional and only serve the report. To try it with a "
+            "model of texts: --data examples/stsb."
         )

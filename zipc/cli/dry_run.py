@@ -18,9 +18,11 @@ def dry_run(request: Request) -> Outcome:
     """Load the target and read the data of `request`; nothing is measured or written.
 
     Raises:
-        UsageError: there is no such target, or the data cannot be used.
+        UsageError: there is no such target, the data cannot be used, or two wishes contradict
+            each other.
     """
     target = load_target(request.target)
+    request.check(reference_numeric=target.reference_numeric)
     data = None if request.data is None else _describe_data(request)
     asked = {k: _plain(v) for k, v in dataclasses.asdict(request).items()}
     asked["input_shapes"] = [str(spec) for spec in request.input_shapes]

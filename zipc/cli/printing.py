@@ -135,9 +135,12 @@ def _facts(manifest: Manifest) -> Iterable[tuple[str, str]]:
     if latency.p90_ms is not None and latency.p99_ms is not None:
         times += f" (p90 {latency.p90_ms:.2f}, p99 {latency.p99_ms:.2f})"
     yield "latency", times
-    predicted = f"{_ms(latency.predicted_ms)} from a {latency.table_kind} table"
-    if latency.prediction_error is not None:
-        predicted += f", off by {latency.prediction_error:+.1%}"
+    predicted = f"from a {latency.table_kind} table"
+    if latency.prediction_error is not None and latency.speedup is not None:
+        speedup = latency.speedup / (1 + latency.prediction_error)
+        predicted = f"{speedup:.2f}x {predicted}"
+    else:
+        predicted = f"{_ms(latency.predicted_ms)} {predicted}"
     yield "predicted", predicted
     if latency.speedup_vs_best_dense is not None:
         yield "best dense", f"{latency.speedup_vs_best_dense:.2f}x against the fastest dense fp32"
@@ -214,7 +217,9 @@ def _places(manifest: Manifest) -> Iterable[tuple[str, str]]:
 
 def _next_commands(manifest: Manifest, out: Path) -> Iterable[str]:
     if manifest.verdict == "missed":
-        yield f"zipc inspect {out}  (ask for less, or allow more with --numerics auto)"
+        floats = all(a.level.numeric == "fp32" for a in manifest.allocation)
+        more = ", or allow more with --numerics auto" if floats else ""
+        yield f"zipc inspect {out}  (ask for less{more})"
     if any(file.path == "reference.onnx" for file in manifest.files):
         yield f"zipc bench {out}"
     yield f"zipc check NEW --baseline {out}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from zipc.core.errors import UsageError
 from zipc.core.types import InputSpec, Workload
 
 
@@ -40,6 +41,24 @@ class Request:
     keep_reference: bool = True
     allow_table_mismatch: bool = False
     require: str | None = None  # "validated": a predicted verdict is a failure too
+
+    def check(self, *, reference_numeric: str) -> None:
+        """Refuse what cannot be meant, before anything is loaded.
+
+        Raises:
+            UsageError: two wishes contradict each other.
+        """
+        if self.past_length is not None and self.phase != "decode":
+            raise UsageError("--past-length is of a decode step: give --phase decode with it.")
+        if self.phase == "decode" and self.sequence_length not in (None, 1):
+            raise UsageError(
+                "A decode step reads one token: leave --sequence-length out. How many tokens came "
+                "before is given with --past-length."
+            )
+        if not self.prune and self.numerics == reference_numeric:
+            raise UsageError(
+                f"--no-prune with --numerics {self.numerics} leaves the model as it is. Drop one."
+            )
 
     @property
     def context(self) -> int | None:

@@ -23,8 +23,6 @@ def settle(request: Request, source: SourceModel) -> Request:
     batch = _batch(request, source)
     if source.cache is not None:
         return _settle_decode(replace(request, batch_size=batch), source)
-    if request.past_length is not None:
-        raise UsageError("--past-length is of a decode step: give --phase decode with it.")
     texts = all(set(spec.shape) <= {BATCH, SEQUENCE, DECODER} for spec in source.specs)
     if texts and SEQUENCE in source.axes:
         length = request.sequence_length or min(USUAL_LENGTH, source.max_length)
@@ -48,11 +46,6 @@ def settle(request: Request, source: SourceModel) -> Request:
 
 def _settle_decode(request: Request, source: SourceModel) -> Request:
     most = source.max_length - 1
-    if request.sequence_length not in (None, 1):
-        raise UsageError(
-            "A decode step reads one token: leave --sequence-length out. How many tokens came "
-            "before is given with --past-length."
-        )
     past = request.past_length or min(USUAL_LENGTH, most)
     if past > most:
         raise UsageError(
