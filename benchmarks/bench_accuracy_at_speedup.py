@@ -14,17 +14,14 @@ benchmarks/results/accuracy_at_speedup.json.
 from __future__ import annotations
 
 import argparse
-import os
 import platform
-import subprocess
-import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median, median_low
 from typing import Any
 
+from command_line import compile_model
 from provenance import commit
 
 from zipc.core.errors import UsageError
@@ -148,25 +145,17 @@ class Bench:
         )
 
     def _compile(self, out: Path, flags: list[str]) -> dict[str, Any]:
-        """Run `zipc compile` as a user would; returns what it cost."""
-        command = [sys.executable, "-m", "zipc", "compile", self.arguments.model, *flags]
-        command += ["--data", str(self.arguments.data_dir), "--effort", self.arguments.effort]
-        command += ["-o", str(out), "--format", "json"]
+        """Compile to a folder; returns what it cost."""
+        flags = [self.arguments.model, *flags, "-o", str(out)]
+        flags += ["--data", str(self.arguments.data_dir), "--effort", self.arguments.effort]
         if self.arguments.cache_dir is not None:
-            command += ["--cache-dir", str(self.arguments.cache_dir)]
-        started = time.monotonic()
-        with tempfile.TemporaryFile() as log:
-            child = subprocess.Popen(command, stdout=log, stderr=log)
-            _, status, usage = os.wait4(child.pid, 0)
-            child.returncode = os.waitstatus_to_exitcode(status)
-            log.seek(0)
-            said = log.read().decode(errors="replace")
-        if child.returncode not in (0, 1, 3):
-            raise RuntimeError(f"{' '.join(command)} gave {child.returncode}:\n{said[-3000:]}")
+            flags += ["--cache-dir", str(self.arguments.cache_dir)]
+        ran = compile_model(flags)
+        ran.require_artifact()
         return {
-            "exit_code": child.returncode,
-            "compile_s": time.monotonic() - started,
-            "peak_rss_gib": usage.ru_maxrss / (1 << 20),
+            "exit_code": ran.exit_code,
+            "compile_s": ran.compile_s,
+            "peak_rss_gib": ran.peak_rss_gib,
         }
 
     def summary(self, row: Row) -> dict[str, Any] | None:

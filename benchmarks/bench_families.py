@@ -11,16 +11,13 @@ benchmarks/results/families.json; families found there are not run again (--fres
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from command_line import compile_model
 from provenance import commit
 
 from zipc.core.files import read_json, write_json
@@ -60,6 +57,7 @@ PATCHES = IMAGE | {
     "patch_size": 8,
 }
 STAGES = IMAGE | {"depths": [2, 2, 2, 2]}
+SIZED = ["--input-shapes", "pixel_values:1x3x64x64"]  # of folders that do not say how large
 # family -> (architecture, settings, more flags)
 FAMILIES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "bert": ("BertForSequenceClassification", CLASSIFIER, []),
@@ -130,24 +128,24 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "resnet": (
         "ResNetForImageClassification",
         STAGES | {"embedding_size": 32, "hidden_sizes": [64, 128, 256, 512]},
-        ["--input-shapes", "pixel_values:1x3x64x64"],
+        SIZED,
     ),
     "regnet": (
         "RegNetForImageClassification",
         STAGES | {"embedding_size": 32, "hidden_sizes": [64, 128, 192, 256], "groups_width": 16},
-        ["--input-shapes", "pixel_values:1x3x64x64"],
+        SIZED,
     ),
     "mobilenet-v1": ("MobileNetV1ForImageClassification", IMAGE, []),
     "mobilenet-v2": ("MobileNetV2ForImageClassification", IMAGE, []),
     "poolformer": (
         "PoolFormerForImageClassification",
         STAGES | {"hidden_sizes": [32, 64, 128, 256]},
-        ["--input-shapes", "pixel_values:1x3x64x64"],
+        SIZED,
     ),
     "segformer": (
         "SegformerForImageClassification",
         STAGES | {"hidden_sizes": [32, 64, 128, 256], "num_attention_heads": [1, 2, 4, 8]},
-        ["--input-shapes", "pixel_values:1x3x64x64"],
+        SIZED,
     ),
 }
 
@@ -178,29 +176,22 @@ def one_run(arguments: argparse.Namespace, family: str, folder: Path) -> dict[st
     architecture, settings, flags = FAMILIES[family]
     save_model(architecture, settings, folder / "model")
     save_data(architecture, folder / "data.npz")
-    command = [sys.executable, "-m", "zipc", "compile", str(folder / "model"), *flags]
-    command += ["--data", str(folder / "data.npz"), "--speedup", arguments.speedup]
-    command += ["--effort", arguments.effort, "-o", str(folder / "out")]
-    command += ["--cache-dir", str(folder / "cache"), "--format", "json"]
+    asked = [str(folder / "model"), *flags, "--data", str(folder / "data.npz")]
+    asked += ["--speedup", arguments.speedup, "--effort", arguments.effort]
+    asked += ["-o", str(folder / "out"), "--cache-dir", str(folder / "cache")]
     if "text" in kind_of(architecture) and "decode" not in family:
-        command += ["--sequence-length", str(LENGTH)]
-    started = time.monotonic()
-    with tempfile.TemporaryFile() as log:
-        child = subprocess.Popen(command, stdout=log, stderr=log)
-        _, status, usage = os.wait4(child.pid, 0)
-        child.returncode = os.waitstatus_to_exitcode(status)
-        log.seek(0)
-        said = log.read().decode(errors="replace")
+        asked += ["--sequence-length", str(LENGTH)]
+    ran = compile_model(asked)
     run: dict[str, Any] = {
         "architecture": architecture,
         "asked": arguments.speedup,
         "commit": commit(),
-        "exit_code": child.returncode,
-        "compile_s": round(time.monotonic() - started, 1),
-        "peak_rss_gib": round(usage.ru_maxrss / (1 << 20), 2),
+        "exit_code": ran.exit_code,
+        "compile_s": round(ran.compile_s, 1),
+        "peak_rss_gib": round(ran.peak_rss_gib, 2),
     }
     if not (folder / "out" / "manifest.json").is_file():
-        return run | {"verdict": "none", "said": said[-600:]}
+        return run | {"verdict": "none", "said": ran.said[-600:]}
     manifest = read_json(folder / "out" / "manifest.json")
     latency = manifest["latency"]
     return run | {

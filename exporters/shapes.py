@@ -63,7 +63,7 @@ def _resize_ends_(graph: OnnxGraph, new_size: Callable[[str, int, int], int]) ->
     proto = onnx.ModelProto()
     proto.CopyFrom(graph.proto)
     for ends in (proto.graph.input, proto.graph.output):
-        for value in list(ends):
+        for value in ends:
             dims = value.type.tensor_type.shape.dim
             for axis, dim in enumerate(dims):
                 if dim.HasField("dim_value"):

@@ -102,6 +102,12 @@ FOLDERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+def family_folder(root: Path, family: str) -> Path:
+    """The folder of a family under `root`, saved where it is not there yet."""
+    path = root / family
+    return path if path.is_dir() else save_family(family, path)
+
+
 def save_family(family: str, folder: Path, **settings: Any) -> Path:
     """Save the model of a family with values that matter; `settings` go over its own."""
     architecture, own = FOLDERS[family]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from zipc.core.types import Allocation, Workload
 from zipc.exporters.onnx_export import check_parity
 from zipc.exporters.shapes import SizeOf
 from zipc.exporters.specialise import Edit, Int8Weights, count_integer_kernels, specialise
+from zipc.integer_body import IntegerBody
 from zipc.numerics.int8 import STATIC
 from zipc.prepare import Prepared
 from zipc.profiler.runners.onnxruntime import OnnxRuntimeRunner, one_line
@@ -56,10 +57,22 @@ def build(
         ExportMismatch: ONNX Runtime disagrees with the torch simulation, or would not run the
             integer kernels the graph was written for.
     """
-    widths = {n: lv.width for n, lv in allocation.levels.items()}
-    edit = edit_of(states, sizes_at(prepared.structure, widths))
-    graph = specialise(prepared.dense, edit)
-    model = graph.to_bytes()
+    floats = build_floats(prepared, allocation, states, workload=workload)
+    if prepared.body is None:
+        return floats
+    return in_integers(prepared, floats, prepared.body, workload=workload)
+
+
+def build_floats(
+    prepared: Prepared, allocation: Allocation, states: States, *, workload: Workload
+) -> Built:
+    """Emit the graph of an allocation, whole networks in floats, and check it.
+
+    Raises:
+        ExportMismatch: see `build`.
+    """
+    edit = edit_of(states, sizes_at(prepared.structure, allocation.widths))
+    model = specialise(prepared.dense, edit).to_bytes()
     integers = sum(
         call.module in states.maps and states.maps[call.module].integer is not None
         for call in prepared.program.maps
@@ -71,8 +84,7 @@ def build(
                 f"ONNX Runtime runs {found} of {integers} integer products of the graph as "
                 "integers: the rest would be slower than fp32. Use --numerics fp32."
             )
-    length = min(32, prepared.source.max_length)
-    example = prepared.example(batch=1, length=length, widths=widths)
+    example = prepared.example(batch=1, length=32, widths=allocation.widths)
     expected, _ = prepared.executor.run(example, variant_of(allocation, states))
     runner = OnnxRuntimeRunner(model, workload=workload)
     outputs = runner.outputs(prepared.for_graph(example))
@@ -82,23 +94,32 @@ def build(
         bound=INT8_BOUND if integers else FP32_BOUND,
         what="the compiled ONNX graph against its torch simulation",
     )
-    if prepared.body is None:
-        return Built(allocation, states, model, parity, integers)
-    integer = prepared.emit(graph)
+    return Built(allocation, states, model, parity, integers)
+
+
+def in_integers(
+    prepared: Prepared, floats: Built, body: IntegerBody, *, workload: Workload
+) -> Built:
+    """The same network in INT8 as a whole.
+
+    Raises:
+        ExportMismatch: it is far from the one in floats, or no product of it runs on integers.
+    """
+    integer = body.emit(floats.model)
     integers = integer_kernels(integer)
     if not integers:
         raise ExportMismatch(
             "ONNX Runtime runs no product of the graph as integers. Use --numerics fp32."
         )
-    feeds = prepared.body.batches[0]
-    both = [OnnxRuntimeRunner(m, workload=workload).outputs(feeds) for m in (integer, model)]
+    models, feeds = (integer, floats.model), body.batches[0]
+    both = [OnnxRuntimeRunner(m, workload=workload).outputs(feeds) for m in models]
     names = [name for _, name in prepared.source.outputs]
     parity = check_parity(
         *([found[name] for name in names] for found in both),
         bound=INT8_BOUND,
         what="the graph in INT8 against the same in floats",
     )
-    return Built(allocation, states, integer, parity, integers)
+    return replace(floats, model=integer, parity=parity, integer_products=integers)
 
 
 def integer_kernels(model: bytes | Path) -> int:
@@ -140,9 +161,7 @@ def checkpoint(
     )
     document["source"] = source.recipe
     module = rebuild(source.blank(), document, tensors)
-    widths = {n: lv.width for n, lv in allocation.levels.items()}
-    length = min(32, source.max_length)
-    example = prepared.example(batch=1, length=length, widths=widths)
+    example = prepared.example(batch=1, length=32, widths=allocation.widths)
     expected, _ = prepared.executor.run(example, variant_of(allocation, states))
     with torch.no_grad():
         result = module(**example)
@@ -168,7 +187,7 @@ def shrunk(
         module,
         program,
         structure,
-        widths={n: lv.width for n, lv in allocation.levels.items()},
+        widths=allocation.widths,
         numerics={m: s.numeric for m, s in states.maps.items() if s.integer is not None},
         biased=[m for m, s in states.maps.items() if s.bias is not None and not calls[m].bias],
     )

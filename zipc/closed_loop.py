@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zipc.build import Built, build
+from zipc.build import Built, build, build_floats, in_integers
 from zipc.candidates import Candidates
 from zipc.core.errors import TargetUnreachable
 from zipc.core.files import fingerprint
@@ -29,7 +29,6 @@ from zipc.proof import paired_speedup, paired_timing
 from zipc.pruner.allocate.search import Problem, SearchState, build_problem, search
 from zipc.pruner.allocate.sensitivity import probe_count, site_losses
 from zipc.pruner.compensate.propagate import propagate
-from zipc.pruner.levels import States
 from zipc.stage_cache import StageCache
 
 AIM = 1.03  # the lower end of the verdict's interval must clear the target, not its middle
@@ -148,17 +147,17 @@ def _repaired(
         prepared.executor, candidates.levels, allocation, candidates.repair, on_site=advance
     )
     progress.done()
+    built = build_floats(prepared, allocation, states, workload=request.workload)
     if prepared.body is None:
-        return build(prepared, allocation, states, workload=request.workload)
-    return _best_ranges(prepared, prepared.body, candidates, allocation, states, request, progress)
+        return built
+    return _best_ranges(prepared, prepared.body, candidates, built, request, progress)
 
 
 def _best_ranges(
     prepared: Prepared,
     body: IntegerBody,
     candidates: Candidates,
-    allocation: Allocation,
-    states: States,
+    floats: Built,
     request: Request,
     progress: Progress,
 ) -> Built:
@@ -166,8 +165,8 @@ def _best_ranges(
     progress.stage("INT8 ranges", len(RANGES))
     found: list[tuple[float, str, Built]] = []
     for ranges in RANGES:
-        prepared.body = replace(body, ranges=ranges)
-        built = build(prepared, allocation, states, workload=request.workload)
+        way = replace(body, ranges=ranges)
+        built = in_integers(prepared, floats, way, workload=request.workload)
         runner = OnnxRuntimeRunner(built.model, workload=request.workload)
 
         def outputs(
@@ -178,7 +177,6 @@ def _best_ranges(
 
         found.append((candidates.confirm.judge(outputs), ranges, built))
         progress.advance(1, ranges)
-    prepared.body = body
     loss, ranges, built = min(found, key=lambda entry: entry[0])
     told = ", ".join(f"{name} {value:.5f}" for value, name, _ in found)
     candidates.notes.append(f"INT8 ranges by {ranges}; oracle: {told}")

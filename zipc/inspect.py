@@ -17,10 +17,10 @@ from zipc.core.types import InputSpec, Progress, Silent, Site
 from zipc.exporters.onnx_export import export_dense
 from zipc.gate import bytes_of
 from zipc.model_source import SourceModel, load_source, settle, trace_source
+from zipc.prepare import discover
 from zipc.pricing import dense_shares
-from zipc.pruner.graph.sites import Structure, find_sites
+from zipc.pruner.graph.sites import Structure
 from zipc.pruner.graph.trace import Program
-from zipc.pruner.graph.verify import verify
 from zipc.pruner.ladder import widths_of
 from zipc.targets import load_target
 
@@ -53,12 +53,7 @@ def inspect_model(
     source = load_source(model, weights=weights, input_shapes=input_shapes)
     request = settle(request, source)
     program = trace_source(source, batch=request.batch_size)
-    structure = verify(
-        source.module,
-        program,
-        find_sites(program, include=include, exclude=exclude),
-        source.example(cached=False),
-    )
+    structure = discover(source, program, include=include, exclude=exclude)
     progress.done(f"{len(structure.sites)} sites, {len(structure.left_alone)} left alone")
     sizes = {name: tensor.numel() for name, tensor in program.tensors.values()}
     parameters = sum(p.numel() for p in source.module.parameters())

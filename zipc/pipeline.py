@@ -217,7 +217,8 @@ def plan_model(request: Request, *, progress: Progress) -> Plan:
                 progress=clock,
             )
         ratio = setup.prices.ratio(allocation.predicted_ms)
-        levels = {n: setup.prepared.shipped(lv) for n, lv in allocation.levels.items()}
+        numeric = setup.prepared.numeric
+        levels = {n: lv.within(numeric) for n, lv in allocation.levels.items()}
         return Plan(
             allocation=replace(allocation, levels=levels),
             sites=setup.prepared.structure.sites,
@@ -258,7 +259,7 @@ def profile_model(request: Request, *, progress: Progress) -> ProfileResult:
     with _one_thread():
         clock = Clock(progress)
         target = load_target(request.target)
-        request.check(reference_numeric="")
+        request.check(reference_numeric=target.reference_numeric)
         source, request = _load(request, clock)
         _, prices = _price(source, request, target, clock)
         fitted = prices.table.correction

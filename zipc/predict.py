@@ -14,13 +14,13 @@ import torch
 from zipc.batches import Batch
 from zipc.core.errors import UsageError
 from zipc.pooling import Pooling, pool
+from zipc.sources.common import CACHED
 
 Array = npt.NDArray[Any]
 Run = Callable[[Batch], Array]  # -> (b, d)
 OUTPUTS = {"logits": "logits", "pooler": "pooler_output"}  # else last_hidden_state
 Outputs = dict[str, Array]  # by name, rows first
 Predict = Callable[[Mapping[str, Array]], Outputs]
-CACHED = "past_key_values."  # how the names of inputs begin that hold earlier tokens
 INTEGERS = {"tensor(int64)": np.int64, "tensor(int32)": np.int32}
 TYPES: dict[str, Any] = {
     **INTEGERS,

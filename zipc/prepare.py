@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import zipc
 from zipc.core.errors import UnsupportedModel, UsageError
 from zipc.core.files import fingerprint
 from zipc.core.request import Request
-from zipc.core.types import LeftAlone, Level, Progress, Site
+from zipc.core.types import LeftAlone, Progress, Site
 from zipc.exporters.graph import OnnxGraph
 from zipc.exporters.onnx_export import check_parity, export_dense
 from zipc.integer_body import IntegerBody
@@ -70,12 +70,6 @@ class Prepared:
         """What a site runs in whose level says nothing else."""
         return "fp32" if self.body is None else STATIC
 
-    def shipped(self, level: Level) -> Level:
-        """A level as it stands in the graph that is deployed."""
-        if level.removed or self.body is None:
-            return level
-        return replace(level, numeric=STATIC)
-
     def emit(self, graph: OnnxGraph, *, part: bool = False) -> bytes:
         """A graph, or that of one site, as it is deployed."""
         model = graph.to_bytes()
@@ -120,9 +114,8 @@ def prepare(
             f"{source.notes[-1]}. Give {source.max_length} or less."
         )
     example = source.example()
-    structure = find_sites(program, include=request.include, exclude=request.exclude)
-    structure = verify(source.module, program, structure, source.example(cached=False))
-    structure = _searched(structure)
+    found = discover(source, program, include=request.include, exclude=request.exclude)
+    structure = _searched(found)
     if not structure.sites:
         reasons = "; ".join(f"{a.path}: {a.reason}" for a in structure.left_alone[:3])
         raise UnsupportedModel(
@@ -155,6 +148,14 @@ def prepare(
     prepared.parity = _check(prepared, request)
     progress.done("reused" if reused else f"parity {prepared.parity:.1e}")
     return prepared
+
+
+def discover(
+    source: SourceModel, program: Program, *, include: Sequence[str], exclude: Sequence[str]
+) -> Structure:
+    """The sites of a traced model that its own code follows, the residual width among them."""
+    structure = find_sites(program, include=include, exclude=exclude)
+    return verify(source.module, program, structure, source.example(cached=False))
 
 
 def _searched(structure: Structure) -> Structure:

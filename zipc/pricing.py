@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ class Prices:
 
     def ms(self, site: str, level: Level) -> float:
         """Time of all calls of a site at a level, as part of the whole model."""
-        alone = self.table.price(self.signatures[site], _in(self.numeric, level))
+        alone = self.table.price(self.signatures[site], level.within(self.numeric))
         dense = self.dense_prices[site]
         return (dense - self.share * (dense - alone)) * self.calls[site]
 
@@ -85,10 +85,6 @@ def offered_levels(prepared: Prepared, site: Site, target: Target) -> list[Level
         numerics = [prepared.numeric]
     removed = [Level(0)] if site.removable else []
     return [*removed, *(Level(w, n) for n in numerics for w in widths if w)]
-
-
-def _in(numeric: str, level: Level) -> Level:
-    return level if level.removed or level.numeric != "fp32" else replace(level, numeric=numeric)
 
 
 def surroundings(
@@ -224,7 +220,7 @@ def price(
             s.calls
             * (
                 dense_prices[s.name]
-                - table.price(signatures[s.name], prepared.shipped(narrow[s.name]))
+                - table.price(signatures[s.name], narrow[s.name].within(prepared.numeric))
             )
             for s in prepared.structure.sites
         )

@@ -101,7 +101,7 @@ def make_manifest(
         allocation=tuple(
             AllocationRecord(
                 site=name,
-                level=prepared.shipped(level),
+                level=level.within(prepared.numeric),
                 units=prepared.sites[name].units,
                 predicted_ms=prices.ms(name, level),
                 error=sweeps[name].errors[prepared.sites[name].units - level.width],

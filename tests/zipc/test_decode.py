@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import zipc
-from tests.tiny_folders import save_family
+from tests.tiny_folders import family_folder, save_family
 from tests.tiny_project import (
     SETTINGS,
     Told,
@@ -42,8 +42,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def prepared(folders: Path, family: str) -> Prepared:
-    path = folders / family
-    source = with_cache(load_source(str(path if path.is_dir() else save_family(family, path))))
+    path = family_folder(folders, family)
+    source = with_cache(load_source(str(path)))
     asked = settle(Request(model=str(path), phase="decode"), source)
     return prepare(source, asked, cache=StageCache(folders / "cache"), progress=Silent())
 
@@ -185,8 +185,8 @@ def settled(asked: Request, source: SourceModel) -> Request:
 def test_sizes_that_contradict_the_phase_are_refused(
     folders: Path, sizes: dict[str, object], told: str
 ) -> None:
-    path = folders / "llama"
-    source = load_source(str(path if path.is_dir() else save_family("llama", path)))
+    path = family_folder(folders, "llama")
+    source = load_source(str(path))
     asked = Request(model=str(path), **sizes)  # type: ignore[arg-type]
     source = with_cache(source) if asked.phase == "decode" else source
     with pytest.raises(UsageError, match=told):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 Numeric = str  # name of a registered scheme: "fp32", "int8-dynamic", "int8-static"
@@ -115,6 +115,10 @@ class Level:
     def removed(self) -> bool:
         return self.width == 0
 
+    def within(self, numeric: Numeric) -> Level:
+        """The same in a network that runs in `numeric` as a whole, if the level is in fp32."""
+        return self if self.removed or self.numeric != "fp32" else replace(self, numeric=numeric)
+
     def __str__(self) -> str:
         if self.removed:
             return "removed"
@@ -211,6 +215,11 @@ class Allocation:
     levels: Mapping[str, Level]
     predicted_ms: float
     predicted_error: float
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Units kept, by site."""
+        return {name: level.width for name, level in self.levels.items()}
 
     @property
     def key(self) -> tuple[tuple[str, Level], ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass, replace
@@ -19,6 +18,7 @@ from zipc.core.types import InputSpec, ModelTask
 
 BATCH, SEQUENCE, DECODER, PAST = "batch", "sequence", "decoder_sequence", "past"
 TOTAL = f"{PAST}+{SEQUENCE}"
+CACHED, IN_PYTHON = "past_key_values.", "past_key_values_"  # how inputs with earlier tokens begin
 SAFE_ID = 8  # integers of unknown meaning stay below it: no vocabulary is smaller
 
 
@@ -32,10 +32,9 @@ class Cache:
     @property
     def public(self) -> dict[str, str]:
         """Name of an input in Python -> its name in a graph, as the ecosystem writes it."""
-        return {s.name: _CACHED.sub(r"past_key_values.\1.\2", s.name) for s in self.specs}
-
-
-_CACHED = re.compile(r"past_key_values_(\d+)_(key|value)")
+        return {
+            s.name: CACHED + s.name.removeprefix(IN_PYTHON).replace("_", ".") for s in self.specs
+        }
 
 
 @dataclass(slots=True)

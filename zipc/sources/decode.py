@@ -20,7 +20,16 @@ from torch import Tensor, nn
 
 from zipc.core.errors import UnsupportedModel
 from zipc.core.types import InputSpec
-from zipc.sources.common import BATCH, PAST, SEQUENCE, TOTAL, Cache, SourceModel, first_line
+from zipc.sources.common import (
+    BATCH,
+    IN_PYTHON,
+    PAST,
+    SEQUENCE,
+    TOTAL,
+    Cache,
+    SourceModel,
+    first_line,
+)
 
 MASK = "attention_mask"
 
@@ -33,7 +42,7 @@ def with_cache(source: SourceModel) -> SourceModel:
     """
     shapes = _cache_shapes(source)
     caches = tuple(
-        InputSpec(f"past_key_values_{i}_{part}", "float32", (BATCH, heads, PAST, size))
+        InputSpec(f"{IN_PYTHON}{i}_{part}", "float32", (BATCH, heads, PAST, size))
         for i, sizes in enumerate(shapes)
         for part, (heads, size) in zip(("key", "value"), sizes, strict=True)
     )

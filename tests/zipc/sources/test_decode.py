@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.tiny_folders import save_family
+from tests.tiny_folders import family_folder
 from zipc.core.errors import UnsupportedModel
 from zipc.model_source import SourceModel, load_source, trace_source
 from zipc.pruner.graph.interpret import Executor, Variant
@@ -25,8 +25,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def loaded(folders: Path, family: str) -> SourceModel:
-    path = folders / family
-    return load_source(str(path if path.is_dir() else save_family(family, path)))
+    return load_source(str(family_folder(folders, family)))
 
 
 def padded(source: SourceModel, length: int, padding: int) -> tuple[Tensor, Tensor]:
