@@ -65,8 +65,7 @@ CACHE_MODELS = 4  # this many times the dense weights of all sites, so that a se
 
 def variant_of(allocation: Allocation, states: States) -> Variant:
     """What the executor needs to run the model with these weights."""
-    widths = {n: lv.width for n, lv in allocation.levels.items()}
-    return Variant(states.maps, states.constants, widths, states.tensors)
+    return Variant(states.maps, states.constants, allocation.widths, states.tensors)
 
 
 Key = tuple[str, tuple[tuple[str, Level], ...], bool]

@@ -183,9 +183,7 @@ class Executor:
                 at = 1 if name in _RESHAPES else CREATED.get(name, -1)
                 if at >= 0:
                     args[at] = self._resized(node, list(args[at]), variant.widths)
-        if (
-            node.target is torch.ops.aten.view.default
-        ):  # the strides may be others than they were in the trace
+        if node.target is torch.ops.aten.view.default:  # strides may differ from the trace's
             return args[0].reshape(args[1])
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
