@@ -13,6 +13,7 @@ from zipc.latency_tables.table import Entry, EntryKey, entry_key
 from zipc.profiler.timing import interleave, warm_up
 
 GROUP = 8  # graphs whose runners are alive together
+BESIDE = 2  # graphs timed between one run of the anchor and its next
 QUIET, NOISY = 0.01, 0.03  # relative noise: below, stop early; above, take more rounds
 MAX_EXTENSION = 4  # times `rounds`
 STEP = 0.05  # a narrower level slower by more than this is looked at twice
@@ -90,7 +91,7 @@ def _measure(
     rounds: int,
     may_extend: Callable[[], bool],
 ) -> list[Entry]:
-    """Time one group, run by run, the anchor beside each graph in every round."""
+    """Time one group, run by run, the anchor beside every few graphs in every round."""
     runners = [make_runner(graph.build()) for graph in group]
     for runner in (anchor, *runners):
         warm_up(runner, max_runs=6)
@@ -98,17 +99,20 @@ def _measure(
     active = list(range(len(group)))
     chunk = max(MIN_ROUNDS, rounds // 2)
     while active:
-        beside = [runner for index in active for runner in (anchor, runners[index])]
-        samples = interleave(beside, rounds=chunk, untimed=1)
-        for position, index in enumerate(active):
-            new = Entry(
-                signature=group[index].signature,
-                level=group[index].level,
-                samples_ms=tuple(samples[2 * position + 1]),
-                anchor_ms=tuple(samples[2 * position]),
-            )
-            old = entries[index]
-            entries[index] = new if old is None else old.pooled(new)
+        flights = list(_batches(active, BESIDE))
+        beside = [r for flight in flights for r in (anchor, *(runners[i] for i in flight))]
+        samples = iter(interleave(beside, rounds=chunk, untimed=1))
+        for flight in flights:
+            anchor_ms = tuple(next(samples))
+            for index in flight:
+                new = Entry(
+                    signature=group[index].signature,
+                    level=group[index].level,
+                    samples_ms=tuple(next(samples)),
+                    anchor_ms=anchor_ms,
+                )
+                old = entries[index]
+                entries[index] = new if old is None else old.pooled(new)
         if not may_extend():
             break
         active = [i for i in active if _wants_more(entries[i], rounds)]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -17,13 +19,14 @@ from zipc.build import Built, build, build_floats, in_integers
 from zipc.candidates import Candidates
 from zipc.core.errors import TargetUnreachable
 from zipc.core.files import fingerprint
-from zipc.core.memory import release
+from zipc.core.memory import release, trim
 from zipc.core.request import Request
 from zipc.core.types import Allocation, Level, PairedTiming, Progress, Runner
 from zipc.effort import Effort
 from zipc.integer_body import RANGES, IntegerBody
 from zipc.prepare import Prepared
 from zipc.pricing import Prices
+from zipc.profiler.runners.apart import TimingProcess
 from zipc.profiler.runners.onnxruntime import OnnxRuntimeRunner
 from zipc.proof import paired_speedup, paired_timing
 from zipc.pruner.allocate.search import Problem, SearchState, build_problem, search
@@ -36,7 +39,9 @@ ACCEPT = (1.02, 1.042)  # measured speedup over target at which the loop stops
 STAGE, FILE = "solution", "solution.json"
 FILLED = 0.98  # finalists that leave more of the budget unused overshoot the speedup asked for
 FINALISTS = 6  # judged on the confirming texts; half as many where the budget was only corrected
+AGAIN = 0.15  # share of the search that is spent when only the budget was corrected
 LOOK_PAIRS = (60, 120, 240)  # a look goes on while its interval is wider than LOOK_WIDTH
+LOOK_SECONDS = 8.0  # and less than this was spent on it
 LOOK_WIDTH = 0.012  # half-width of the log-ratio interval
 TABLE_ERROR = 0.04  # how far a prediction is usually off: a look noisier than this counts for less
 
@@ -81,51 +86,6 @@ class _Attempt:
     loss: float
 
 
-def solve_and_build(
-    prepared: Prepared,
-    prices: Prices,
-    candidates: Candidates,
-    request: Request,
-    *,
-    target_speedup: float | None,
-    reference: Runner,
-    effort: Effort,
-    cache: StageCache,
-    progress: Progress,
-) -> Found:
-    """Find the best allocation that measures at least `target_speedup`, and give it its weights.
-
-    None asks for the fastest numerics without pruning. A solution found by an earlier run of the
-    same request is taken from the cache.
-    """
-    key = solution_key(prices, candidates, request)
-    folder = cache.get(STAGE, key)
-    if folder is not None:
-        progress.stage("search")
-        solution = Solution.of_json(json.loads((folder / FILE).read_text()))
-        progress.done("reused")
-    else:
-        problem = make_problem(prepared, prices, candidates, progress)
-        loop = _Loop(prepared, prices, candidates, request, reference, effort, progress, problem)
-        solution = loop.solve(target_speedup)
-        cache.put(STAGE, key, {FILE: json.dumps(solution.to_json()).encode()})
-    return Found(solution, _repaired(prepared, candidates, solution.allocation, request, progress))
-
-
-def solution_key(prices: Prices, candidates: Candidates, request: Request) -> str:
-    """What a solution depends on: the evidence, the table and the goal."""
-    table = prices.table.model_dump(mode="json")
-    goal = [request.speedup, request.latency_ms, request.prune, request.numerics, request.effort]
-    return fingerprint(candidates.key, table, goal, request.metric, request.evaluator)
-
-
-def forget_solution(
-    cache: StageCache, prices: Prices, candidates: Candidates, request: Request
-) -> None:
-    """Search anew next time: the verdict on this one was not what was asked for."""
-    cache.drop(STAGE, solution_key(prices, candidates, request))
-
-
 def _repaired(
     prepared: Prepared,
     candidates: Candidates,
@@ -141,7 +101,7 @@ def _repaired(
 
     def advance(site: str) -> None:
         progress.advance(1, site)
-        release()
+        trim()
 
     states = propagate(
         prepared.executor, candidates.levels, allocation, candidates.repair, on_site=advance
@@ -267,13 +227,14 @@ def _look(reference: Runner, candidate: Runner) -> tuple[PairedTiming, float]:
     """Measure until the interval is narrow enough, or the last allowance is spent."""
     base: list[float] = []
     times: list[float] = []
+    started = time.monotonic()
     for pairs in LOOK_PAIRS:
         more = paired_speedup(reference, candidate, pairs=pairs - len(base))
         base += more.reference_ms
         times += more.candidate_ms
         timing = paired_timing(base, times)
         width = math.log(timing.ci95[1] / timing.ci95[0]) / 2
-        if width <= LOOK_WIDTH:
+        if width <= LOOK_WIDTH or time.monotonic() - started > LOOK_SECONDS:
             break
     return timing, width
 
@@ -286,76 +247,117 @@ def void(_: object) -> None:
     """Drop a value where a callback must not return one."""
 
 
-class _Loop:
+class ClosedLoop:
+    """Searches, builds and measures until an artifact is as fast as asked.
+
+    Asked again, it goes on from what it has learnt about the model and the machine.
+    """
+
     def __init__(
         self,
         prepared: Prepared,
         prices: Prices,
         candidates: Candidates,
         request: Request,
+        *,
+        apart: TimingProcess,
         reference: Runner,
         effort: Effort,
+        cache: StageCache,
         progress: Progress,
-        problem: Problem,
     ) -> None:
         self.prepared = prepared
         self.prices = prices
         self.candidates = candidates
         self.request = request
+        self.apart = apart
         self.reference = reference
         self.effort = effort
+        self.cache = cache
         self.progress = progress
-        self.problem = problem
+        self.attempts: list[_Attempt] = []
         self.looks: list[tuple[float, float]] = []
         self.searched = 0
+        self.state: SearchState | None = None
+        self.rng = np.random.default_rng(request.seed)
+
+    @cached_property
+    def problem(self) -> Problem:
+        """Every level of every site, priced and judged alone."""
+        return make_problem(self.prepared, self.prices, self.candidates, self.progress)
+
+    @property
+    def key(self) -> str:
+        """What a solution depends on: the evidence, the table and the goal."""
+        table, asked = self.prices.table.model_dump(mode="json"), self.request
+        goal = [asked.speedup, asked.latency_ms, asked.prune, asked.numerics, asked.effort]
+        return fingerprint(self.candidates.key, table, goal, asked.metric, asked.evaluator)
+
+    def find(self, target: float | None) -> Found:
+        """The best allocation that measures at least `target`, with its final weights.
+
+        None asks for the fastest numerics without pruning. A solution found by an earlier run of
+        the same request is taken from the cache.
+        """
+        folder = self.cache.get(STAGE, self.key)
+        if folder is not None:
+            self.progress.stage("search")
+            solution = Solution.of_json(json.loads((folder / FILE).read_text()))
+            self.progress.done("reused")
+        else:
+            solution = self.solve(target)
+            self.cache.put(STAGE, self.key, {FILE: json.dumps(solution.to_json()).encode()})
+        built = _repaired(
+            self.prepared, self.candidates, solution.allocation, self.request, self.progress
+        )
+        return Found(solution, built)
+
+    def forget(self) -> None:
+        """Search anew next time: the verdict on this solution was not what was asked for."""
+        self.cache.drop(STAGE, self.key)
 
     def solve(self, target: float | None) -> Solution:
         """The best allocation at a speedup; where it cannot be had, or none is asked for, the
         fastest one."""
         if target is None:
             return self.solution(self.attempt(self.fastest()))
-        attempts: list[_Attempt] = []
         if self.prepared.body is not None:  # that alone may do
             whole = self.problem.allocation([_widest(levels) for levels in self.problem.levels])
             if self.prices.ratio(whole.predicted_ms) * target * AIM <= 1:
-                attempts.append(self.attempt(whole))
-                if attempts[0].speedup >= target * ACCEPT[0]:
-                    return self.solution(attempts[0])
+                attempt = self.attempt(whole)
+                if attempt.speedup >= target * ACCEPT[0]:
+                    return self.solution(attempt)
         try:
-            return self.run(target, attempts)
+            return self.run(target)
         except TargetUnreachable as error:
             self.progress.info(f"{error} Building the fastest artifact there is.")
             fastest = self.attempt(self.fastest())
             if fastest.speedup < target * ACCEPT[0]:
                 return self.solution(fastest, unreachable=str(error))
-        attempts.append(fastest)
         try:  # it measures faster than predicted: some of it can be given back
-            return self.run(target, attempts)
+            return self.run(target)
         except TargetUnreachable:
             return self.solution(fastest)
 
-    def run(self, target: float, attempts: list[_Attempt]) -> Solution:
-        """Search, build and look until a look is close; `attempts` holds earlier ones and grows."""
-        rng = np.random.default_rng(self.request.seed)
-        scale, state = _bias(attempts) if attempts else 1.0, None
-        for turn in range(self.effort.rounds):
-            share = 1.0 if turn == 0 else 0.25
-            allocation, loss, state = choose(
+    def run(self, target: float) -> Solution:
+        """Search, build and look until a look is close."""
+        for _ in range(self.effort.rounds):
+            first = self.state is None
+            share = 1.0 if first else AGAIN
+            allocation, loss, self.state = choose(
                 self.problem,
                 self.prices,
                 self.candidates,
-                ratio=scale / (target * AIM),
+                ratio=(_bias(self.attempts) if self.attempts else 1.0) / (target * AIM),
                 trials=int(self.effort.trials * share),
                 seconds=self.effort.search_seconds * share,
-                finalists=FINALISTS if turn == 0 else FINALISTS // 2,
-                rng=rng,
+                finalists=FINALISTS if first else FINALISTS // 2,
+                rng=self.rng,
                 progress=self.progress,
-                state=state,
+                state=self.state,
             )
-            self.searched += state.trials
-            attempt = self.attempt(allocation, loss)
-            attempts.append(attempt)
-            over = attempt.speedup / target
+            self.searched += self.state.trials
+            over = self.attempt(allocation, loss).speedup / target
             if ACCEPT[0] <= over <= ACCEPT[1]:
                 break
             if over > ACCEPT[1] and all(
@@ -363,10 +365,9 @@ class _Loop:
                 for n, lv in allocation.levels.items()
             ):
                 break  # nothing is left to give back
-            scale = _bias(attempts)
-        good = [a for a in attempts if a.speedup >= target * ACCEPT[0]]
+        good = [a for a in self.attempts if a.speedup >= target * ACCEPT[0]]
         close = [a for a in good if a.speedup <= target * ACCEPT[1] * 1.01] or good
-        fastest = max(attempts, key=lambda a: a.speedup)
+        fastest = max(self.attempts, key=lambda a: a.speedup)
         best = min(close, key=lambda a: a.loss, default=fastest)
         return self.solution(best)
 
@@ -378,14 +379,15 @@ class _Loop:
         self.progress.stage("build and look")
         states = self.candidates.levels.states(allocation)
         built = build(self.prepared, allocation, states, workload=self.request.workload)
-        runner = OnnxRuntimeRunner(built.model, workload=self.request.workload)
+        runner = self.apart.load(built.model, workload=self.request.workload)
         timing, width = _look(self.reference, runner)
         ratio = self.prices.ratio(allocation.predicted_ms)
         self.looks.append((1 / ratio, timing.speedup))
         self.progress.done(f"predicted {1 / ratio:.2f}x, measured {timing.speedup:.2f}x")
         if loss is None:
             loss = self.candidates.confirm.score(allocation)
-        return _Attempt(allocation, timing.speedup, width, ratio, loss)
+        self.attempts.append(_Attempt(allocation, timing.speedup, width, ratio, loss))
+        return self.attempts[-1]
 
     def solution(self, attempt: _Attempt, *, unreachable: str | None = None) -> Solution:
         return Solution(

@@ -15,16 +15,15 @@ from zipc.build import checkpoint, dense_model
 from zipc.candidates import Candidates, gather, weight_limit
 from zipc.closed_loop import (
     FINALISTS,
+    ClosedLoop,
     Found,
     choose,
-    forget_solution,
     make_problem,
-    solve_and_build,
 )
 from zipc.core.errors import UsageError
 from zipc.core.memory import release
 from zipc.core.request import Request
-from zipc.core.types import Allocation, LeftAlone, PairedTiming, Progress, Site, Target
+from zipc.core.types import Allocation, LeftAlone, PairedTiming, Progress, Runner, Site, Target
 from zipc.effort import effort_of
 from zipc.integer_body import IntegerBody
 from zipc.latency_tables.store import TableStore, default_cache_dir
@@ -34,7 +33,7 @@ from zipc.numerics.int8 import FULL, STATIC
 from zipc.output import check_output, staged, write_artifacts
 from zipc.prepare import Prepared, prepare
 from zipc.pricing import Prices, price
-from zipc.profiler.runners.onnxruntime import OnnxRuntimeRunner
+from zipc.profiler.runners.apart import ApartRunner, TimingProcess
 from zipc.profiler.timing import warm_up
 from zipc.proof import default_pairs, paired_speedup
 from zipc.record import make_manifest, read_quality, samples_of
@@ -43,7 +42,8 @@ from zipc.sources.common import BATCH
 from zipc.stage_cache import StageCache
 from zipc.targets import load_target
 
-BODY_PAIRS = DEFAULT_PAIRS = 60
+BODY_PAIRS = 60
+DEFAULT_PAIRS = 30  # of what is told beside the verdict
 MOST_MORE = 1.05  # asked for in a second search, where the first artifact missed by little
 BODY_GAIN = 1.4  # least speedup of the unpruned network for which it is brought to INT8
 
@@ -60,21 +60,33 @@ def compile_model(request: Request, *, progress: Progress) -> Manifest:
         setup = _set_up(request, clock)
         request = setup.request
         dense = dense_model(setup.prepared)
-        reference = OnnxRuntimeRunner(dense, workload=request.workload)
+        apart = TimingProcess()
+        reference = apart.load(dense, workload=request.workload)
         goal = target_speedup(request, reference)
-        found, compiled, timing = _proved(setup, goal, reference, cache, clock)
+        loop = ClosedLoop(
+            setup.prepared,
+            setup.prices,
+            setup.candidates,
+            request,
+            apart=apart,
+            reference=reference,
+            effort=effort_of(request.effort),
+            cache=cache,
+            progress=clock,
+        )
+        found, compiled, timing = _proved(loop, goal)
         if goal is not None and not found.solution.unreachable and timing.ci95[0] < goal:
-            forget_solution(cache, setup.prices, setup.candidates, request)
+            loop.forget()
             more = min(goal / timing.ci95[0], MOST_MORE)
             told = (
                 f"a first artifact measured {timing.speedup:.3f}x: searched for {more - 1:.1%} more"
             )
             clock.info(told)
-            again = _proved(setup, goal * more, reference, cache, clock)
+            again = _proved(loop, goal * more)
             if not again[0].solution.unreachable:
                 setup.candidates.notes.append(told)
                 found, compiled, timing = again
-        setup.candidates.notes.append(_by_default(dense, found.built.model, request, clock))
+        setup.candidates.notes.append(_by_default(apart, dense, found.built.model, request, clock))
         structure, tensors, _ = checkpoint(
             setup.prepared, found.built.allocation, found.built.states
         )
@@ -115,36 +127,26 @@ def compile_model(request: Request, *, progress: Progress) -> Manifest:
             )
             manifest.write(folder)
         if manifest.verdict == "missed":
-            forget_solution(cache, setup.prices, setup.candidates, request)
+            loop.forget()
     return manifest
 
 
-def _proved(
-    setup: Setup, goal: float | None, reference: OnnxRuntimeRunner, cache: StageCache, clock: Clock
-) -> tuple[Found, OnnxRuntimeRunner, PairedTiming]:
+def _proved(loop: ClosedLoop, goal: float | None) -> tuple[Found, ApartRunner, PairedTiming]:
     """An artifact, and the one measurement its verdict is read from."""
-    request, effort = setup.request, effort_of(setup.request.effort)
-    found = solve_and_build(
-        setup.prepared,
-        setup.prices,
-        setup.candidates,
-        request,
-        target_speedup=goal,
-        reference=reference,
-        effort=effort,
-        cache=cache,
-        progress=clock,
-    )
-    compiled = OnnxRuntimeRunner(found.built.model, workload=request.workload)
-    pairs = min(default_pairs(setup.prices.dense_ms), effort.verdict_pairs)
-    return found, compiled, paired_speedup(reference, compiled, pairs=pairs, progress=clock)
+    found = loop.find(goal)
+    compiled = loop.apart.load(found.built.model, workload=loop.request.workload)
+    pairs = min(default_pairs(loop.prices.dense_ms), loop.effort.verdict_pairs)
+    timing = paired_speedup(loop.reference, compiled, pairs=pairs, progress=loop.progress)
+    return found, compiled, timing
 
 
-def _by_default(dense: bytes, compiled: bytes, request: Request, clock: Clock) -> str:
+def _by_default(
+    apart: TimingProcess, dense: bytes, compiled: bytes, request: Request, clock: Clock
+) -> str:
     """What the speedup is with as many threads as ONNX Runtime takes by itself."""
     clock.stage("default session options")
     workload = replace(request.workload, threads=0)
-    runners = [OnnxRuntimeRunner(model, workload=workload) for model in (dense, compiled)]
+    runners = [apart.load(model, workload=workload) for model in (dense, compiled)]
     timing = paired_speedup(*runners, pairs=DEFAULT_PAIRS)
     low, high = timing.ci95
     told = f"{timing.speedup:.2f}x [{low:.2f}, {high:.2f}]"
@@ -197,7 +199,7 @@ def plan_model(request: Request, *, progress: Progress) -> Plan:
         clock = Clock(progress)
         setup = _set_up(request, clock)
         request = setup.request
-        reference = OnnxRuntimeRunner(dense_model(setup.prepared), workload=request.workload)
+        reference = TimingProcess().load(dense_model(setup.prepared), workload=request.workload)
         goal = target_speedup(request, reference)
         problem = make_problem(setup.prepared, setup.prices, setup.candidates, clock)
         effort = effort_of(request.effort)
@@ -359,7 +361,8 @@ def _body(
         row_bytes=prepared.dense.row_bytes() if BATCH in prepared.source.axes else 0,
     )
     dense = dense_model(prepared)
-    runners = [OnnxRuntimeRunner(m, workload=request.workload) for m in (dense, body.emit(dense))]
+    apart = TimingProcess()
+    runners = [apart.load(m, workload=request.workload) for m in (dense, body.emit(dense))]
     speedup = paired_speedup(*runners, pairs=BODY_PAIRS).speedup
     pays = speedup >= BODY_GAIN or request.numerics != "auto"
     progress.done(f"{speedup:.2f}x unpruned{'' if pays else ': not used'}")
@@ -371,7 +374,7 @@ def _tell_discarded(cache: StageCache, progress: Progress) -> None:
         progress.info(f"damaged cache entry {entry} was thrown away")
 
 
-def target_speedup(request: Request, reference: OnnxRuntimeRunner) -> float | None:
+def target_speedup(request: Request, reference: Runner) -> float | None:
     """The speedup asked for; a latency is turned into one by timing the reference now.
 
     Raises:

@@ -40,7 +40,9 @@ SWEEP_ROUNDS = 20
 SHARE_ROUNDS = 10
 CORRECTION_POINTS = 6
 TRUSTED_ERROR = 0.06  # a table whose sums are further off than this (median) is not kept
-CORRECTION_ROUNDS = 20
+CORRECTION_ROUNDS = (10, 20)  # of a whole model beside dense: as many as fit
+CORRECTION_MS = 4000.0
+WARM_RUNS = 6
 
 
 @dataclass(slots=True)
@@ -384,17 +386,18 @@ def measure_points(
     *,
     points: int,
     rng: np.random.Generator,
-    rounds: int = CORRECTION_ROUNDS,
     progress: Progress,
 ) -> list[tuple[float, float]]:
     """(sum of prices, measured latency), both relative to dense, of random allocations."""
     dense = OnnxRuntimeRunner(specialise(prepared.dense, Edit()).to_bytes(), workload=workload)
+    least, most = CORRECTION_ROUNDS  # a round runs each graph twice
+    rounds = max(least, min(most, int(CORRECTION_MS / (4 * prices.dense_ms))))
     warm_up(dense)
     found = []
     for _ in range(points):
         levels = random_levels(prepared, target, rng)
         runner = OnnxRuntimeRunner(_whole(prepared, levels), workload=workload)
-        warm_up(runner)
+        warm_up(runner, max_runs=WARM_RUNS)
         base, times = interleave([dense, runner], rounds=rounds)
         total = prices.fixed_ms + sum(prices.ms(n, lv) for n, lv in levels.items())
         measured = float(np.median(np.array(times) / np.array(base)))

@@ -56,7 +56,7 @@ class OnnxRuntimeRunner:
         feeds: Mapping[str, np.ndarray] | None = None,
     ) -> None:
         self._name = str(model) if isinstance(model, Path) else "graph in memory"
-        self._options = _session_options(workload)
+        self._options = session_options(workload)
         self._session = _load(model, options=self._options, name=self._name)
         if feeds is None:
             self._feeds = default_feeds(self._session, workload)
@@ -194,7 +194,8 @@ def _values(
     return np.zeros(shape, dtype)
 
 
-def _session_options(workload: Workload) -> dict[str, Any]:
+def session_options(workload: Workload) -> dict[str, Any]:
+    """What a session for this workload is opened with, by ONNX Runtime's names."""
     options: dict[str, Any] = {
         "intra_op_num_threads": workload.threads,
         "inter_op_num_threads": 1,
@@ -207,16 +208,16 @@ def _session_options(workload: Workload) -> dict[str, Any]:
 def _load(model: Path | bytes, *, options: Mapping[str, Any], name: str) -> Any:
     if isinstance(model, Path) and not model.is_file():
         raise UsageError(f"There is no ONNX file at {model}.")
-    session_options = ort.SessionOptions()
-    session_options.log_severity_level = 4  # errors are raised, and need no second voice
+    opened = ort.SessionOptions()
+    opened.log_severity_level = 4  # errors are raised, and need no second voice
     for key, value in options.items():
         if key.startswith("session."):
-            session_options.add_session_config_entry(key, value)
+            opened.add_session_config_entry(key, value)
         else:
-            setattr(session_options, key, value)
+            setattr(opened, key, value)
     source = str(model) if isinstance(model, Path) else model
     try:
-        return ort.InferenceSession(source, session_options, providers=PROVIDERS)
+        return ort.InferenceSession(source, opened, providers=PROVIDERS)
     except Exception as error:  # ONNX Runtime's errors share no base
         raise ExportMismatch(
             f"ONNX Runtime {ort.__version__} cannot load {name}: {one_line(error)}. "

@@ -105,9 +105,9 @@ def test_a_steady_machine_stops_early_and_keeps_few_runners_alive() -> None:
 def test_each_timed_run_follows_an_untimed_one_of_the_same_runner() -> None:
     machine = Machine({ANCHOR: 1.0, 1: 1.0, 2: 1.0})
     run(machine, [machine.graph(1), machine.graph(2)])
-    doubled = machine.log[-2 * 4 * 6 :]
+    doubled = machine.log[-2 * 3 * 6 :]
     assert doubled[::2] == doubled[1::2]
-    assert doubled.count(ANCHOR) == len(doubled) // 2
+    assert doubled.count(ANCHOR) == len(doubled) // 3
 
 
 def test_a_graph_with_a_cold_cache_is_priced_warm() -> None:

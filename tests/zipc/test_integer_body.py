@@ -14,7 +14,7 @@ import torch
 
 import zipc
 from tests.three_ways import all_exported, case_of
-from tests.tiny_project import Told, fake_clock, request, small_effort
+from tests.tiny_project import Told, fake_clock, keep_timing_here, request, small_effort
 from tests.zoo import ZOO
 from zipc.build import FP32_BOUND, INT8_BOUND, integer_kernels
 from zipc.core.errors import ExportMismatch
@@ -154,6 +154,7 @@ def test_int8_that_gains_nothing_is_not_used(
     fake_clock(monkeypatch)
     small_effort(monkeypatch)
     monkeypatch.setattr(OnnxRuntimeRunner, "run", lambda self: 1.0)
+    keep_timing_here(monkeypatch)
     told = Told()
     monkeypatch.setattr("zipc.pipeline.price", _stop)
     with pytest.raises(_Stopped) as stopped:

@@ -18,6 +18,8 @@ from zipc.metrics import EvalResult
 from zipc.model_source import SourceModel
 from zipc.samples.base import PARTS, Drawn, Feeds, Part
 
+MIN_BATCH, MAX_BATCH = 16, 32  # small enough for little padding and work for every processor
+
 
 @dataclass(frozen=True, slots=True)
 class TextSamples:
@@ -60,7 +62,7 @@ class TextSamples:
             evaluator.tokenizer,
             texts,
             max_length=evaluator.max_length,
-            batch_size=64,
+            batch_size=min(max(len(texts) // 16, MIN_BATCH), MAX_BATCH),
             max_tokens=4096,
         )
         place = np.empty(len(texts), dtype=np.int64)

@@ -1,0 +1,75 @@
+"""Graphs timed in a process of their own."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from zipc.core.errors import ExportMismatch, UsageError
+from zipc.core.types import Workload
+from zipc.profiler.runners.apart import TimingProcess
+
+WORKLOAD = Workload(batch_size=2, sequence_length=None, threads=1)
+
+
+def graph(axis: int | str = "batch") -> bytes:
+    shapes = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [axis, 3]) for n in ("x", "y")]
+    node = helper.make_node("Relu", ["x"], ["y"])
+    made = helper.make_graph([node], "relu", shapes[:1], shapes[1:])
+    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+    return bytes(model.SerializeToString())
+
+
+def test_graphs_are_loaded_timed_and_dropped() -> None:
+    apart = TimingProcess()
+    first, second = (apart.load(graph(), workload=WORKLOAD) for _ in range(2))
+    assert all(np.isfinite(r.run()) and r.run() > 0 for r in (first, second))
+    del first
+    assert second.run() > 0  # the drop travels with this
+    third = apart.load(graph(), workload=WORKLOAD)
+    assert third.run() > 0
+    assert third.session_options["intra_op_num_threads"] == 1
+
+
+def test_a_workload_of_default_threads_and_of_given_shapes_is_taken() -> None:
+    apart = TimingProcess()
+    workload = Workload(1, None, 0, {"x": (5, 3)})
+    assert apart.load(graph(), workload=workload).run() > 0
+
+
+def test_errors_come_back_as_they_are_raised() -> None:
+    apart = TimingProcess()
+    with pytest.raises(ExportMismatch, match="cannot load"):
+        apart.load(b"no graph", workload=WORKLOAD)
+    with pytest.raises(UsageError, match="--input-shapes"):
+        apart.load(onnx_with_open_axis(), workload=WORKLOAD)
+    assert apart.load(graph(), workload=WORKLOAD).run() > 0  # it goes on
+
+
+def onnx_with_open_axis() -> bytes:
+    model = onnx.load_from_string(graph())
+    model.graph.input[0].type.tensor_type.shape.dim[1].dim_param = "width"
+    return bytes(model.SerializeToString())
+
+
+def test_a_process_that_dies_is_said_to_have() -> None:
+    apart = TimingProcess()
+    runner = apart.load(graph(), workload=WORKLOAD)
+    os.kill(apart._process.pid, signal.SIGKILL)
+    with pytest.raises(ExportMismatch, match="exit code -9"):
+        runner.run()
+
+
+def test_the_process_ends_with_its_object() -> None:
+    apart = TimingProcess()
+    process = apart._process
+    runner = apart.load(graph(), workload=WORKLOAD)
+    del apart
+    assert process.poll() is None  # the runner still needs it
+    del runner
+    assert process.poll() == 0
