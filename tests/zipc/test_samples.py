@@ -524,8 +524,24 @@ def test_a_metric_that_needs_labels_is_refused_without_them(tmp_path: Path) -> N
         opened(picture_source(), data, metric="accuracy")
     save(data, **good())
     assert opened(picture_source(), data, label_column="none").metric == "agreement"
-    with pytest.raises(UsageError, match="labels are the array 'labels'"):
+    with pytest.raises(UsageError, match="no array 'stars' for labels"):
         opened(picture_source(), data, label_column="stars")
+
+
+@pytest.mark.parametrize("name", ["y", "target", "stars"])
+def test_arrays_under_other_names_are_taken_where_there_is_no_doubt(
+    name: str, tmp_path: Path
+) -> None:
+    arrays = good()
+    expected = opened(picture_source(), save(tmp_path / "a.npz", **arrays))
+    renamed = {"pixel_values": "x", "labels": name}
+    data = save(tmp_path / "b.npz", **{renamed.get(n, n): v for n, v in arrays.items()})
+    samples = opened(picture_source(), data, label_column="stars" if name == "stars" else None)
+    assert samples.metric == expected.metric == "accuracy"
+    assert {"'x' is taken for pixel_values", f"'{name}' is taken for labels"} <= set(samples.notes)
+    doubtful = save(tmp_path / "c.npz", x=arrays["pixel_values"], z=arrays["pixel_values"])
+    with pytest.raises(UsageError, match="no array 'pixel_values'"):
+        opened(picture_source(), doubtful)
 
 
 def test_test_rows_without_labels_are_taken_from_dev(tmp_path: Path) -> None:

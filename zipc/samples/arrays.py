@@ -32,6 +32,7 @@ from zipc.splitting import Cut, cut
 
 SUFFIX = ".npz"
 LABELS = "labels"
+LABEL_NAMES = (LABELS, "label", "y", "targets", "target")  # any of these is taken for them
 NPY = b"\x93NUMPY"  # how a file of one array begins
 
 
@@ -71,14 +72,13 @@ def array_samples(source: SourceModel, request: Request) -> RowSamples:
     """
     user = user_function(request.evaluator, request.metric)
     files = _find(request)
-    read = {role: read_npz(path) for role, path in files.items()}
+    read, notes = _renamed(files, request, source.inputs)
     held = {role: _inputs(read[role], source, path) for role, path in files.items()}
     targets = _labels(read, held, files, request)
     _alike(held, files)
     scale, how = find_scale(source, held, read, files)
     rows = ArrayRows(held, targets, scale)
     made = _cut(held, targets, files, request)
-    notes: list[str] = []
     probed = rows.feeds(made.parts["calibration"][:2])
     shapes = probe(source, probed)
     rows, told = _numbered(rows, source, shapes)
@@ -100,7 +100,7 @@ def array_samples(source: SourceModel, request: Request) -> RowSamples:
 def describe_arrays(request: Request) -> str:
     """One line on the arrays and parts of the .npz files at `request.data`."""
     files = _find(request)
-    read = {role: read_npz(path) for role, path in files.items()}
+    read, _ = _renamed(files, request, ())
     other = (LABELS, MEAN, STD)
     held = {role: {n: v for n, v in a.items() if n not in other} for role, a in read.items()}
     targets = _labels(read, held, files, request)
@@ -145,6 +145,32 @@ def next_tokens(ids: Array, mask: Array) -> Array:
 
 def _find(request: Request) -> dict[str, Path]:
     return find_files(Path(str(request.data)).expanduser(), (SUFFIX,))
+
+
+def _renamed(
+    files: Mapping[str, Path], request: Request, inputs: Sequence[str]
+) -> tuple[dict[str, dict[str, Array]], list[str]]:
+    """The arrays of every file under the names they are known by here, and what was taken for what.
+
+    The labels are found by their usual names, or by --label-column. Where a model has one input and
+    a file one array besides, they are meant for each other.
+    """
+    read, notes = {}, []
+    for role, path in files.items():
+        arrays = read_npz(path)
+        asked = () if request.label_column in (None, "none") else (request.label_column,)
+        labels = [n for n in asked or LABEL_NAMES if n in arrays and n not in inputs]
+        if asked and not labels:
+            raise UsageError(
+                f"{path} has no array '{asked[0]}' for labels. Its arrays: {', '.join(arrays)}."
+            )
+        others = [n for n in arrays if n not in (*labels, MEAN, STD)]
+        taken = {labels[0]: LABELS} if labels else {}
+        if len(inputs) == len(others) == 1:
+            taken[others[0]] = inputs[0]
+        read[role] = {taken.get(n, n): values for n, values in arrays.items()}
+        notes += [f"'{n}' is taken for {to}" for n, to in taken.items() if n != to]
+    return read, list(dict.fromkeys(notes))
 
 
 def _inputs(arrays: Mapping[str, Array], source: SourceModel, path: Path) -> dict[str, Array]:
@@ -231,11 +257,8 @@ def _labels(
     request: Request,
 ) -> dict[str, Array]:
     """The labels by role; None of them where the user wants none."""
-    if request.text_columns or request.label_column not in (None, LABELS, "none"):
-        raise UsageError(
-            f"--text-column and --label-column name columns of a table; in {SUFFIX} files labels "
-            f"are the array '{LABELS}' (or --label-column none)."
-        )
+    if request.text_columns:
+        raise UsageError(f"--text-column names columns of a table, and {SUFFIX} files have none.")
     found = {}
     for role, arrays in read.items():
         labels = arrays.get(LABELS)
