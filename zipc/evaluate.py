@@ -19,6 +19,7 @@ from zipc.losses import Loss, cosine_loss, divergence, mean_loss, unexplained
 from zipc.metrics import EvalResult, choose_metric, metric_value, paired_bootstrap
 from zipc.pooling import Pooling, pool, read_model_json, read_pooling
 from zipc.predict import Array, Run, onnx_run, torch_run
+from zipc.pruner.workers import side_by_side
 from zipc.user_function import UserFunction, call_user_function, load_user_function
 
 __all__ = [
@@ -143,8 +144,7 @@ class Evaluator:
             self.tokenizer, texts, max_length=self.max_length, batch_size=batch_size
         )
         outputs: Array | None = None
-        for batch in batches:
-            found = run(batch)
+        for batch, found in zip(batches, side_by_side(run, batches), strict=True):
             if outputs is None:
                 outputs = np.empty((len(texts), found.shape[-1]), found.dtype)
             outputs[batch.indices] = found

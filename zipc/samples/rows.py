@@ -18,6 +18,7 @@ from zipc.evaluate import class_order, model_config
 from zipc.metrics import EvalResult, metric_value
 from zipc.model_source import SourceModel
 from zipc.predict import Array, Outputs, Predict, onnx_predict
+from zipc.pruner.workers import side_by_side
 from zipc.samples.base import Drawn, Feeds, Part
 from zipc.samples.judges import Judge, Shape, choose_judge
 from zipc.user_function import UserFunction, call_user_function, load_user_function
@@ -29,7 +30,7 @@ TOKEN = 1024  # numbers a token stands for
 TEXT_TOKENS = 32  # what is counted as one short text
 TEXT_NUMBERS = 1 << 14
 FEWEST = 16  # rows a draw has whatever they cost
-RUN_NUMBERS = 1 << 25  # inputs and outputs of a batch
+RUN_NUMBERS = 1 << 24  # inputs and outputs of a batch, of which several run at a time
 
 
 class Rows(Protocol):
@@ -84,18 +85,24 @@ class RowSamples:
         return Drawn(batches, readout, oracle)
 
     def compare(self, dense: bytes, compiled: bytes, part: Part) -> tuple[EvalResult, EvalResult]:
-        """Run both side by side, so that no more than a batch of outputs is held."""
+        """Run both batch by batch, so that the outputs of few batches are held."""
         models = [self._predict(model) for model in (dense, compiled)]
         items = self.parts[part]
         if self.user is not None:
             before, after = (self._by_user(self.user, model, items) for model in models)
             return before, after
-        columns: tuple[list[Array], list[Array]] = [], []
-        for some in _groups(items, self._fixed or self.batch):
+
+        def figures(some: Sequence[Item]) -> tuple[Array, Array]:
             feeds, labels = self.rows.feeds(some), self.rows.labels(some)
             first, second = (_finite(model(feeds)) for model in models)
-            for found, held in zip((first, second), columns, strict=True):
-                held.append(self.judge.figures(first, found, feeds, labels))
+            return (
+                self.judge.figures(first, first, feeds, labels),
+                self.judge.figures(first, second, feeds, labels),
+            )
+
+        columns = zip(
+            *side_by_side(figures, _groups(items, self._fixed or self.batch)), strict=True
+        )
         before, after = (self._result(np.concatenate(held)) for held in columns)
         return before, after
 
