@@ -13,11 +13,9 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import weakref
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 from zipc.core.errors import ExportMismatch, UsageError
 from zipc.core.types import Workload
@@ -33,10 +31,9 @@ class TimingProcess:
     def __init__(self) -> None:
         paths = os.pathsep.join(os.path.abspath(p) for p in sys.path)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", _MODULE],
+            [sys.executable, "-P", "-m", _MODULE],  # -P: no module of the user's folder
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            text=True,
             env={**os.environ, "PYTHONPATH": paths},
             start_new_session=True,  # Ctrl-C is for the compile, which then ends this
         )
@@ -50,28 +47,26 @@ class TimingProcess:
             ExportMismatch: ONNX Runtime cannot load it, or the process died.
             UsageError: the workload does not say how large an input is.
         """
-        with tempfile.TemporaryDirectory(prefix="zipc-") as folder:
-            path = Path(folder) / "model.onnx"
-            path.write_bytes(model)
-            asked = {"load": str(path), "workload": dataclasses.asdict(workload)}
-            return ApartRunner(self, int(self.ask(asked)), session_options(workload))
+        asked = {"load": len(model), "workload": dataclasses.asdict(workload)}
+        return ApartRunner(self, int(self.ask(asked, model)), session_options(workload))
 
     def drop(self, number: int) -> None:
         """Forget a graph with the next command."""
         self._dropped.append(number)
 
-    def ask(self, command: Mapping[str, Any]) -> float:
+    def ask(self, command: Mapping[str, Any], content: bytes = b"") -> float:
         """One command and its answer; what was dropped since the last one is told with it."""
         to, back = self._process.stdin, self._process.stdout
         assert to is not None
         assert back is not None
         try:
             told, self._dropped = self._dropped, []
-            to.write(json.dumps({**command, "drop": told}) + "\n")
+            to.write(json.dumps({**command, "drop": told}).encode() + b"\n")
+            to.write(content)
             to.flush()
             line = back.readline()
         except OSError:
-            line = ""
+            line = b""
         if not line:
             code = self._process.wait()
             raise ExportMismatch(
@@ -100,20 +95,25 @@ class ApartRunner:
         self._process.drop(self._number)
 
 
-def serve(commands: TextIO, answers: TextIO) -> None:
+def serve(commands: BinaryIO, answers: BinaryIO) -> None:
     """Answer commands until there are no more."""
     held: dict[int, OnnxRuntimeRunner] = {}
-    for count, line in enumerate(commands):
+    count = 0
+    while line := commands.readline():
+        command = json.loads(line)
+        model = commands.read(command.get("load", 0))
+        count += 1
         try:
-            value = _answer(json.loads(line), held, count)
-            answer: dict[str, Any] = {"value": value}
+            answer: dict[str, Any] = {"value": _answer(command, model, held, count)}
         except (ExportMismatch, UsageError) as error:
             answer = {"error": str(error), "kind": type(error).__name__}
-        answers.write(json.dumps(answer) + "\n")
+        answers.write(json.dumps(answer).encode() + b"\n")
         answers.flush()
 
 
-def _answer(command: Mapping[str, Any], held: dict[int, OnnxRuntimeRunner], number: int) -> float:
+def _answer(
+    command: Mapping[str, Any], model: bytes, held: dict[int, OnnxRuntimeRunner], number: int
+) -> float:
     for dropped in command["drop"]:
         del held[dropped]
     if "run" in command:
@@ -121,11 +121,11 @@ def _answer(command: Mapping[str, Any], held: dict[int, OnnxRuntimeRunner], numb
     fields = command["workload"]
     shapes = {name: tuple(shape) for name, shape in fields["input_shapes"].items()}
     workload = Workload(**{**fields, "input_shapes": shapes})
-    held[number] = OnnxRuntimeRunner(Path(command["load"]).read_bytes(), workload=workload)
+    held[number] = OnnxRuntimeRunner(model, workload=workload)
     return float(number)
 
 
-def _end(process: subprocess.Popen[str]) -> None:
+def _end(process: subprocess.Popen[bytes]) -> None:
     for pipe in (process.stdin, process.stdout):
         if pipe is not None:
             with contextlib.suppress(OSError):
@@ -135,4 +135,4 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 if __name__ == "__main__":
     with contextlib.suppress(BrokenPipeError, KeyboardInterrupt):
-        serve(sys.stdin, sys.stdout)
+        serve(sys.stdin.buffer, sys.stdout.buffer)
