@@ -14,15 +14,16 @@ import os
 import subprocess
 import sys
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, BinaryIO
 
-from zipc.core.errors import ExportMismatch, UsageError
-from zipc.core.types import Workload
+from zipc.core.errors import ExportMismatch, NoisyMeasurement, UsageError
+from zipc.core.types import Runner, Workload
 from zipc.profiler.runners.onnxruntime import OnnxRuntimeRunner, session_options
+from zipc.profiler.timing import interleave
 
 _MODULE = "zipc.profiler.runners.apart"
-_ERRORS = {error.__name__: error for error in (ExportMismatch, UsageError)}
+_ERRORS = {error.__name__: error for error in (ExportMismatch, NoisyMeasurement, UsageError)}
 
 
 class TimingProcess:
@@ -54,7 +55,7 @@ class TimingProcess:
         """Forget a graph with the next command."""
         self._dropped.append(number)
 
-    def ask(self, command: Mapping[str, Any], content: bytes = b"") -> float:
+    def ask(self, command: Mapping[str, Any], content: bytes = b"") -> Any:
         """One command and its answer; what was dropped since the last one is told with it."""
         to, back = self._process.stdin, self._process.stdout
         assert to is not None
@@ -76,7 +77,7 @@ class TimingProcess:
         answer = json.loads(line)
         if "error" in answer:
             raise _ERRORS[answer["kind"]](answer["error"])
-        return float(answer["value"])
+        return answer["value"]
 
 
 class ApartRunner:
@@ -89,7 +90,14 @@ class ApartRunner:
 
     def run(self) -> float:
         """Do one inference and return its milliseconds."""
-        return self._process.ask({"run": self._number})
+        return float(self._process.ask({"run": self._number}))
+
+    def series(self, runners: Sequence[Runner], *, rounds: int, untimed: int) -> list[list[float]]:
+        """Interleaved runs of graphs of this process, all of them over there."""
+        numbers = [r._number for r in runners if isinstance(r, ApartRunner)]
+        command = {"series": numbers, "rounds": rounds, "untimed": untimed}
+        found: list[list[float]] = self._process.ask(command)
+        return found
 
     def __del__(self) -> None:
         self._process.drop(self._number)
@@ -105,7 +113,7 @@ def serve(commands: BinaryIO, answers: BinaryIO) -> None:
         count += 1
         try:
             answer: dict[str, Any] = {"value": _answer(command, model, held, count)}
-        except (ExportMismatch, UsageError) as error:
+        except tuple(_ERRORS.values()) as error:
             answer = {"error": str(error), "kind": type(error).__name__}
         answers.write(json.dumps(answer).encode() + b"\n")
         answers.flush()
@@ -113,16 +121,19 @@ def serve(commands: BinaryIO, answers: BinaryIO) -> None:
 
 def _answer(
     command: Mapping[str, Any], model: bytes, held: dict[int, OnnxRuntimeRunner], number: int
-) -> float:
+) -> Any:
     for dropped in command["drop"]:
         del held[dropped]
     if "run" in command:
         return held[command["run"]].run()
+    if "series" in command:
+        runners = [held[n] for n in command["series"]]
+        return interleave(runners, rounds=command["rounds"], untimed=command["untimed"])
     fields = command["workload"]
     shapes = {name: tuple(shape) for name, shape in fields["input_shapes"].items()}
     workload = Workload(**{**fields, "input_shapes": shapes})
     held[number] = OnnxRuntimeRunner(model, workload=workload)
-    return float(number)
+    return number
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

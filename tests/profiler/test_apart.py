@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from typing import Any
 
 import numpy as np
 import onnx
@@ -13,6 +14,7 @@ from onnx import TensorProto, helper
 from zipc.core.errors import ExportMismatch, UsageError
 from zipc.core.types import Workload
 from zipc.profiler.runners.apart import TimingProcess
+from zipc.profiler.timing import interleave
 
 WORKLOAD = Workload(batch_size=2, sequence_length=None, threads=1)
 
@@ -34,6 +36,20 @@ def test_graphs_are_loaded_timed_and_dropped() -> None:
     third = apart.load(graph(), workload=WORKLOAD)
     assert third.run() > 0
     assert third.session_options["intra_op_num_threads"] == 1
+
+
+def test_a_series_is_interleaved_over_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    apart = TimingProcess()
+    runners = [apart.load(graph(), workload=WORKLOAD) for _ in range(2)]
+    asked: list[dict[str, Any]] = []
+    ask = apart.ask
+    monkeypatch.setattr(apart, "ask", lambda command: asked.append(command) or ask(command))
+    told: list[int] = []
+    samples = interleave(runners, rounds=19, on_round=lambda: told.append(1))
+    assert [len(s) for s in samples] == [19, 19]
+    assert all(ms > 0 for s in samples for ms in s)
+    assert len(told) == 19
+    assert [c["rounds"] for c in asked] == [8, 8, 3]
 
 
 def test_a_workload_of_default_threads_and_of_given_shapes_is_taken() -> None:
