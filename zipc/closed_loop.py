@@ -37,6 +37,7 @@ from zipc.stage_cache import StageCache
 AIM = 1.03  # the lower end of the verdict's interval must clear the target, not its middle
 ACCEPT = (1.02, 1.042)  # measured speedup over target at which the loop stops
 STAGE, FILE = "solution", "solution.json"
+JUDGED, LOSSES = "sensitivity", "losses.json"
 FILLED = 0.98  # finalists that leave more of the budget unused overshoot the speedup asked for
 FINALISTS = 6  # judged on the confirming texts; half as many where the budget was only corrected
 AGAIN = 0.15  # share of the search that is spent when only the budget was corrected
@@ -145,18 +146,37 @@ def _best_ranges(
 
 
 def make_problem(
-    prepared: Prepared, prices: Prices, candidates: Candidates, progress: Progress
+    prepared: Prepared,
+    prices: Prices,
+    candidates: Candidates,
+    request: Request,
+    cache: StageCache,
+    progress: Progress,
 ) -> Problem:
-    """Price and judge every level of every site alone."""
+    """Price and judge every level of every site alone; judged before, it is not judged again."""
     progress.stage("sensitivity", probe_count(candidates.ladders))
-    candidates.scorer.rebase_on_dense()
-    losses = site_losses(
-        prepared.sites,
-        candidates.ladders,
-        score=candidates.scorer.score,
-        on_probe=lambda: progress.advance(),
-    )
-    progress.done()
+    offered = {n: [str(r.level) for r in ld.rungs] for n, ld in candidates.ladders.items()}
+    asked = [request.effort, request.metric, request.evaluator]
+    key = fingerprint(candidates.key, sorted(offered.items()), asked)
+    folder = cache.get(JUDGED, key)
+    if folder is not None:
+        held = json.loads((folder / LOSSES).read_text())
+        losses = {n: {Level(**lv): loss for lv, loss in pairs} for n, pairs in held.items()}
+        progress.done("reused")
+    else:
+        candidates.scorer.rebase_on_dense()
+        losses = site_losses(
+            prepared.sites,
+            candidates.ladders,
+            score=candidates.scorer.score,
+            on_probe=lambda: progress.advance(),
+        )
+        pairs = {
+            n: [[dataclasses.asdict(lv), loss] for lv, loss in found.items()]
+            for n, found in losses.items()
+        }
+        cache.put(JUDGED, key, {LOSSES: json.dumps(pairs).encode()})
+        progress.done()
     return build_problem(
         candidates.ladders, losses, fixed_ms=prices.fixed_ms, dense_ms=prices.dense_ms
     )
@@ -284,7 +304,14 @@ class ClosedLoop:
     @cached_property
     def problem(self) -> Problem:
         """Every level of every site, priced and judged alone."""
-        return make_problem(self.prepared, self.prices, self.candidates, self.progress)
+        return make_problem(
+            self.prepared,
+            self.prices,
+            self.candidates,
+            self.request,
+            self.cache,
+            self.progress,
+        )
 
     @property
     def key(self) -> str:

@@ -201,7 +201,9 @@ def plan_model(request: Request, *, progress: Progress) -> Plan:
         request = setup.request
         reference = TimingProcess().load(dense_model(setup.prepared), workload=request.workload)
         goal = target_speedup(request, reference)
-        problem = make_problem(setup.prepared, setup.prices, setup.candidates, clock)
+        problem = make_problem(
+            setup.prepared, setup.prices, setup.candidates, request, _cache(request), clock
+        )
         effort = effort_of(request.effort)
         if goal is None:
             allocation = problem.allocation([int(t.argmin()) for t in problem.times])

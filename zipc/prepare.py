@@ -26,7 +26,7 @@ from zipc.model_source import SourceModel, trace_source
 from zipc.numerics.int8 import STATIC
 from zipc.profiler.runners.onnxruntime import OnnxRuntimeRunner
 from zipc.pruner.graph.interpret import Executor, Variant
-from zipc.pruner.graph.sites import Structure, extent_size, find_sites, without
+from zipc.pruner.graph.sites import EXCLUDED, Structure, extent_size, find_sites, without
 from zipc.pruner.graph.trace import MapCall, Program
 from zipc.pruner.graph.verify import verify
 from zipc.sources.common import Cache
@@ -117,6 +117,12 @@ def prepare(
     found = discover(source, program, include=request.include, exclude=request.exclude)
     structure = _searched(found)
     if not structure.sites:
+        names = [a.path for a in structure.left_alone if a.reason == EXCLUDED]
+        if names:
+            raise UsageError(
+                f"--include and --exclude leave no site of {request.model}. Its sites: "
+                f"{', '.join(names[:6])}{', …' if names[6:] else ''}."
+            )
         reasons = "; ".join(f"{a.path}: {a.reason}" for a in structure.left_alone[:3])
         raise UnsupportedModel(
             f"Nothing in {request.model} can be removed{' (' + reasons + ')' if reasons else ''}. "

@@ -268,7 +268,7 @@ def _read_text(path: Path) -> str:
     if "\0" in content:
         raise UsageError(f"{path} contains zero bytes: it is binary, or UTF-16 and not UTF-8.")
     if not content.strip():
-        raise UsageError(f"{path} is empty.")
+        raise UsageError(f"{path} is empty. Give a file with a row for each example.")
     return content
 
 

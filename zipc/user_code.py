@@ -42,7 +42,7 @@ def load_function(source: str, *, flag: str = "") -> tuple[Callable[..., Any], M
         raise UsageError(f"{where}: give it as path/to/file.py:function.")
     path, name = reference
     if not path.is_file():
-        raise UsageError(f"{where}: there is no file {path}.")
+        raise UsageError(f"{where}: there is no file {path}. Check the path before the colon.")
     alias = f"user_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(alias, path)
     if spec is None or spec.loader is None:
@@ -59,7 +59,8 @@ def load_function(source: str, *, flag: str = "") -> tuple[Callable[..., Any], M
     if not callable(function):
         names = [n for n, value in vars(module).items() if callable(value) and n[0] != "_"]
         close = difflib.get_close_matches(name, names, n=1)
-        hint = f" Did you mean '{close[0]}'?" if close else ""
+        found = f" It has: {', '.join(names[:5])}." if names else ""
+        hint = f" Did you mean '{close[0]}'?" if close else found
         raise UsageError(f"{where}: {path.name} has no function '{name}'.{hint}")
     return function, module
 

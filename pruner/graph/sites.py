@@ -13,6 +13,8 @@ from zipc.pruner.graph.axes import Atom, Dim, flatten, leaves, owners, pin, repe
 from zipc.pruner.graph.rules import HEADS, RESIDUAL, Axes
 from zipc.pruner.graph.trace import MapCall, Program, op_name
 
+EXCLUDED = "excluded by --include/--exclude"
+
 
 @dataclass(frozen=True, slots=True)
 class Factor:
@@ -127,7 +129,7 @@ def find_sites(
         if _wanted(name, include, exclude):
             kept.append((replace(site, name=name), atom))
         else:
-            left.append(LeftAlone(name, "excluded by --include/--exclude"))
+            left.append(LeftAlone(name, EXCLUDED))
     carried = {piece.parameter for _, site, _ in sites for piece in site.slices}
     for call in program.maps:
         if call.weight not in carried:

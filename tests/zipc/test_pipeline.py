@@ -218,6 +218,13 @@ def test_an_artifact_that_misses_by_little_is_followed_by_a_faster_one(
     assert any("a first artifact measured" in note for note in manifest.latency.notes)
 
 
+def test_a_pattern_that_leaves_no_site_is_told_with_the_sites_there_are(
+    project: Project, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=r"leave no site of .* Its sites: encoder\.layer\.0"):
+        project.compile(tmp_path / "out", include=("zzz*",))
+
+
 def test_unreachable_speedup_is_missed_with_the_best_artifact_complete(
     project: Project, tmp_path: Path
 ) -> None:
@@ -267,6 +274,17 @@ def test_second_run_reuses_finished_stages_says_so_and_gives_the_same(
     assert manifest.allocation == project.manifest.allocation
     for name in ("model.onnx", "checkpoint/model.safetensors"):
         assert (tmp_path / "out" / name).read_bytes() == (project.out / name).read_bytes()
+
+
+def test_sites_are_judged_once_for_every_speedup(project: Project, tmp_path: Path) -> None:
+    told = Told()
+    again = project.compile(tmp_path / "out", told=told, speedup=1.7)
+    assert again.verdict == "validated"
+    assert told.notes["sensitivity"] == "reused"
+    assert told.notes["search"] != "reused"
+    told = Told()
+    project.compile(tmp_path / "other", told=told, speedup=1.7, numerics="fp32")
+    assert told.notes["sensitivity"] != "reused"  # other levels
 
 
 def test_evidence_of_texts_read_otherwise_is_not_reused(project: Project, tmp_path: Path) -> None:

@@ -44,7 +44,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = 130
     except typer.TyperException as error:
         code = error.exit_code
-        _report_bad_usage(error.format_message(), as_json=_wants_json(given))
+        context = getattr(error, "ctx", None)
+        _report_bad_usage(
+            error.format_message(),
+            command=context.command_path if context else "zipc",
+            as_json=_wants_json(given),
+        )
     sys.exit(code or 0)
 
 
@@ -58,11 +63,11 @@ def _make_streams_safe() -> None:
             stream.reconfigure(errors="replace")
 
 
-def _report_bad_usage(message: str, *, as_json: bool) -> None:
+def _report_bad_usage(message: str, *, command: str, as_json: bool) -> None:
     if as_json:
         print_json(error_document("UsageError", message, exit_code=2))
     elif message:
-        print(f"zipc: {message}\nRun: zipc --help", file=sys.stderr)
+        print(f"zipc: {message}\nRun: {command} --help", file=sys.stderr)
 
 
 def _wants_json(arguments: Sequence[str]) -> bool:

@@ -130,7 +130,8 @@ def make_blank(factory: Factory) -> nn.Module:
             ) from error
     if not isinstance(module, nn.Module):
         raise UsageError(
-            f"{factory.source} must return a torch.nn.Module, not a {type(module).__name__}."
+            f"{factory.source} must return a torch.nn.Module; it returned an object of type "
+            f"{type(module).__name__}."
         )
     return module.eval().requires_grad_(False)
 
@@ -206,6 +207,8 @@ def _specs(
     needed = [n for n, p in accepted.items() if p.default is p.empty]
     known = {spec.name: spec for spec in _examples(factory, list(accepted))}
     specs = known
+    if len(given) == len(needed) == 1 and given[0].name not in accepted:
+        given = [replace(given[0], name=needed[0])]  # there is no other it could mean
     if given:
         specs = {s.name: _with_type(s, known.get(s.name)) for s in given}
     how = f"--input-shapes '{(needed or ['x'])[0]}:1x3x224x224', or {EXAMPLES}() in {factory.path}"
