@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 import zipc
 from zipc.core.errors import CorruptFile
@@ -79,6 +79,14 @@ class LatencyRecord(Record):
     fingerprint: dict[str, JsonValue] = Field(default_factory=dict)
     session_options: dict[str, JsonValue] = Field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _agrees_with_itself(self) -> Self:
+        if self.speedup is not None and self.speedup_ci95 is not None:
+            low, high = self.speedup_ci95
+            if not low <= self.speedup <= high:
+                raise ValueError(f"a speedup of {self.speedup:g} outside its interval")
+        return self
 
 
 class QualityRecord(Record):

@@ -118,6 +118,7 @@ def test_newer_schema_asks_for_a_newer_zipc(manifest: Manifest, tmp_path: Path) 
         (lambda d: d["latency"].update(speedup="2.03"), r"latency\.speedup"),
         (lambda d: d["latency"].update(speedup=-1.0), r"latency\.speedup"),
         (lambda d: d["latency"].update(speedup_ci95=[2.0]), r"latency\.speedup_ci95"),
+        (lambda d: d["latency"].update(speedup=9.9), r"latency: .* 9\.9 outside its interval"),
         (lambda d: d["allocation"][1]["level"].pop("width"), r"allocation\.1\.level\.width"),
         (lambda d: d["model"].update(sha256="short"), r"model\.sha256"),
         (lambda d: d.update(verdict="splendid"), "verdict"),
