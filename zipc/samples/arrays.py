@@ -184,8 +184,9 @@ def _inputs(arrays: Mapping[str, Array], source: SourceModel, path: Path) -> dic
     missing = [n for n in source.inputs if n not in optional]
     if missing:
         raise UsageError(
-            f"{path} has no array '{missing[0]}', which {source.source} takes. Its arrays: "
-            f"{', '.join(arrays) or 'none'}; the model's inputs: {', '.join(source.inputs)}."
+            f"{path} has no array '{missing[0]}', which {source.source} takes. Its arrays but for "
+            f"labels: {', '.join(n for n in arrays if n != LABELS) or 'none'}; the model's inputs: "
+            f"{', '.join(source.inputs)}."
         )
     if "attention_mask" in arrays:
         named["attention_mask"] = arrays["attention_mask"]
