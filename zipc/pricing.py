@@ -386,12 +386,17 @@ def measure_points(
     *,
     points: int,
     rng: np.random.Generator,
+    rounds: int | None = None,
     progress: Progress,
 ) -> list[tuple[float, float]]:
-    """(sum of prices, measured latency), both relative to dense, of random allocations."""
+    """(sum of prices, measured latency), both relative to dense, of random allocations.
+
+    Without `rounds`, each is timed as often as its time allows.
+    """
     dense = OnnxRuntimeRunner(specialise(prepared.dense, Edit()).to_bytes(), workload=workload)
-    least, most = CORRECTION_ROUNDS  # a round runs each graph twice
-    rounds = max(least, min(most, int(CORRECTION_MS / (4 * prices.dense_ms))))
+    if rounds is None:  # a round runs each graph twice
+        least, most = CORRECTION_ROUNDS
+        rounds = max(least, min(most, int(CORRECTION_MS / (4 * prices.dense_ms))))
     warm_up(dense)
     found = []
     for _ in range(points):
