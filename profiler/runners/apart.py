@@ -94,7 +94,11 @@ class ApartRunner:
 
     def series(self, runners: Sequence[Runner], *, rounds: int, untimed: int) -> list[list[float]]:
         """Interleaved runs of graphs of this process, all of them over there."""
-        numbers = [r._number for r in runners if isinstance(r, ApartRunner)]
+        numbers = []
+        for runner in runners:
+            if not isinstance(runner, ApartRunner) or runner._process is not self._process:
+                raise ValueError("Runners of different processes cannot be interleaved.")
+            numbers.append(runner._number)
         command = {"series": numbers, "rounds": rounds, "untimed": untimed}
         found: list[list[float]] = self._process.ask(command)
         return found

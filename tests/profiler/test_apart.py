@@ -52,6 +52,12 @@ def test_a_series_is_interleaved_over_there(monkeypatch: pytest.MonkeyPatch) -> 
     assert [c["rounds"] for c in asked] == [8, 8, 3]
 
 
+def test_runners_of_two_processes_are_not_mixed_up() -> None:
+    runners = [TimingProcess().load(graph(), workload=WORKLOAD) for _ in range(2)]
+    with pytest.raises(ValueError, match="different processes"):
+        interleave(runners, rounds=2)
+
+
 def test_a_workload_of_default_threads_and_of_given_shapes_is_taken() -> None:
     apart = TimingProcess()
     workload = Workload(1, None, 0, {"x": (5, 3)})

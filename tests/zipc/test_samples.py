@@ -539,6 +539,15 @@ def test_arrays_under_other_names_are_taken_where_there_is_no_doubt(
     samples = opened(picture_source(), data, label_column="stars" if name == "stars" else None)
     assert samples.metric == expected.metric == "accuracy"
     assert {"'x' is taken for pixel_values", f"'{name}' is taken for labels"} <= set(samples.notes)
+    if name == "stars":  # beside labels of the usual name, before it or after
+        usual = {"labels": np.zeros(len(arrays["labels"]), np.int64)}
+        stars = {renamed.get(n, n): v for n, v in arrays.items()}
+        for both in ({**usual, **stars}, {**stars, **usual}):
+            again = opened(picture_source(), save(data, **both), label_column="stars")
+            assert again.sha256 == samples.sha256
+        other = {**stars, **usual}
+        del other["stars"]
+        assert opened(picture_source(), save(data, **other)).sha256 != samples.sha256
     doubtful = save(tmp_path / "c.npz", x=arrays["pixel_values"], z=arrays["pixel_values"])
     with pytest.raises(UsageError, match="no array 'pixel_values'"):
         opened(picture_source(), doubtful)

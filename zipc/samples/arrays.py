@@ -156,19 +156,23 @@ def _renamed(
     a file one array besides, they are meant for each other.
     """
     read, notes = {}, []
+    asked = () if request.label_column in (None, "none") else (request.label_column,)
     for role, path in files.items():
         arrays = read_npz(path)
-        asked = () if request.label_column in (None, "none") else (request.label_column,)
         labels = [n for n in asked or LABEL_NAMES if n in arrays and n not in inputs]
         if asked and not labels:
             raise UsageError(
                 f"{path} has no array '{asked[0]}' for labels. Its arrays: {', '.join(arrays)}."
             )
-        others = [n for n in arrays if n not in (*labels, MEAN, STD)]
+        others = [n for n in arrays if n not in (*labels, LABELS, MEAN, STD)]
         taken = {labels[0]: LABELS} if labels else {}
         if len(inputs) == len(others) == 1:
             taken[others[0]] = inputs[0]
-        read[role] = {taken.get(n, n): values for n, values in arrays.items()}
+        read[role] = {
+            taken.get(n, n): values
+            for n, values in arrays.items()
+            if n in taken or n not in taken.values()  # nor what another array stands in for
+        }
         notes += [f"'{n}' is taken for {to}" for n, to in taken.items() if n != to]
     return read, list(dict.fromkeys(notes))
 
