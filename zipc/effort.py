@@ -20,7 +20,7 @@ class Effort:
 
 
 EFFORTS: dict[str, Effort] = {
-    "quick": Effort(768, 448, 64, 192, 80, 10.0, 2, 200),
+    "quick": Effort(512, 256, 48, 128, 40, 6.0, 2, 100),
     "default": Effort(4096, 3072, 256, 1024, 600, 45.0, 5, 400),
     "extensive": Effort(8192, 8192, 512, 2048, 4000, 900.0, 6, 400),
 }
