@@ -225,13 +225,10 @@ class _Match:
             given = self.graph.shapes.get(name, [])[-1:] if name in self.inputs else []
             return next((size for size in given if isinstance(size, int)), None)
         if at.op_type in ("MatMul", "MatMulInteger", "Gemm"):
-            weight = at.input[1]
-            maker = self.find.producers.get(weight)
-            if maker is not None and maker.op_type == "DequantizeLinear":
-                weight = maker.input[0]
-            if weight not in arrays or arrays[weight].ndim != 2:
+            weight = arrays.get(at.input[1])
+            if weight is None or weight.ndim != 2:
                 return None
-            return int(arrays[weight].shape[0 if attribute(at, "transB", 0) else 1])
+            return int(weight.shape[0 if attribute(at, "transB", 0) else 1])
         if at.op_type == "Split":
             parts = self.find.numbers(at.input[1]) if len(at.input) > 1 else None
             return None if parts is None else parts[list(at.output).index(name)]

@@ -12,7 +12,14 @@ from onnx import NodeProto, TensorProto
 from zipc.core.errors import ExportMismatch
 from zipc.exporters.finish import finish
 from zipc.exporters.graph import OnnxGraph, attribute, node
-from zipc.exporters.shapes import SizeOf, Sizes, drop_empty_inputs_, resize_, write_target_
+from zipc.exporters.shapes import (
+    SizeOf,
+    Sizes,
+    constant_,
+    drop_empty_inputs_,
+    resize_,
+    write_target_,
+)
 
 FloatArray = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -60,10 +67,11 @@ def specialise(dense: OnnxGraph, edit: Edit) -> OnnxGraph:
     for module, constant in edit.removed.items():
         _remove_(graph, module, constant)
     drop_empty_inputs_(graph)
-    shared: dict[tuple[str, tuple[float, int] | None], tuple[str, ...]] = {}
+    rounding = _Rounding(graph)
     for module, weights in edit.int8.items():
         for call in graph.map_nodes(module + ".weight"):
-            _quantise_(graph, call, weights, shared)
+            _quantise_(graph, call, weights, rounding)
+    rounding.give_scales()
     finish(graph)
     return graph
 
@@ -166,13 +174,76 @@ def _is_bias(graph: OnnxGraph, candidate: NodeProto, module: str) -> bool:
     return candidate.op_type == "Add" and bias is not None and bias[0] in candidate.input
 
 
+class _Rounding:
+    """Inputs rounded to U8: maps with the same input and range share it."""
+
+    def __init__(self, graph: OnnxGraph) -> None:
+        self.graph = graph
+        self.shared: dict[tuple[str, tuple[float, int] | None], tuple[str, str, str]] = {}
+        self.fixed: dict[str, float] = {}  # value that must hold a calibrated scale -> that scale
+
+    def of(self, source: str, activation: tuple[float, int] | None) -> tuple[str, str, str]:
+        """(values, scale, zero point) of a value in U8; no activation asks for a dynamic range."""
+        key = (source, activation)
+        if key not in self.shared:
+            self.shared[key] = self._emit(source, activation)
+        return self.shared[key]
+
+    def _emit(self, source: str, activation: tuple[float, int] | None) -> tuple[str, str, str]:
+        graph = self.graph
+        if activation is None:
+            made = (f"{source}_q", f"{source}_q_scale", f"{source}_q_zero")
+            graph.nodes.append(node("DynamicQuantizeLinear", [source], list(made)))
+            return made
+        at = f"{source}_at_{len(self.shared)}"
+        graph.arrays[at + "_scale"] = np.array(activation[0], dtype=np.float32)
+        graph.arrays[at + "_zero"] = np.array(activation[1], dtype=np.uint8)
+        pair = [at + "_scale", at + "_zero"]
+        graph.nodes.append(node("QuantizeLinear", [source, *pair], [at + "_q"]))
+        self.fixed[at + "_given"] = activation[0]
+        return at + "_q", at + "_given", at + "_zero"
+
+    def give_scales(self) -> None:
+        """Emit the calibrated scales as values that seem to depend on the input of the graph.
+
+        ONNX Runtime makes one integer kernel with bias of a product whose scale it computes at run
+        time. A constant would be folded into the scale of the weight, which that fusion does not
+        know; of QuantizeLinear and DequantizeLinear it makes a kernel without bias, and the sums
+        that are left cost 4 % on one thread and scale badly to two.
+        """
+        if not self.fixed:
+            return
+        graph = self.graph
+        given = next(i.name for i in graph.proto.graph.input if graph.shapes[i.name])
+        axes = len(graph.shapes[given])
+        first, scales = "int8_first_input", "int8_scales"
+        graph.arrays[scales] = np.array(list(self.fixed.values()), dtype=np.float32)
+        graph.nodes += [
+            node(
+                "Slice",
+                [given, constant_(graph, [0] * axes), constant_(graph, [1] * axes)],
+                [first],
+            ),
+            node("Reshape", [first, constant_(graph, [1])], [first + "_alone"]),
+            node("Cast", [first + "_alone"], [first + "_is"], to=int(TensorProto.BOOL)),
+            node("Cast", [first + "_is"], [first + "_counts"], to=int(TensorProto.FLOAT)),
+            node("Mul", [first + "_counts", _zero(graph)], [first + "_nothing"]),
+            node("Add", [first + "_nothing", scales], [scales + "_given"]),
+            node(
+                "Split", [scales + "_given"], list(self.fixed), axis=0, num_outputs=len(self.fixed)
+            ),
+        ]
+
+
+def _zero(graph: OnnxGraph) -> str:
+    graph.arrays["int8_zero"] = np.zeros(1, dtype=np.float32)
+    return "int8_zero"
+
+
 def _quantise_(
-    graph: OnnxGraph,
-    call: NodeProto,
-    weights: Int8Weights,
-    shared: dict[tuple[str, tuple[float, int] | None], tuple[str, ...]],
+    graph: OnnxGraph, call: NodeProto, weights: Int8Weights, rounding: _Rounding
 ) -> None:
-    """Emit integer arithmetic for one linear map; maps with the same input share its rounding."""
+    """Emit integer arithmetic for one linear map."""
     out, source = call.output[0], call.input[0]
     stem = graph_name(call)
     graph.arrays[stem + "_values"] = weights.values.T
@@ -180,45 +251,14 @@ def _quantise_(
     graph.arrays[stem + "_zero"] = np.zeros(len(weights.scale), dtype=np.int8)
     graph.nodes.remove(call)
     if call.op_type == "Gemm" and len(call.input) > 2:
-        # not Add: ONNX Runtime would make a float Gemm of the product and it
-        graph.nodes.append(node("Sum", [out + "_product", call.input[2]], [out]))
+        graph.nodes.append(node("Add", [out + "_product", call.input[2]], [out]))
         out = out + "_product"
-    key = (source, weights.activation)
-    if weights.activation is None:
-        if key not in shared:
-            shared[key] = tuple(f"{source}_q{part}" for part in ("", "_scale", "_zero"))
-            graph.nodes.append(node("DynamicQuantizeLinear", [source], list(shared[key])))
-        q, scale, zero = shared[key]
-        graph.nodes += [
-            node(
-                "MatMulInteger",
-                [q, stem + "_values", zero, stem + "_zero"],
-                [stem + "_int32"],
-            ),
-            node("Cast", [stem + "_int32"], [stem + "_float"], to=int(TensorProto.FLOAT)),
-            node("Mul", [scale, stem + "_scale"], [stem + "_rescale"]),
-            node("Mul", [stem + "_float", stem + "_rescale"], [out]),
-        ]
-        return
-    if key not in shared:
-        at = f"{source}_at_{len(shared)}"
-        shared[key] = (at + "_rounded",)
-        graph.arrays[at + "_scale"] = np.array(weights.activation[0], dtype=np.float32)
-        graph.arrays[at + "_zero"] = np.array(weights.activation[1], dtype=np.uint8)
-        pair = [at + "_scale", at + "_zero"]
-        graph.nodes += [
-            node("QuantizeLinear", [source, *pair], [at + "_q"]),
-            node("DequantizeLinear", [at + "_q", *pair], [at + "_rounded"]),
-        ]
-    (rounded,) = shared[key]
+    q, scale, zero = rounding.of(source, weights.activation)
     graph.nodes += [
-        node(
-            "DequantizeLinear",
-            [stem + "_values", stem + "_scale", stem + "_zero"],
-            [stem + "_dequantized"],
-            axis=1,
-        ),
-        node("MatMul", [rounded, stem + "_dequantized"], [out]),
+        node("MatMulInteger", [q, stem + "_values", zero, stem + "_zero"], [stem + "_int32"]),
+        node("Cast", [stem + "_int32"], [stem + "_float"], to=int(TensorProto.FLOAT)),
+        node("Mul", [scale, stem + "_scale"], [stem + "_rescale"]),
+        node("Mul", [stem + "_float", stem + "_rescale"], [out]),
     ]
 
 
