@@ -287,6 +287,19 @@ def test_modules_that_share_an_input_share_its_quantisation() -> None:
         assert counts[operator] == 2  # one for q, k and v, one for the output map
 
 
+@pytest.mark.parametrize("numeric", [DYNAMIC, STATIC])
+def test_integer_kernels_add_the_bias_themselves(numeric: str, tmp_path: Path) -> None:
+    made = case("bert")
+    edit, held = quantised(made, everything(made), numeric)
+    path = tmp_path / "optimised.onnx"
+    session(specialise(dense_graph("bert"), edit).to_bytes(), optimised=str(path))
+    optimised = onnx.load(path).graph
+    biases = {f"{module}.bias" for module in held}
+    read_by = {n.op_type for n in optimised.node if biases & set(n.input)}
+    assert read_by <= {"MatMulIntegerToFloat", "DynamicQuantizeMatMul"}
+    assert biases <= {i for n in optimised.node for i in n.input}
+
+
 def test_int8_files_are_smaller() -> None:
     made = case("bert")
     dense = dense_graph("bert")
