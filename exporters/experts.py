@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from onnx import NodeProto
@@ -10,6 +11,7 @@ from zipc.exporters.fusions import Finder
 from zipc.exporters.graph import OnnxGraph, attribute, node
 from zipc.exporters.shapes import constant_
 
+MAPS = ("Gemm", "MatMul")
 # operators that treat every token by itself
 _ROWWISE = frozenset(
     ("Add", "Clip", "Div", "Erf", "Gelu", "Mul", "Relu", "Sigmoid", "Split", "Sub", "Tanh")
@@ -17,83 +19,89 @@ _ROWWISE = frozenset(
 
 
 @dataclass(frozen=True, slots=True)
-class _Mixture:
-    """sum over e of weights[e] * (f(tokens first[e]) second[e]), as it stands in the graph."""
+class _Expert:
+    """last(between(firsts(tokens)) * share), as it stands in the graph."""
 
     tokens: str  # (tokens, in)
-    weights: str  # (experts, tokens), 0 where an expert was not chosen
-    firsts: dict[str, str]  # product with the stacked matrices -> those matrices (experts, in, out)
-    between: list[NodeProto]  # what makes the inputs of the second product, in order
+    share: str  # (tokens, 1), 0 where the expert was not chosen
+    firsts: list[NodeProto]
+    between: list[NodeProto]  # in order
     inner: str
-    second: str  # (experts, inner, out)
-    result: str
+    last: NodeProto
+
+    @property
+    def bias(self) -> list[str]:
+        return list(self.last.input[2:])
 
 
 def sparse_experts_(graph: OnnxGraph) -> None:
-    """Gather the tokens of each expert, send them through its own matrices and add them up.
+    """Gather the tokens of each expert, send them through its own maps and add them up.
 
     As traced, all experts see all tokens and most products are multiplied by 0. What is left is
     the work of the chosen ones, and the matrices of an expert that no token chose are not read.
     """
     find = Finder(graph)
-    for last in [n for n in graph.nodes if n.op_type == "ReduceSum"]:
-        mixture = _mixture(find, last)
-        if mixture is not None:
-            graph.nodes = [n for n in graph.nodes if n is not last]
-            _write_(graph, find, mixture)
+    for last in [n for n in graph.nodes if n.op_type in MAPS]:
+        expert = _expert(find, last)
+        if expert is not None:
+            _write_(graph, expert)
 
 
-def _mixture(find: Finder, last: NodeProto) -> _Mixture | None:
-    """The mixture that ends in a sum over experts, if there is one."""
-    weighted = find.made_by(last.input[0], "Mul")
-    if len(last.input) < 2 or find.numbers(last.input[1]) != [0] or weighted is None:
+def routes(graph: OnnxGraph, lasts: Sequence[NodeProto]) -> set[str]:
+    """Values that say which tokens go to the experts that end in `lasts`, from the tokens on."""
+    find = Finder(graph)
+    found: set[str] = set()
+    for last in lasts:
+        expert = _expert(find, last)
+        stack = [expert.share] if expert is not None else []
+        while stack:
+            value = stack.pop()
+            made = find.producers.get(value)
+            if made is not None and value not in found and expert and value != expert.tokens:
+                found.add(value)
+                stack += made.input
+    return found
+
+
+def _expert(find: Finder, last: NodeProto) -> _Expert | None:
+    """The expert that ends in a map, if there is one."""
+    weighted = find.made_by(last.input[0], "Mul") if _is_map(find, last) else None
+    if weighted is None:
         return None
-    if attribute(last, "keepdims", 1) != 0:
-        return None
-    for value, factor in (tuple(weighted.input), tuple(reversed(weighted.input))):
-        product, opened = find.made_by(value, "MatMul"), find.made_by(factor, "Unsqueeze")
-        if product is None or opened is None or _stack(find, product.input[1]) is None:
+    for inner, share in (tuple(weighted.input), tuple(reversed(weighted.input))):
+        cut = find.made_by(share, "Slice")
+        if cut is None or find.made_by(cut.input[0], "ScatterElements") is None:
             continue
-        shape = find.graph.shapes.get(opened.output[0], [])
-        if len(shape) != 3 or shape[2] != 1 or find.numbers(opened.input[1]) not in ([-1], [2]):
+        if find.graph.shapes.get(share, [])[1:] != [1]:
             continue
-        region = _between(find, product.input[0])
-        if region is None:
-            continue
-        firsts, between, tokens = region
-        return _Mixture(
-            tokens,
-            opened.input[0],
-            firsts,
-            between,
-            product.input[0],
-            product.input[1],
-            last.output[0],
-        )
+        region = _between(find, inner)
+        if region is not None:
+            return _Expert(region[2], share, region[0], region[1], inner, last)
     return None
 
 
-def _between(find: Finder, inner: str) -> tuple[dict[str, str], list[NodeProto], str] | None:
-    """From the input of the second product up to the first ones: those, the nodes, the tokens."""
-    firsts: dict[str, str] = {}
+def _between(find: Finder, inner: str) -> tuple[list[NodeProto], list[NodeProto], str] | None:
+    """From the input of the last map up to the first ones: those, the nodes, the tokens."""
+    firsts: list[NodeProto] = []
     between: list[NodeProto] = []
     tokens: set[str] = set()
 
     def climb(value: str) -> bool:
         made = find.producers.get(value)
-        if value in firsts or any(made is n for n in between):
-            return True
         if made is None:
-            return find.scalar(value) is not None
-        if made.op_type == "MatMul" and _stack(find, made.input[1]) is not None:
-            firsts[value] = made.input[1]
+            held = find.graph.arrays.get(value)
+            return held is not None and held.ndim < 2  # the same for every token
+        if any(made is n for n in (*firsts, *between)):
+            return True
+        if _is_map(find, made):
+            firsts.append(made)
             tokens.add(made.input[0])
             return True
         if made.op_type not in _ROWWISE:
             return False
-        sources = made.input[:1] if made.op_type == "Split" else [i for i in made.input if i]
-        if made.op_type == "Split" and attribute(made, "axis", 0) not in (-1, 2):
+        if made.op_type == "Split" and attribute(made, "axis", 0) not in (-1, 1):
             return False
+        sources = made.input[:1] if made.op_type == "Split" else [i for i in made.input if i]
         if not all(climb(s) for s in sources):
             return False
         between.append(made)
@@ -102,88 +110,70 @@ def _between(find: Finder, inner: str) -> tuple[dict[str, str], list[NodeProto],
     if not climb(inner) or len(tokens) != 1:
         return None
     (source,) = tokens
-    opened = find.made_by(source, "Unsqueeze")  # for all experts alike
-    if opened is not None and find.numbers(opened.input[1]) == [0]:
-        source = opened.input[0]
     return (firsts, between, source) if len(find.graph.shapes.get(source, [])) == 2 else None
 
 
-def _stack(find: Finder, value: str) -> tuple[str, bool] | None:
-    """(initialiser, whether its last axes are swapped) of a stack of matrices."""
-    turned = find.made_by(value, "Transpose")
-    if turned is not None and attribute(turned, "perm", []) != [0, 2, 1]:
-        return None
-    name = value if turned is None else turned.input[0]
-    held = find.graph.arrays.get(name)
-    return None if held is None or held.ndim != 3 else (name, turned is not None)
+def _is_map(find: Finder, at: NodeProto) -> bool:
+    if at.op_type not in MAPS:
+        return False
+    held = find.graph.arrays.get(at.input[1])
+    return held is not None and held.ndim == 2
 
 
-def _matrices_(graph: OnnxGraph, find: Finder, stack: str) -> list[str]:
-    """One initialiser for each matrix of a stack."""
-    found = _stack(find, stack)
-    assert found is not None
-    name, turned = found
-    names = []
-    for number, matrix in enumerate(graph.arrays[name]):
-        names.append(f"{name}.{number}")
-        graph.arrays[names[-1]] = matrix.T if turned else matrix
-    return names
-
-
-def _write_(graph: OnnxGraph, find: Finder, mixture: _Mixture) -> None:
-    """Emit the tokens of one expert after the other; each adds to what the others made."""
-    firsts = {value: _matrices_(graph, find, stack) for value, stack in mixture.firsts.items()}
-    seconds = _matrices_(graph, find, mixture.second)
-    stem = mixture.result
-    count, shape, total = f"{stem}_tokens", f"{stem}_shape", f"{stem}_none"
-    width = int(graph.arrays[seconds[0]].shape[1])
+def _write_(graph: OnnxGraph, expert: _Expert) -> None:
+    """Emit an expert on its own tokens; what it makes is added to what is there."""
+    made = expert.last.output[0]
+    rows, places, share = f"{made}_tokens", f"{made}_places", f"{made}_share"
     graph.nodes += [
-        node("Shape", [mixture.tokens], [count], start=0, end=1),
-        node("Concat", [count, constant_(graph, [width])], [shape], axis=0),
-        node("ConstantOfShape", [shape], [total]),
+        node("Reshape", [expert.share, constant_(graph, [-1])], [f"{made}_shares"]),
+        node("NonZero", [f"{made}_shares"], [f"{made}_found"]),
+        node("Transpose", [f"{made}_found"], [places], perm=[1, 0]),
+        node("GatherND", [expert.tokens, places], [rows]),
+        node("GatherND", [expert.share, places], [share]),
     ]
-    for expert, second in enumerate(seconds):
-        own = f"{stem}_{expert}"
-        at = constant_(graph, [expert])
-        graph.nodes += [
-            node("Gather", [mixture.weights, at], [f"{own}_row"], axis=0),
-            node("Reshape", [f"{own}_row", constant_(graph, [-1])], [f"{own}_weights"]),
-            node("NonZero", [f"{own}_weights"], [f"{own}_found"]),
-            node("Transpose", [f"{own}_found"], [f"{own}_places"], perm=[1, 0]),
-            node("GatherND", [mixture.tokens, f"{own}_places"], [f"{own}_tokens"]),
-        ]
-        names = {value: f"{own}/{value}" for value in firsts}
-        for value, matrices in firsts.items():
-            inputs = [f"{own}_tokens", matrices[expert]]
-            graph.nodes.append(node("MatMul", inputs, [names[value]]))
-        for old in mixture.between:
-            names |= {o: f"{own}/{o}" for o in old.output}
-            graph.nodes.append(_copied(old, names))
-        result = mixture.result if expert == len(seconds) - 1 else f"{own}_sum"
-        graph.nodes += [
-            node("MatMul", [names[mixture.inner], second], [f"{own}_made"]),
-            node("GatherND", [f"{own}_weights", f"{own}_places"], [f"{own}_chosen"]),
-            node("Unsqueeze", [f"{own}_chosen", constant_(graph, [1])], [f"{own}_factor"]),
-            node("Mul", [f"{own}_made", f"{own}_factor"], [f"{own}_share"]),
-            node(
-                "ScatterND",
-                [total, f"{own}_places", f"{own}_share"],
-                [result],
-                reduction="add",
-            ),
-        ]
-        total = result
+    names = {expert.tokens: rows}
+    for old in (*expert.firsts, *expert.between):
+        names |= {o: f"{made}/{o}" for o in old.output}
+        graph.nodes.append(_copied(old, names))
+    last = _copied(expert.last, {expert.last.input[0]: f"{made}_inner", made: f"{made}_part"})
+    del last.input[2:]
+    graph.nodes += [node("Mul", [names[expert.inner], share], [f"{made}_inner"]), last]
+    graph.nodes = [n for n in graph.nodes if n is not expert.last]
+    total, result = _sum_(graph, expert)
+    for number, bias in enumerate(expert.bias):
+        graph.nodes.append(node("Add", [total, bias], [f"{made}_from_{number}"]))
+        total = f"{made}_from_{number}"
+    graph.nodes.append(
+        node("ScatterND", [total, places, f"{made}_part"], [result], reduction="add")
+    )
+
+
+def _sum_(graph: OnnxGraph, expert: _Expert) -> tuple[str, str]:
+    """What an expert is added to, and what the sum is called; zeros, where there is no such sum."""
+    made = expert.last.output[0]
+    users = [n for n in graph.nodes if made in n.input]
+    if len(users) == 1 and users[0].op_type == "Add" and made not in graph.outputs():
+        others = [i for i in users[0].input if i != made]
+        if len(others) == 1 and graph.shapes.get(others[0]) == graph.shapes.get(made):
+            graph.nodes = [n for n in graph.nodes if n is not users[0]]
+            return others[0], str(users[0].output[0])
+    held = graph.arrays[expert.last.input[1]]
+    width = int(held.shape[0 if attribute(expert.last, "transB", 0) else 1])
+    count, shape, zeros = f"{made}_count", f"{made}_shape", f"{made}_none"
+    graph.nodes += [
+        node("Shape", [expert.tokens], [count], start=0, end=1),
+        node("Concat", [count, constant_(graph, [width])], [shape], axis=0),
+        node("ConstantOfShape", [shape], [zeros]),
+    ]
+    return zeros, made
 
 
 def _copied(old: NodeProto, names: dict[str, str]) -> NodeProto:
-    """A node on rows of its own instead of a stack of them."""
+    """A node that reads and gives other values."""
     new = NodeProto()
     new.CopyFrom(old)
     for values in (new.input, new.output):
         for i, value in enumerate(values):
             values[i] = names.get(value, value)
     new.name = f"{new.op_type}/{new.output[0]}"
-    for held in new.attribute:
-        if new.op_type == "Split" and held.name == "axis":
-            held.i = -1
     return new

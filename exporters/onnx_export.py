@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -151,7 +152,7 @@ def _transposes(node: NodeProto) -> bool:
 
 
 def _name_axes(proto: onnx.ModelProto, dynamic: Mapping[str, Mapping[int, str]]) -> None:
-    """Rename the exporter's symbols to the names of the axes."""
+    """Rename the exporter's symbols to the names of the axes, in expressions of them too."""
     names: dict[str, str] = {}
     for given in proto.graph.input:
         for axis, name in dynamic.get(given.name, {}).items():
@@ -160,8 +161,10 @@ def _name_axes(proto: onnx.ModelProto, dynamic: Mapping[str, Mapping[int, str]])
                 names[symbol] = name
     for value in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
         for dim in value.type.tensor_type.shape.dim:
-            if dim.dim_param in names:
-                dim.dim_param = names[dim.dim_param]
+            if dim.dim_param:
+                dim.dim_param = re.sub(
+                    r"[A-Za-z_]\w*", lambda found: names.get(found[0], found[0]), dim.dim_param
+                )
 
 
 def _keep_outputs(graph: OnnxGraph, outputs: Sequence[tuple[int, str]]) -> None:

@@ -7,6 +7,7 @@ from onnx import TensorProto, helper
 
 from zipc.core.errors import UnsupportedModel
 from zipc.core.types import Site
+from zipc.exporters.experts import routes
 from zipc.exporters.graph import OnnxGraph
 
 PASSED = ("Add", "Sum", "BatchNormalization")  # what belongs to a site after its consumer,
@@ -22,12 +23,14 @@ def extract(graph: OnnxGraph, site: Site) -> OnnxGraph:
 
     Batch and sequence stay symbolic, as in the artifact: with concrete shapes ONNX Runtime fuses
     differently, and the price would be that of another graph. Values that come from elsewhere (an
-    attention mask) become inputs, but for sizes, which are computed from the inputs of the whole:
-    made-up ones would be wrong. The result can be specialised like the whole graph.
+    attention mask) become inputs, where made-up ones do: sizes are computed from the inputs of the
+    whole, and what sends tokens to an expert from the tokens. The result can be specialised like
+    the whole graph.
     """
     consumed = [_first_call(graph, consumer.module) for consumer in site.consumers]
     tails = [_tail(graph, node.output[0]) for node in consumed]
     inside = _carriers(graph, site, end={node.output[0] for node in consumed}).union(*tails)
+    inside |= routes(graph, consumed)
     stops = list(dict.fromkeys(tail[-1] for tail in tails))
     producers = graph.producers()
     held: dict[int, onnx.NodeProto] = {}

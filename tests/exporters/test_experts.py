@@ -13,34 +13,45 @@ from tests.zoo.values import randomise_
 from zipc.exporters.finish import finish
 from zipc.exporters.graph import OnnxGraph
 from zipc.exporters.onnx_export import check_parity, export_dense
+from zipc.exporters.site_graph import extract
+from zipc.pruner.graph.sites import find_sites
 from zipc.pruner.graph.trace import trace
 
 AXES = {"x": {0: "batch", 1: "sequence"}}
 
 
-class Mixture(nn.Module):
-    """Gated experts as stacks of matrices; every token is sent to `chosen` of them."""
-
-    def __init__(self, *, experts: int = 4, chosen: int = 2, gated: bool = True) -> None:
+class Expert(nn.Module):
+    def __init__(self, *, gated: bool, inner: int) -> None:
         super().__init__()
-        self.chosen, self.gated = chosen, gated
-        self.router = nn.Linear(8, experts, bias=False)
-        self.up = nn.Parameter(torch.empty(experts, 12 if gated else 6, 8))
-        self.down = nn.Parameter(torch.empty(experts, 8, 6))
+        self.gated = gated
+        self.up = nn.Linear(8, 2 * inner if gated else inner, bias=False)
+        self.down = nn.Linear(inner, 8, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = x.reshape(-1, 8)
-        weights, index = torch.topk(self.router(tokens).softmax(-1), self.chosen, dim=-1)
-        experts = torch.arange(self.up.shape[0])
-        chosen = (weights.unsqueeze(-1) * (index.unsqueeze(-1) == experts)).sum(1)
-        h = torch.matmul(tokens, self.up.transpose(1, 2))
+    def forward(self, tokens: Tensor, share: Tensor) -> Tensor:
+        h = self.up(tokens)
         if self.gated:
             gate, value = h.chunk(2, -1)
             h = F.silu(gate) * value
         else:
             h = F.relu(h)
-        made = torch.matmul(h, self.down.transpose(1, 2))
-        return x + (made * chosen.t().unsqueeze(-1)).sum(0).view(x.shape)
+        return self.down(h * share)
+
+
+class Mixture(nn.Module):
+    """Experts of which every token is sent to `chosen`."""
+
+    def __init__(self, *, chosen: int = 2, gated: bool = True, inner: int = 6) -> None:
+        super().__init__()
+        self.chosen = chosen
+        self.router = nn.Linear(8, 4, bias=False)
+        self.experts = nn.ModuleList(Expert(gated=gated, inner=inner) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.reshape(-1, 8)
+        weights, index = torch.topk(self.router(tokens).softmax(-1), self.chosen, dim=-1)
+        shares = tokens.new_zeros(tokens.shape[0], 4).scatter(1, index, weights)
+        made = sum(e(tokens, shares[:, i : i + 1]) for i, e in enumerate(self.experts))
+        return x + made.view(x.shape)
 
 
 def drawn(module: nn.Module) -> nn.Module:
@@ -74,22 +85,31 @@ def test_experts_on_their_own_tokens_equal_torch(gated: bool, chosen: int) -> No
         check_parity([output(graph, x)], [module(x).numpy()], bound=1e-5, what="mixture")
 
 
-def test_the_matrices_follow_edits_of_the_stacks() -> None:
-    """The dense graph keeps the stacks, so an expert or its width can be cut before."""
-    module = drawn(Mixture(gated=False))
+def test_biases_are_added_to_every_token() -> None:
+    """A map that lost inputs may get a bias, and that of an expert is not for its tokens alone."""
+    module = drawn(Mixture())
+    for expert in module.experts:
+        expert.down.bias = nn.Parameter(torch.randn(8), requires_grad=False)
     graph = exported(module)
-    kept = drawn(Mixture(experts=3, gated=False))
-    state = module.state_dict()
-    kept.load_state_dict({name: value[:3] for name, value in state.items()})
-    for name, value in kept.state_dict().items():
-        stored, turned = graph.weights[name]
-        graph.arrays[stored] = (value.T if turned else value).numpy()
-    for name, value in list(graph.arrays.items()):
-        if value.dtype == np.int64 and value.tolist() == [0, 1, 2, 3]:  # the experts, numbered
-            graph.arrays[name] = value[:3]
     finish(graph)
+    assert graph.op_counts()["ScatterND"] == 4
     x = torch.randn(2, 7, 8, generator=torch.Generator().manual_seed(3))
-    check_parity([output(graph, x)], [kept(x).numpy()], bound=1e-5, what="mixture")
+    check_parity([output(graph, x)], [module(x).numpy()], bound=1e-5, what="mixture")
+
+
+def test_the_tokens_of_an_expert_are_priced_as_the_router_sends_them() -> None:
+    module = drawn(Mixture())
+    example = {"x": torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))}
+    program = trace(module, example, dynamic=AXES)
+    graph = export_dense(program.exported, example, outputs=[(0, "result")], dynamic=AXES)
+    site = find_sites(program).sites[0]
+    part = extract(graph, site)
+    assert {"TopK", "Softmax"} <= set(part.op_counts())
+    finish(part)
+    assert part.op_counts()["NonZero"] == 1
+    flat = [part.shapes[i.name] for i in part.proto.graph.input if len(part.shapes[i.name]) == 2]
+    assert flat
+    assert {str(shape[0]) for shape in flat} <= {"batch*sequence", "sequence*batch"}  # known names
 
 
 def test_a_sum_that_is_no_mixture_stays() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tests.zoo.values import VOCABULARY, images, ready, tokens
 from zipc.core.quiet import hush
 from zipc.model_source import ATTENTION, register_attention
+from zipc.sources.experts import EXPERTS, part_experts_, register_experts
 
 _ENCODER: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -72,6 +73,7 @@ def _made(
         module = getattr(transformers, architecture)._from_config(
             config, attn_implementation=attention
         )
+    part_experts_(module)
     return ready(module, tokens() if feeds is None else feeds, seed=seed)
 
 
@@ -183,7 +185,8 @@ def mixtral() -> nn.Module:
     config = transformers.MixtralConfig(
         **_DECODER, num_local_experts=4, num_experts_per_tok=2, sliding_window=None
     )
-    config._experts_implementation = "batched_mm"
+    register_experts()
+    config._experts_implementation = EXPERTS
     return _made("MixtralForCausalLM", config)
 
 

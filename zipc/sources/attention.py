@@ -1,6 +1,6 @@
-"""Attention and experts as zipc wants them traced; transformers calls both by registered name.
+"""Attention as zipc wants it traced; transformers calls it by registered name.
 
-Attention is one `aten.scaled_dot_product_attention(q, k, v, mask, is_causal, scale, enable_gqa)`
+It is one `aten.scaled_dot_product_attention(q, k, v, mask, is_causal, scale, enable_gqa)`
 with q (b, heads, s, d) and k, v (b, kv_heads, s, d). The mask is
 
 - None, where every token sees every other; with is_causal=True, where it sees those before it;
@@ -21,19 +21,16 @@ from torch import Tensor, nn
 from zipc.core.errors import UnsupportedModel
 
 ATTENTION = "zipc"
-EXPERTS = "zipc"
 MASKED = -1e9  # a score that Softmax turns into zero, without the NaN of a row of infinities
 
 
 def register_attention() -> None:
-    """Make `attn_implementation="zipc"` and `experts_implementation="zipc"` known."""
+    """Make `attn_implementation="zipc"` known."""
     from transformers import AttentionInterface
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
     from transformers.masking_utils import AttentionMaskInterface
 
     AttentionInterface.register(ATTENTION, attention)
     AttentionMaskInterface.register(ATTENTION, attention_mask)
-    ALL_EXPERTS_FUNCTIONS.register(EXPERTS, all_experts)
 
 
 def attention(
@@ -108,36 +105,6 @@ def attention_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     if pattern is not causal_mask_function:  # a window of padding only: see something, yourself
         padding = padding | (queries == keys)
     return seen & padding
-
-
-def all_experts(
-    module: Any,
-    hidden: Tensor,  # (tokens, d)
-    chosen: Tensor,  # (tokens, k) experts of each token
-    weights: Tensor,  # (tokens, k)
-) -> Tensor:
-    """Every expert on every token, the weight of those not chosen being zero: (tokens, d).
-
-    The same sum as running each expert on its own tokens, in a graph whose shapes do not depend
-    on the data; it computes experts / k times as much.
-    """
-    first = module.gate_up_proj if module.has_gate else module.up_proj
-    last = module.down_proj
-    if not module.is_transposed:  # to (experts, in, out)
-        first, last = first.transpose(1, 2), last.transpose(1, 2)
-    inner = torch.matmul(hidden[None], first)  # (experts, tokens, inner)
-    if module.has_bias:
-        inner = (
-            inner + (module.gate_up_proj_bias if module.has_gate else module.up_proj_bias)[:, None]
-        )
-    inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
-    outer = torch.matmul(inner, last)  # (experts, tokens, d)
-    if module.has_bias:
-        outer = outer + module.down_proj_bias[:, None]
-    if getattr(module, "has_post_expert_norm", False):
-        outer = module.post_expert_norm(outer)
-    shares = hidden.new_zeros(hidden.shape[0], first.shape[0]).scatter(1, chosen, weights)
-    return (outer * shares.transpose(0, 1)[..., None]).sum(0)
 
 
 def _crosses(module: nn.Module) -> bool:

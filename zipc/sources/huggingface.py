@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from zipc.core.errors import UnsupportedModel, UsageError
 from zipc.core.quiet import hush
 from zipc.core.types import InputSpec, ModelTask
-from zipc.sources.attention import ATTENTION, EXPERTS, register_attention
+from zipc.sources.attention import ATTENTION, register_attention
 from zipc.sources.checks import check_files, check_weights
 from zipc.sources.common import (
     BATCH,
@@ -28,6 +28,7 @@ from zipc.sources.common import (
     forward_parameters,
     named_outputs,
 )
+from zipc.sources.experts import EXPERTS, part_experts_, register_experts
 from zipc.sources.hub import digest_of, locate, weights_of
 from zipc.sources.positions import follow_padding_, settle_positions_
 
@@ -127,6 +128,8 @@ def build_module(config: Any, recipe: dict[str, Any] | None = None) -> nn.Module
                 cls, recipe.get("attention", ATTENTION), recipe.get("experts", EXPERTS)
             ),
         )
+    if recipe.get("experts", EXPERTS) == EXPERTS:
+        part_experts_(module)
     if recipe.get("positions") == "mask":
         follow_padding_(module)
     return module
@@ -157,6 +160,7 @@ def _architecture(config: Any) -> Any:
 
 def _implementations(cls: Any, attention: str, experts: str) -> dict[str, str]:
     register_attention()
+    register_experts()
     if not cls._can_set_attn_implementation():
         attention = OWN
     return {"attn_implementation": attention, "experts_implementation": experts}
@@ -355,6 +359,8 @@ def _settle_implementations_(source: SourceModel) -> None:
         elif theirs is None or all(_equal(a, b, mask) for a, b in zip(ours, theirs, strict=True)):
             break
     source.recipe |= {"attention": attention, "experts": experts}
+    if experts == EXPERTS:
+        part_experts_(module)
     if swappable and attention == OWN and not failed:
         source.notes.append(
             f"{type(module).__name__} is traced with its own attention: scaled dot product "
