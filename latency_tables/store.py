@@ -30,6 +30,28 @@ class TableStore:
         folder, *_, name = map(_safe, names)
         return self.root / folder / f"{_safe(runtime)}-{workload.key}" / f"{name}.json"
 
+    def paths(self) -> list[Path]:
+        """All tables, sorted."""
+        return sorted(self.root.rglob("*.json"))
+
+    def find(self, name: str) -> Path:
+        """A table by the path of its file, or by the beginning of its name under this folder.
+
+        Raises:
+            UsageError: there is no such table, or there are several.
+        """
+        path = Path(name)
+        if path.is_file():
+            return path
+        found = [p for p in self.paths() if p.stem.startswith(name)]
+        if len(found) == 1:
+            return found[0]
+        many = f"{len(found)} tables begin with it" if found else "there is no such table"
+        raise UsageError(
+            f"'{name}' is neither a file nor the name of one table under {self.root}: {many}. "
+            "Run: zipc tables list"
+        )
+
     def load(
         self, path: Path, *, fingerprint: Mapping[str, Any] | None, allow_mismatch: bool = False
     ) -> LatencyTable | None:
@@ -43,7 +65,7 @@ class TableStore:
         """
         if not path.exists():
             return None
-        table = _parse(path)
+        table = read_table(path)
         found = differences(table.fingerprint, fingerprint) if fingerprint else []
         if not found:
             return table
@@ -94,7 +116,12 @@ def differences(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[s
     ]
 
 
-def _parse(path: Path) -> LatencyTable:
+def read_table(path: Path) -> LatencyTable:
+    """Read a table of any device.
+
+    Raises:
+        CorruptFile: truncated, edited by hand, or written by a newer zipc.
+    """
     document = read_json(path)
     again = "Delete it and run zipc profile again."
     if not isinstance(document, dict):

@@ -22,7 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from zipc.cli.app import main
+from tests.command_line import Run, command_line
 from zipc.cli.bench import pairs_within
 from zipc.cli.flags import parse_latency, parse_seconds, parse_speedup
 from zipc.cli.printing import show_manifest
@@ -49,27 +49,15 @@ from zipc.manifest import (
     RequestRecord,
     SizeRecord,
 )
-from zipc.numerics.int8 import DYNAMIC, STATIC
-from zipc.targets import SUPPORTED, load_target, target_names
 
 ROOT = Path(__file__).parents[2]
 SHA = "ab" * 32
-OWN = 'runtime = "onnxruntime"\n'
 COMPILE = ["compile", "minilm", "--speedup", "2x", "--data", "d", "-o", "OUT"]
-
-Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    def go(*arguments: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as stop:
-            main(arguments)
-        out, err = capsys.readouterr()
-        assert isinstance(stop.value.code, int)
-        return stop.value.code, out, err
-
-    return go
+    return command_line(capsys)
 
 
 @pytest.fixture
@@ -559,60 +547,13 @@ class TestOtherVerbs:
         assert run("--version") == (0, "zipc 0.1.0\n", "")
         code, out, _ = run("--help")
         assert code == 0
-        for verb in ("compile", "plan", "profile", "bench", "inspect", "check", "doctor"):
-            assert verb in out
+        verbs = "compile plan profile bench inspect check doctor targets tables".split()
+        assert all(verb in out for verb in verbs)
 
     def test_python_m_zipc_is_the_same_program(self) -> None:
         command = [sys.executable, "-m", "zipc", "--version"]
         ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert (ran.returncode, ran.stdout) == (0, "zipc 0.1.0\n")
-
-
-class TestTargets:
-    def test_supported_numerics_are_the_implemented_ones(self) -> None:
-        assert SUPPORTED["numerics"] == ("fp32", DYNAMIC, STATIC)
-
-    def test_cpu_is_built_in(self) -> None:
-        target = load_target("cpu")
-        assert (target.name, target.runtime) == ("cpu", "onnxruntime")
-        assert "cpu" in target_names()
-
-    def test_unknown_target_is_answered_with_the_nearest(self) -> None:
-        with pytest.raises(UsageError, match=r"Unknown target 'cpuu'\. Did you mean 'cpu'\?"):
-            load_target("cpuu")
-
-    def test_own_target_is_read_from_its_file(self, tmp_path: Path) -> None:
-        file = tmp_path / "desk.toml"
-        file.write_text('runtime = "onnxruntime"\nnumerics = ["fp32"]\nwidth_step = 8\n')
-        expected = replace(load_target("cpu"), name="desk", numerics=("fp32",), width_step=8)
-        assert load_target(str(file)) == replace(expected, description="")
-
-    @pytest.mark.parametrize(
-        ("text", "said"),
-        [
-            ('runtime = "x', "not valid TOML"),
-            ('runtime = "x"', "numerics"),
-            ('runtime = "x"\nnumerics = ["fp32"]\nwidth = 3', "unknown keys: width"),
-            ('runtime = "x"\nnumerics = ["fp32"]\nwidth_step = 0', "width_step"),
-            ('runtime = "x"\nnumerics = ["int8-static"]', "reference numeric"),
-            ('runtime = "openvino"\nnumerics = ["fp32"]', "runtime 'openvino'.*onnxruntime"),
-            (f'{OWN}numerics = ["fp32", "int3"]', "numerics 'int3'.*int8-static"),
-            (f'{OWN}numerics = ["fp32"]\nconnection = "ssh"', "connection 'ssh'.*local"),
-            (
-                f'{OWN}numerics = ["int8-static"]\nreference_numeric = "int8-static"',
-                "reference_numeric 'int8-static'.*fp32",
-            ),
-        ],
-    )
-    def test_bad_target_file_says_what_is_wrong(self, tmp_path: Path, text: str, said: str) -> None:
-        file = tmp_path / "desk.toml"
-        file.write_text(text)
-        with pytest.raises(UsageError, match=said):
-            load_target(str(file))
-
-    def test_missing_target_file_names_the_built_in_ones(self) -> None:
-        with pytest.raises(UsageError, match=r"cannot be read.*built-in target: .*cpu"):
-            load_target("./nowhere.toml")
 
 
 def test_plain_progress_tells_each_stage_and_its_time() -> None:

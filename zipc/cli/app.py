@@ -14,6 +14,8 @@ import typer
 import zipc
 from zipc.cli import bench, check, compile, doctor, inspect, plan, profile
 from zipc.cli.running import error_document, print_json
+from zipc.cli.tables import tables_app
+from zipc.cli.targets import targets_app
 
 app = typer.Typer(
     name="zipc",
@@ -32,6 +34,8 @@ for verb in (
     doctor.doctor_verb,
 ):
     app.command(verb.__name__.removesuffix("_verb"))(verb)
+app.add_typer(targets_app, name="targets")
+app.add_typer(tables_app, name="tables")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -92,7 +92,8 @@ def _stacked(module: Any, hidden: Tensor, shares: Tensor) -> Tensor:
         outer = outer + module.down_proj_bias[:, None]
     if getattr(module, "has_post_expert_norm", False):
         outer = module.post_expert_norm(outer)
-    return (outer * shares.transpose(0, 1)[..., None]).sum(0)
+    total: Tensor = (outer * shares.transpose(0, 1)[..., None]).sum(0)
+    return total
 
 
 def _is_stack(module: Any) -> bool:

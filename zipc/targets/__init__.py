@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
+import re
 import tomllib
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import platformdirs
 from pydantic import TypeAdapter, ValidationError
 
 from zipc.core.errors import UsageError
+from zipc.core.files import write_atomic
 from zipc.core.types import Target
 
 SUPPORTED = {  # a target that asks for more would be measured as something it is not
@@ -23,39 +26,68 @@ SUPPORTED = {  # a target that asks for more would be measured as something it i
 
 
 def load_target(name: str) -> Target:
-    """Load a built-in target by name, or one of the user's own by the path of its .toml file.
+    """Load a target by its name, or by the path of its .toml file.
 
     Raises:
         UsageError: no such target, or its file does not describe one.
     """
     if name.endswith(".toml") or "/" in name:
-        return _own_target(Path(name))
-    known = target_names()
+        return _read(Path(name))
+    known = target_files()
     if name not in known:
         close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
         hint = f"Did you mean '{close[0]}'? " if close else ""
         raise UsageError(
-            f"Unknown target '{name}'. {hint}Built-in targets: {', '.join(known)}; "
-            "one of your own is given by the path of its .toml file."
+            f"Unknown target '{name}'. {hint}Targets: {', '.join(known)}; one of your own is "
+            "given by the path of its .toml file, or by name after zipc targets add FILE."
         )
-    text = resources.files(__name__).joinpath(f"{name}.toml").read_text()
-    return _parse(text, where=f"target '{name}'", default_name=name)
+    return _read(known[name])
 
 
-def target_names() -> tuple[str, ...]:
-    """Names of the targets shipped with zipc, sorted."""
-    files = (Path(entry.name) for entry in resources.files(__name__).iterdir())
-    return tuple(sorted(file.stem for file in files if file.suffix == ".toml"))
+def target_files() -> dict[str, Path]:
+    """The file of every target by name, sorted: those shipped with zipc and the user's own."""
+    found = {path.stem: path for path in own_folder().glob("*.toml")} | shipped_files()
+    return dict(sorted(found.items()))
 
 
-def _own_target(path: Path) -> Target:
+def shipped_files() -> dict[str, Path]:
+    """The files of the targets shipped with zipc, by name."""
+    return {path.stem: path for path in Path(__file__).parent.glob("*.toml")}
+
+
+def own_folder() -> Path:
+    """Where the user's own targets are kept: `$ZIPC_CONFIG_DIR`, else the user's folder."""
+    chosen = os.environ.get("ZIPC_CONFIG_DIR")
+    base = Path(os.path.expanduser(chosen)) if chosen else platformdirs.user_config_path("zipc")
+    return base / "targets"
+
+
+def add_target(path: Path, *, name: str | None = None) -> Path:
+    """Check a target file and keep a copy under its name; returns where.
+
+    Raises:
+        UsageError: it does not describe a target, or there is one of that name.
+    """
+    name = path.stem if name is None else name
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise UsageError(f"'{name}' cannot be the name of a target: letters, digits, '.-_' only.")
+    _read(path)
+    held = target_files().get(name)
+    if held is not None:
+        raise UsageError(f"There is a target '{name}' already: {held}. Give another --name.")
+    kept = own_folder() / f"{name}.toml"
+    write_atomic(kept, path.read_bytes())
+    return kept
+
+
+def _read(path: Path) -> Target:
     try:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise UsageError(
             f"Target file {path} cannot be read: {reason}. Give the path of a .toml file, "
-            f"or a built-in target: {', '.join(target_names())}."
+            f"or the name of a target: {', '.join(target_files())}."
         ) from error
     return _parse(text, where=str(path), default_name=path.stem)
 

@@ -1,0 +1,141 @@
+"""Targets: files that say what a device can do, and the verbs around them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.command_line import Run, command_line
+from zipc.core.errors import UsageError
+from zipc.numerics.int8 import DYNAMIC, STATIC
+from zipc.targets import SUPPORTED, load_target, shipped_files, target_files
+
+OWN = 'runtime = "onnxruntime"\n'
+DESK = f'{OWN}numerics = ["fp32"]\nwidth_step = 8\ndescription = "on my desk"\n'
+
+
+@pytest.fixture(autouse=True)
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("ZIPC_CONFIG_DIR", str(tmp_path / "config"))
+    return tmp_path / "config"
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    return command_line(capsys)
+
+
+def test_supported_numerics_are_the_implemented_ones() -> None:
+    assert SUPPORTED["numerics"] == ("fp32", DYNAMIC, STATIC)
+
+
+def test_cpu_is_built_in() -> None:
+    target = load_target("cpu")
+    assert (target.name, target.runtime) == ("cpu", "onnxruntime")
+    assert target_files()["cpu"] == shipped_files()["cpu"]
+
+
+def test_unknown_target_is_answered_with_the_nearest() -> None:
+    with pytest.raises(UsageError, match=r"Unknown target 'cpuu'\. Did you mean 'cpu'\?"):
+        load_target("cpuu")
+
+
+def test_own_target_is_read_from_its_file(tmp_path: Path) -> None:
+    file = tmp_path / "desk.toml"
+    file.write_text('runtime = "onnxruntime"\nnumerics = ["fp32"]\nwidth_step = 8\n')
+    expected = replace(load_target("cpu"), name="desk", numerics=("fp32",), width_step=8)
+    assert load_target(str(file)) == replace(expected, description="")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('runtime = "x', "not valid TOML"),
+        ('runtime = "x"', "numerics"),
+        ('runtime = "x"\nnumerics = ["fp32"]\nwidth = 3', "unknown keys: width"),
+        ('runtime = "x"\nnumerics = ["fp32"]\nwidth_step = 0', "width_step"),
+        ('runtime = "x"\nnumerics = ["int8-static"]', "reference numeric"),
+        ('runtime = "openvino"\nnumerics = ["fp32"]', "runtime 'openvino'.*onnxruntime"),
+        (f'{OWN}numerics = ["fp32", "int3"]', "numerics 'int3'.*int8-static"),
+        (f'{OWN}numerics = ["fp32"]\nconnection = "ssh"', "connection 'ssh'.*local"),
+        (
+            f'{OWN}numerics = ["int8-static"]\nreference_numeric = "int8-static"',
+            "reference_numeric 'int8-static'.*fp32",
+        ),
+    ],
+)
+def test_bad_target_file_says_what_is_wrong(tmp_path: Path, text: str, said: str) -> None:
+    file = tmp_path / "desk.toml"
+    file.write_text(text)
+    with pytest.raises(UsageError, match=said):
+        load_target(str(file))
+
+
+def test_missing_target_file_names_those_there_are() -> None:
+    with pytest.raises(UsageError, match=r"cannot be read.*name of a target: .*cpu"):
+        load_target("./nowhere.toml")
+
+
+def test_an_added_target_is_found_by_its_name(run: Run, tmp_path: Path, config: Path) -> None:
+    file = tmp_path / "desk.toml"
+    file.write_text(DESK)
+    code, out, _ = run("targets", "add", str(file), "--format", "json")
+    assert code == 0
+    assert json.loads(out) == {"name": "desk", "file": str(config / "targets" / "desk.toml")}
+    assert load_target("desk") == load_target(str(file))
+    file.unlink()
+    code, out, _ = run("targets", "list", "--format", "json")
+    found = {row["name"]: row for row in json.loads(out)["targets"]}
+    assert (found["cpu"]["shipped"], found["desk"]["shipped"]) == (True, False)
+    assert found["desk"]["width_step"] == 8
+    code, out, _ = run("targets", "list")
+    assert "on my desk" in out
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("cpu", "target 'cpu' already"),
+        ("../x", "cannot be the name"),
+        ("", "cannot be the name"),
+        (None, "target 'desk' already"),
+    ],
+)
+def test_a_target_is_not_added_over_another(
+    run: Run, tmp_path: Path, config: Path, name: str | None, said: str
+) -> None:
+    file = tmp_path / "desk.toml"
+    file.write_text(DESK)
+    run("targets", "add", str(file))
+    flags = [] if name is None else ["--name", name]
+    code, _, err = run("targets", "add", str(file), *flags)
+    assert code == 2
+    assert said in err
+    assert [p.name for p in (config / "targets").iterdir()] == ["desk.toml"]
+
+
+def test_a_damaged_target_is_listed_as_such_and_not_added(
+    run: Run, tmp_path: Path, config: Path
+) -> None:
+    bad = tmp_path / "bad.toml"
+    bad.write_text("runtime = ")
+    code, _, err = run("targets", "add", str(bad))
+    assert (code, "not valid TOML" in err) == (2, True)
+    assert not config.exists()
+    (config / "targets").mkdir(parents=True)
+    bad.rename(config / "targets" / "bad.toml")
+    code, out, _ = run("targets", "list")
+    assert code == 0
+    assert "damaged" in out
+    assert "bad.toml is not valid TOML" in out
+
+
+def test_show_prints_every_field(run: Run) -> None:
+    code, out, _ = run("targets", "show", "cpu", "--format", "json")
+    assert code == 0
+    assert json.loads(out)["runtime"] == load_target("cpu").runtime
+    code, _, err = run("targets", "show", "cpuu")
+    assert (code, "Did you mean 'cpu'" in err) == (2, True)

@@ -1,0 +1,339 @@
+"""`zipc tables`: the latency tables on this machine, and files of them."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from zipc.cli.flags import FormatFlag
+from zipc.cli.printing import show_fields
+from zipc.cli.running import Outcome, run_verb
+from zipc.core.errors import CorruptFile, UsageError
+from zipc.core.files import write_atomic
+from zipc.core.types import Progress
+from zipc.latency_tables.compare import Comparison, compare, dominated
+from zipc.latency_tables.store import TableStore, default_cache_dir, read_table
+from zipc.latency_tables.table import LatencyTable
+
+tables_app = typer.Typer(
+    help="List, show, compare, join and check latency tables.", no_args_is_help=True
+)
+BAR = 24  # characters of the longest bar
+NAME = 12  # characters of a table's name that are printed
+WORST = 10  # entries of a comparison that are printed
+COLUMNS = ("signature", "width", "numeric", "pattern", "ms", "ratio", "noise", "samples")
+
+CacheFlag = Annotated[
+    Path | None, typer.Option("--cache-dir", help="Where tables and finished stages are kept.")
+]
+TableArgument = Annotated[
+    str,
+    typer.Argument(
+        help="A table: its file, or the beginning of its name in `zipc tables list`.",
+        metavar="TABLE",
+        show_default=False,
+    ),
+]
+OutFlag = Annotated[
+    Path, typer.Option("-o", "--output", help="File to write; it must not exist yet.")
+]
+
+
+@tables_app.command("list")
+def list_verb(*, cache_dir: CacheFlag = None, format: FormatFlag = "table") -> None:
+    """Print every table kept on this machine."""
+
+    def body(progress: Progress) -> Outcome:
+        store = _store(cache_dir)
+        rows = [_summary(path) for path in store.paths()]
+        document = {"folder": str(store.root), "tables": rows}
+        return Outcome(document, lambda console: _show_list(console, document))
+
+    run_verb(body, output=format)
+
+
+@tables_app.command("show")
+def show_verb(
+    table: TableArgument, *, cache_dir: CacheFlag = None, format: FormatFlag = "table"
+) -> None:
+    """Print the prices of a table: latency against width for every site and precision."""
+
+    def body(progress: Progress) -> Outcome:
+        path = _store(cache_dir).find(table)
+        held = read_table(path)
+        document = _summary(path) | {
+            "fingerprint": held.fingerprint,
+            "state": held.state,
+            "notes": list(held.notes),
+            "prices": _prices(held),
+        }
+        return Outcome(document, lambda console: _show_table(console, document))
+
+    run_verb(body, output=format)
+
+
+@tables_app.command("diff")
+def diff_verb(
+    first: TableArgument,
+    second: TableArgument,
+    *,
+    cache_dir: CacheFlag = None,
+    format: FormatFlag = "table",
+) -> None:
+    """Print where two tables differ: devices, levels and prices."""
+
+    def body(progress: Progress) -> Outcome:
+        store = _store(cache_dir)
+        found = compare(*(read_table(store.find(name)) for name in (first, second)))
+        document = {
+            "fingerprint": list(found.fingerprint),
+            "only_first": found.only_first,
+            "only_second": found.only_second,
+            "common": len(found.pairs),
+            "same_anchor": found.same_anchor,
+            "median_difference": found.median_difference,
+            "prices": [
+                {
+                    "signature": p.signature,
+                    **_level(p.level),
+                    "first_ms": p.first_ms,
+                    "second_ms": p.second_ms,
+                    "ratio": p.ratio,
+                }
+                for p in found.pairs
+            ],
+        }
+        return Outcome(document, lambda console: _show_difference(console, found))
+
+    run_verb(body, output=format)
+
+
+@tables_app.command("merge")
+def merge_verb(
+    tables: Annotated[
+        list[str],
+        typer.Argument(help="Tables of one device and workload; later ones win.", metavar="TABLE"),
+    ],
+    *,
+    output: OutFlag,
+    cache_dir: CacheFlag = None,
+    format: FormatFlag = "table",
+) -> None:
+    """Join tables of the same device, runtime, workload and anchor into one file."""
+
+    def body(progress: Progress) -> Outcome:
+        store = _store(cache_dir)
+        if len(tables) < 2:
+            raise UsageError("Give at least two tables to merge.")
+        _must_be_new(output)
+        held = [read_table(store.find(name)) for name in tables]
+        joined = held[0]
+        for other in held[1:]:
+            joined = joined.merge(other)
+        store.save(joined, output)
+        document = _summary(output)
+        return Outcome(document, lambda console: show_fields(console, document))
+
+    run_verb(body, output=format)
+
+
+@tables_app.command("export")
+def export_verb(
+    table: TableArgument,
+    *,
+    output: OutFlag,
+    cache_dir: CacheFlag = None,
+    format: FormatFlag = "table",
+) -> None:
+    """Write a table to a file: all of it as .json, or its prices as .csv."""
+
+    def body(progress: Progress) -> Outcome:
+        store = _store(cache_dir)
+        held = read_table(store.find(table))
+        _must_be_new(output)
+        if output.suffix == ".json":
+            store.save(held, output)
+        elif output.suffix == ".csv":
+            write_atomic(output, _csv(_prices(held)))
+        else:
+            raise UsageError(f"{output} must end in .json or .csv.")
+        document = {"path": str(output), "entries": len(held.entries)}
+        return Outcome(document, lambda console: show_fields(console, document))
+
+    run_verb(body, output=format)
+
+
+@tables_app.command("validate")
+def validate_verb(
+    files: Annotated[
+        list[Path], typer.Argument(help="Files of tables.", metavar="FILE", show_default=False)
+    ],
+    *,
+    format: FormatFlag = "table",
+) -> None:
+    """Check files of tables: schema, digest, samples. Exit 2 when one is damaged."""
+
+    def body(progress: Progress) -> Outcome:
+        rows = [_summary(path) for path in files]
+        document = {"tables": rows, "ok": all(row["error"] is None for row in rows)}
+        return Outcome(
+            document,
+            lambda console: _show_list(console, {"tables": rows}),
+            0 if document["ok"] else CorruptFile.exit_code,
+        )
+
+    run_verb(body, output=format)
+
+
+def _store(cache_dir: Path | None) -> TableStore:
+    return TableStore((cache_dir or default_cache_dir()) / "tables")
+
+
+def _must_be_new(path: Path) -> None:
+    if path.exists():
+        raise UsageError(f"{path} exists already. Give another name, or remove it.")
+
+
+def _summary(path: Path) -> dict[str, Any]:
+    """What is said of a table in a list; of a damaged one, what is wrong with it."""
+    row: dict[str, Any] = {"name": path.stem, "path": str(path), "error": None}
+    try:
+        held = read_table(path)
+    except CorruptFile as error:
+        return row | {"error": str(error)}
+    return row | {
+        "kind": held.kind,
+        "target": held.target,
+        "runtime": held.runtime,
+        "workload": str(held.workload),
+        "entries": len(held.entries),
+        "noise": held.noise,
+        "correction_error": held.correction.median_error if held.correction else None,
+        "created": held.created.isoformat(timespec="seconds"),
+    }
+
+
+def _level(level: Any) -> dict[str, Any]:
+    return {"width": level.width, "numeric": level.numeric, "pattern": level.pattern}
+
+
+def _prices(table: LatencyTable) -> list[dict[str, Any]]:
+    idle = dominated(table)
+    return [
+        {
+            "signature": e.signature,
+            **_level(e.level),
+            "ms": table.price(e.signature, e.level),
+            "ratio": e.ratio,
+            "noise": e.noise,
+            "outlier_share": e.outlier_share,
+            "samples": len(e.samples_ms),
+            "no_faster_than": idle.get(e.key),
+        }
+        for e in table.entries
+    ]
+
+
+def _csv(prices: Sequence[Mapping[str, Any]]) -> str:
+    page = io.StringIO()
+    writer = csv.DictWriter(page, COLUMNS, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(prices)
+    return page.getvalue()
+
+
+def _show_list(console: Console, document: Mapping[str, Any]) -> None:
+    rows = document["tables"]
+    if not rows:
+        console.print(
+            f"no tables under {document['folder']}; zipc profile MODEL makes one",
+            markup=False,
+            soft_wrap=True,
+        )
+        return
+    table = Table(box=None, pad_edge=False)
+    for name in ("name", "kind", "target", "runtime", "workload"):
+        table.add_column(name, overflow="fold")
+    for name in ("prices", "noise", "sums off by"):
+        table.add_column(name, justify="right")
+    table.add_column("created")
+    for row in rows:
+        if row["error"] is None:
+            off = row["correction_error"]
+            table.add_row(
+                escape(row["name"][:NAME]),
+                *(escape(row[n]) for n in ("kind", "target", "runtime", "workload")),
+                str(row["entries"]),
+                f"{row['noise']:.1%}",
+                "-" if off is None else f"{off:.1%}",
+                row["created"][:16].replace("T", " "),
+            )
+    if table.row_count:
+        console.print(table)
+    for row in rows:
+        if row["error"] is not None:
+            console.print(f"damaged: {row['error']}", markup=False, soft_wrap=True)
+
+
+def _show_table(console: Console, document: Mapping[str, Any]) -> None:
+    shown = ("path", "kind", "target", "runtime", "workload", "created", "fingerprint", "notes")
+    show_fields(console, {n: document[n] for n in (*shown, "noise", "correction_error")})
+    signatures = dict.fromkeys(p["signature"] for p in document["prices"])
+    for signature in signatures:
+        _show_site(
+            console, signature, [p for p in document["prices"] if p["signature"] == signature]
+        )
+
+
+def _show_site(console: Console, signature: str, prices: Sequence[Mapping[str, Any]]) -> None:
+    """Milliseconds against width, a bar for each precision, the widest first."""
+    longest = max(p["ms"] for p in prices)
+    table = Table(box=None, pad_edge=False, title=escape(signature), title_justify="left")
+    table.add_column("width", justify="right")
+    table.add_column("numeric")
+    table.add_column("ms", justify="right")
+    table.add_column("noise", justify="right")
+    table.add_column("", no_wrap=True)
+    for p in sorted(prices, key=lambda p: (p["numeric"], -p["width"])):
+        bar = "█" * max(1, round(BAR * p["ms"] / longest))
+        idle = p["no_faster_than"]
+        numeric = p["numeric"] if p["pattern"] == "dense" else f"{p['numeric']} {p['pattern']}"
+        table.add_row(
+            str(p["width"]) if p["width"] else "removed",
+            escape(numeric) if p["width"] else "",
+            f"{p['ms']:.3f}",
+            f"{p['noise']:.1%}",
+            bar + ("" if idle is None else f" no faster than {idle}"),
+        )
+    console.print()
+    console.print(table)
+
+
+def _show_difference(console: Console, found: Comparison) -> None:
+    for line in _difference(found):
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def _difference(found: Comparison) -> Iterable[str]:
+    yield from (f"device: {line}" for line in found.fingerprint)
+    yield (
+        f"{len(found.pairs)} levels in both, {found.only_first} only in the first, "
+        f"{found.only_second} only in the second"
+    )
+    if found.median_difference is None:
+        return
+    what = "ratios to the same anchor" if found.same_anchor else "milliseconds"
+    yield f"prices ({what}) differ by {found.median_difference:.1%} (median)"
+    for p in found.pairs[:WORST]:
+        yield (
+            f"  {p.signature} at {p.level}: {p.first_ms:.3f} ms, {p.second_ms:.3f} ms "
+            f"({p.ratio - 1:+.1%})"
+        )
