@@ -33,7 +33,8 @@ from zipc.profiler.fingerprint import device_fingerprint
 from zipc.profiler.runners.onnxruntime import OnnxRuntimeRunner
 from zipc.profiler.timing import interleave, warm_up
 from zipc.pruner.graph.trace import trace
-from zipc.sources.attention import ATTENTION, EXPERTS, register_attention
+from zipc.sources.attention import ATTENTION, register_attention
+from zipc.sources.experts import EXPERTS, part_experts_, register_experts
 
 RESULTS = Path(__file__).parent / "results" / "dense_export.json"
 NAMES = ("ours", "stock", "stock_static")
@@ -206,6 +207,7 @@ def build(family: str, attention: str, experts: str) -> nn.Module:
     """The model with random weights, the same for every call."""
     model, config, settings, _ = FAMILIES[family]
     register_attention()
+    register_experts()
     torch.manual_seed(0)
     with hush():
         module: nn.Module = getattr(transformers, model)._from_config(
@@ -213,6 +215,8 @@ def build(family: str, attention: str, experts: str) -> nn.Module:
             attn_implementation=None if family in CONVOLUTIONAL else attention,
             **({"experts_implementation": experts} if "Mixtral" in model else {}),
         )
+    if experts == EXPERTS:
+        part_experts_(module)
     for part in module.modules():
         if isinstance(part, nn.Conv2d):  # or the signal dies out over many layers
             nn.init.kaiming_normal_(part.weight, nonlinearity="relu")

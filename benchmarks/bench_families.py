@@ -148,11 +148,31 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
         SIZED,
     ),
 }
+# network in plain torch -> (module, class, arguments); the small ones of the tests, wider
+PLAIN: dict[str, tuple[str, str, str]] = {
+    "resnet-20": ("vision", "CifarResNet", "depth=20, width=16"),
+    "vgg": ("vision", "Vgg", "(64, None, 128, 128, None, 256, None, 256, None, 256, None)"),
+    "googlenet": ("vision", "GoogLeNet", "scale=8"),
+    "densenet": ("vision", "DenseNet", "growth=32, stem=64"),
+    "mobilenet-v3": ("vision", "MobileNetV3", "scale=8"),
+    "unet": ("dense_prediction", "UNet", "scale=8"),
+    "yolo": ("dense_prediction", "Yolo", "scale=8"),
+}
+FACTORY = """import torch
+from tests.zoo.{module} import {network}
+
+example_inputs = {{"x": torch.zeros(1, 3, 64, 64)}}
+
+
+def network():
+    torch.manual_seed(0)
+    return {network}({arguments}).eval()
+"""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--families", default=",".join(FAMILIES))
+    parser.add_argument("--families", default=",".join([*FAMILIES, *PLAIN]))
     parser.add_argument("--speedup", default="1.3x")
     parser.add_argument("--effort", default="quick")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -173,13 +193,20 @@ def main() -> None:
 
 def one_run(arguments: argparse.Namespace, family: str, folder: Path) -> dict[str, Any]:
     """Save a model and data, compile, and keep what came out."""
-    architecture, settings, flags = FAMILIES[family]
-    save_model(architecture, settings, folder / "model")
-    save_data(architecture, folder / "data.npz")
-    asked = [str(folder / "model"), *flags, "--data", str(folder / "data.npz")]
+    if family in PLAIN:
+        module, architecture, given = PLAIN[family]
+        file = folder / "net.py"
+        file.write_text(FACTORY.format(module=module, network=architecture, arguments=given))
+        model, flags, kind = f"{file}:network", [], "x"
+    else:
+        architecture, settings, flags = FAMILIES[family]
+        save_model(architecture, settings, folder / "model")
+        model, kind = str(folder / "model"), kind_of(architecture)
+    save_data(architecture, kind, folder / "data.npz")
+    asked = [model, *flags, "--data", str(folder / "data.npz")]
     asked += ["--speedup", arguments.speedup, "--effort", arguments.effort]
     asked += ["-o", str(folder / "out"), "--cache-dir", str(folder / "cache")]
-    if "text" in kind_of(architecture) and "decode" not in family:
+    if "text" in kind and "decode" not in family:
         asked += ["--sequence-length", str(LENGTH)]
     ran = compile_model(asked)
     run: dict[str, Any] = {
@@ -207,9 +234,9 @@ def one_run(arguments: argparse.Namespace, family: str, folder: Path) -> dict[st
 
 
 def kind_of(architecture: str) -> str:
-    """What a model of this architecture reads: text, a pair of texts, or images."""
+    """What a model of this architecture reads: text, a text pair, or images by this name."""
     if "Image" in architecture:
-        return "image"
+        return "pixel_values"
     return "text pair" if "ConditionalGeneration" in architecture else "text"
 
 
@@ -227,11 +254,10 @@ def save_model(architecture: str, settings: dict[str, Any], folder: Path) -> Non
         module.save_pretrained(folder)
 
 
-def save_data(architecture: str, path: Path) -> None:
+def save_data(architecture: str, kind: str, path: Path) -> None:
     rng = np.random.default_rng(0)
-    kind = kind_of(architecture)
-    if kind == "image":
-        arrays = {"pixel_values": rng.standard_normal((ROWS, 3, 64, 64), dtype=np.float32)}
+    if "text" not in kind:
+        arrays = {kind: rng.standard_normal((ROWS, 3, 64, 64), dtype=np.float32)}
     else:
         ids = rng.integers(5, 500, (ROWS, LENGTH))
         ids[:, -1] = 2

@@ -17,17 +17,18 @@ class UNet(nn.Module):
     `transposed` doubles the size with a ConvTranspose2d, otherwise by upsampling and a 1x1 filter.
     """
 
-    def __init__(self, *, transposed: bool = True, classes: int = 3) -> None:
+    def __init__(self, *, transposed: bool = True, scale: int = 1, classes: int = 3) -> None:
         super().__init__()
-        self.down1 = _double(3, 4)
-        self.down2 = _double(4, 6)
-        self.bottom = _double(6, 8)
+        s = scale
+        self.down1 = _double(3, 4 * s)
+        self.down2 = _double(4 * s, 6 * s)
+        self.bottom = _double(6 * s, 8 * s)
         self.pool = nn.MaxPool2d(2)
-        self.up2 = _enlarge(8, 6, transposed=transposed)
-        self.merge2 = _double(12, 6)
-        self.up1 = _enlarge(6, 4, transposed=transposed)
-        self.merge1 = _double(8, 4)
-        self.head = nn.Conv2d(4, classes, 1)
+        self.up2 = _enlarge(8 * s, 6 * s, transposed=transposed)
+        self.merge2 = _double(12 * s, 6 * s)
+        self.up1 = _enlarge(6 * s, 4 * s, transposed=transposed)
+        self.merge1 = _double(8 * s, 4 * s)
+        self.head = nn.Conv2d(4 * s, classes, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         fine = self.down1(x)
@@ -168,19 +169,20 @@ class Detect(nn.Module):
 class Yolo(nn.Module):
     """A backbone of C2f blocks, a neck that goes up and down again, and a head on two maps."""
 
-    def __init__(self, *, classes: int = 3, bins: int = 4) -> None:
+    def __init__(self, *, scale: int = 1, classes: int = 3, bins: int = 4) -> None:
         super().__init__()
-        self.stem = conv_norm(3, 4, 3, nn.SiLU(), stride=2)
-        self.down1 = conv_norm(4, 8, 3, nn.SiLU(), stride=2)
-        self.c2f1 = C2f(8, 8, half=4, count=2, add=True)
-        self.down2 = conv_norm(8, 12, 3, nn.SiLU(), stride=2)
-        self.c2f2 = C2f(12, 12, half=6, add=True, sizes=True)
-        self.sppf = Sppf(12, 10)
+        s = scale
+        self.stem = conv_norm(3, 4 * s, 3, nn.SiLU(), stride=2)
+        self.down1 = conv_norm(4 * s, 8 * s, 3, nn.SiLU(), stride=2)
+        self.c2f1 = C2f(8 * s, 8 * s, half=4 * s, count=2, add=True)
+        self.down2 = conv_norm(8 * s, 12 * s, 3, nn.SiLU(), stride=2)
+        self.c2f2 = C2f(12 * s, 12 * s, half=6 * s, add=True, sizes=True)
+        self.sppf = Sppf(12 * s, 10 * s)
         self.grow = nn.Upsample(scale_factor=2, mode="nearest")
-        self.up = C2f(18, 6, half=3)
-        self.down3 = conv_norm(6, 6, 3, nn.SiLU(), stride=2)
-        self.out = C2f(16, 10, half=4)
-        self.detect = Detect((6, 10), classes=classes, bins=bins)
+        self.up = C2f(18 * s, 6 * s, half=3 * s)
+        self.down3 = conv_norm(6 * s, 6 * s, 3, nn.SiLU(), stride=2)
+        self.out = C2f(16 * s, 10 * s, half=4 * s)
+        self.detect = Detect((6 * s, 10 * s), classes=classes, bins=bins)
 
     def forward(self, x: Tensor) -> Tensor:
         fine = self.c2f1(self.down1(self.stem(x)))

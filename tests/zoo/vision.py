@@ -192,13 +192,14 @@ class Inception(nn.Module):
 class GoogLeNet(nn.Module):
     """A stem, two Inception modules, a pooling between them and one after them."""
 
-    def __init__(self, *, classes: int = 5) -> None:
+    def __init__(self, *, scale: int = 1, classes: int = 5) -> None:
         super().__init__()
-        self.stem = conv_norm(3, 6, 3, nn.ReLU(), stride=2)
-        self.inception1 = Inception(6, widths=(4, 3, 5, 2, 3, 4))
+        s = scale
+        self.stem = conv_norm(3, 6 * s, 3, nn.ReLU(), stride=2)
+        self.inception1 = Inception(6 * s, widths=[w * s for w in (4, 3, 5, 2, 3, 4)])
         self.pool = nn.MaxPool2d(3, stride=2, ceil_mode=True)
-        self.inception2 = Inception(16, widths=(3, 4, 6, 2, 4, 3))
-        self.head = nn.Linear(16, classes)
+        self.inception2 = Inception(16 * s, widths=[w * s for w in (3, 4, 6, 2, 4, 3)])
+        self.head = nn.Linear(16 * s, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.inception2(self.pool(self.inception1(self.stem(x))))
@@ -225,11 +226,11 @@ class DenseLayer(nn.Module):
 class DenseNet(nn.Module):
     """Two dense blocks with a transition that halves the channels."""
 
-    def __init__(self, *, growth: int = 4, classes: int = 5) -> None:
+    def __init__(self, *, growth: int = 4, stem: int = 6, classes: int = 5) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(3, 6, 3, stride=2, padding=1, bias=False)
-        self.block1 = nn.ModuleList(DenseLayer(6 + i * growth, growth) for i in range(3))
-        channels = 6 + 3 * growth
+        self.stem = nn.Conv2d(3, stem, 3, stride=2, padding=1, bias=False)
+        self.block1 = nn.ModuleList(DenseLayer(stem + i * growth, growth) for i in range(3))
+        channels = stem + 3 * growth
         half = channels // 2
         self.transition = nn.Sequential(
             nn.BatchNorm2d(channels), nn.ReLU(), nn.Conv2d(channels, half, 1), nn.AvgPool2d(2)
@@ -322,18 +323,19 @@ class MobileNetV2(nn.Module):
 class MobileNetV3(nn.Module):
     """Squeeze-excite, Hardswish, 5x5 depthwise filters, and two linear layers at the end."""
 
-    def __init__(self, *, classes: int = 5) -> None:
+    def __init__(self, *, scale: int = 1, classes: int = 5) -> None:
         super().__init__()
+        s, hard = scale, nn.Hardswish
         self.features = nn.Sequential(
-            conv_norm(3, 6, 3, nn.Hardswish(), stride=2),
-            InvertedResidual(6, 8, 6, act=nn.ReLU, squeezed=4),
-            InvertedResidual(6, 12, 8, act=nn.Hardswish, kernel=5, stride=2, squeezed=5),
-            InvertedResidual(8, 16, 8, act=nn.Hardswish, kernel=5),
-            conv_norm(8, 16, 1, nn.Hardswish()),
+            conv_norm(3, 6 * s, 3, hard(), stride=2),
+            InvertedResidual(6 * s, 8 * s, 6 * s, act=nn.ReLU, squeezed=4 * s),
+            InvertedResidual(6 * s, 12 * s, 8 * s, act=hard, kernel=5, stride=2, squeezed=5 * s),
+            InvertedResidual(8 * s, 16 * s, 8 * s, act=hard, kernel=5),
+            conv_norm(8 * s, 16 * s, 1, hard()),
         )
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Sequential(
-            nn.Linear(16, 12), nn.Hardswish(), nn.Dropout(0.2), nn.Linear(12, classes)
+            nn.Linear(16 * s, 12 * s), hard(), nn.Dropout(0.2), nn.Linear(12 * s, classes)
         )
 
     def forward(self, x: Tensor) -> Tensor:
