@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -102,6 +102,16 @@ class OnnxGraph:
                 entry.version = max(entry.version, version)
         lowest = helper.find_min_ir_version_for(list(proto.opset_import))
         proto.ir_version = max(proto.ir_version, lowest)
+        self.proto = proto
+
+    def add_inputs_(self, shapes: Mapping[str, list[int]]) -> None:
+        """Let the graph be given more values, in floats."""
+        proto = onnx.ModelProto()
+        proto.CopyFrom(self.proto)
+        proto.graph.input.extend(
+            helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
+            for name, shape in shapes.items()
+        )
         self.proto = proto
 
     def row_bytes(self) -> int:

@@ -21,6 +21,7 @@ from zipc.exporters.shapes import (
     write_target_,
 )
 
+EMISSION = 2  # of the way graphs are written: prices of another are not prices of these
 FloatArray = np.ndarray[Any, np.dtype[np.float32]]
 
 
@@ -51,8 +52,11 @@ class Edit:
     size_of: SizeOf | None = None
 
 
-def specialise(dense: OnnxGraph, edit: Edit) -> OnnxGraph:
-    """A copy of `dense` with the edit applied. Pure: `dense` is unchanged."""
+def specialise(dense: OnnxGraph, edit: Edit, *, part: bool = False) -> OnnxGraph:
+    """A copy of `dense` with the edit applied. Pure: `dense` is unchanged.
+
+    In a `part`, the graph of one site, what the whole graph computes once for all is an input.
+    """
     graph = dense.copy()
     for name, value in edit.tensors.items():
         held = graph.weights.get(name)
@@ -71,7 +75,7 @@ def specialise(dense: OnnxGraph, edit: Edit) -> OnnxGraph:
     for module, weights in edit.int8.items():
         for call in graph.map_nodes(module + ".weight"):
             _quantise_(graph, call, weights, rounding)
-    rounding.give_scales()
+    rounding.give_scales(part=part)
     finish(graph)
     return graph
 
@@ -195,15 +199,16 @@ class _Rounding:
             made = (f"{source}_q", f"{source}_q_scale", f"{source}_q_zero")
             graph.nodes.append(node("DynamicQuantizeLinear", [source], list(made)))
             return made
-        at = f"{source}_at_{len(self.shared)}"
-        graph.arrays[at + "_scale"] = np.array(activation[0], dtype=np.float32)
-        graph.arrays[at + "_zero"] = np.array(activation[1], dtype=np.uint8)
+        scale, zero = activation
+        at = f"{source}_by_{scale:g}_{zero}"
+        graph.arrays[at + "_scale"] = np.array(scale, dtype=np.float32)
+        graph.arrays[at + "_zero"] = np.array(zero, dtype=np.uint8)
         pair = [at + "_scale", at + "_zero"]
         graph.nodes.append(node("QuantizeLinear", [source, *pair], [at + "_q"]))
-        self.fixed[at + "_given"] = activation[0]
+        self.fixed[at + "_given"] = scale
         return at + "_q", at + "_given", at + "_zero"
 
-    def give_scales(self) -> None:
+    def give_scales(self, *, part: bool) -> None:
         """Emit the calibrated scales as values that seem to depend on the input of the graph.
 
         ONNX Runtime makes one integer kernel with bias of a product whose scale it computes at run
@@ -211,9 +216,12 @@ class _Rounding:
         know; of QuantizeLinear and DequantizeLinear it makes a kernel without bias, and the sums
         that are left cost 4 % on one thread and scale badly to two.
         """
+        graph = self.graph
         if not self.fixed:
             return
-        graph = self.graph
+        if part:
+            graph.add_inputs_({name: [1] for name in self.fixed})
+            return
         given = next(i.name for i in graph.proto.graph.input if graph.shapes[i.name])
         axes = len(graph.shapes[given])
         first, scales = "int8_first_input", "int8_scales"

@@ -15,7 +15,7 @@ from torch import Tensor
 from zipc.core.errors import UsageError
 from zipc.core.files import fingerprint
 from zipc.core.request import Request
-from zipc.core.types import Allocation, Ladder, Level, Progress, Rung, Target
+from zipc.core.types import Ladder, Level, Progress, Rung, Target
 from zipc.effort import Effort
 from zipc.numerics.int8 import DYNAMIC, FULL, REDUCED, STATIC
 from zipc.prepare import Prepared
@@ -29,8 +29,6 @@ from zipc.pruner.obs import Sweep
 from zipc.samples import Feeds, Samples
 from zipc.stage_cache import StageCache
 
-STATIC_MARGIN = 1.03  # a numeric this much slower than the other must not win on quality alone
-
 
 @dataclass(slots=True)
 class Candidates:
@@ -41,7 +39,6 @@ class Candidates:
     scorer: Scorer  # on the rows every candidate is scored on
     confirm: Scorer  # on more rows, for the finalists
     repair: list[Feeds]  # calibration rows for the repair of the chosen allocation
-    numerics: tuple[str, ...]
     notes: list[str]
     key: str
 
@@ -107,12 +104,12 @@ def gather(
         prepared.body = prepared.body.calibrated_on([prepared.for_graph(b) for b in repair])
     progress.done()
     notes: list[str] = []
-    numerics = _numerics(prepared, prices, target, request, first, notes)
+    numerics = _numerics(prepared, prices, target, request, notes)
     ladders = {
         name: _ladder(name, prepared, prices, sweeps[name], target, request, numerics)
         for name in prepared.sites
     }
-    return Candidates(levels, ladders, first, second, repair, numerics, notes, key)
+    return Candidates(levels, ladders, first, second, repair, notes, key)
 
 
 def _digest(batches: Sequence[Feeds]) -> str:
@@ -225,50 +222,34 @@ def weight_limit(target: Target) -> int:
 
 
 def _numerics(
-    prepared: Prepared,
-    prices: Prices,
-    target: Target,
-    request: Request,
-    scorer: Scorer,
-    notes: list[str],
+    prepared: Prepared, prices: Prices, target: Target, request: Request, notes: list[str]
 ) -> tuple[str, ...]:
-    """Numerics the search may use. Of the two INT8 schemes the better one is chosen by measurement.
+    """Numerics the search may use, for every site that runs on integers.
 
     Raises:
         UsageError: the request names a numeric the target does not run.
     """
-    wanted = request.numerics
+    wanted, sites = request.numerics, prepared.sites
+    schemes = tuple(n for n in (DYNAMIC, STATIC) if n in target.numerics)
     if prepared.body is not None:
-        ms = prices.fixed_ms + sum(prices.ms(n, Level(s.units)) for n, s in prepared.sites.items())
+        ms = prices.fixed_ms + sum(prices.ms(n, Level(s.units)) for n, s in sites.items())
         notes.append(f"the whole network in {prepared.numeric}, unpruned: {ms:.2f} ms")
         return ("fp32",)
-    schemes = [n for n in (DYNAMIC, STATIC) if n in target.numerics]
-    if wanted == "fp32":
-        return ("fp32",)
-    if wanted in schemes:
+    if wanted in ("fp32", *schemes):
         return (wanted,)
     if wanted not in ("auto", "int8"):
         raise UsageError(
             f"--numerics {wanted} is not known on target '{target.name}'. Choose auto, int8, "
             f"{', '.join(target.numerics)}."
         )
-    figures = {}
-    for scheme in schemes:
-        full = {
-            n: Level(s.units, scheme if prepared.on_integers(s) else "fp32")
-            for n, s in prepared.sites.items()
-        }
-        ms = prices.fixed_ms + sum(prices.ms(n, lv) for n, lv in full.items())
-        figures[scheme] = (ms, scorer.score(Allocation(full, ms, 0.0)))
-    if not figures or not any(map(prepared.on_integers, prepared.sites.values())):
+    integers = [n for n, s in sites.items() if prepared.on_integers(s)]
+    if not schemes or not integers:
         return ("fp32",)
-    fastest = min(ms for ms, _ in figures.values())
-    close = [n for n, (ms, _) in figures.items() if ms <= fastest * STATIC_MARGIN]
-    chosen = min(close, key=lambda n: figures[n][1])
-    for scheme, (ms, loss) in figures.items():
-        mark = " (chosen)" if scheme == chosen else ""
-        notes.append(f"{scheme} everywhere, unpruned: {ms:.2f} ms, oracle {loss:.5f}{mark}")
-    return (chosen,) if wanted == "int8" else ("fp32", chosen)
+    for scheme in schemes:
+        full = {n: Level(s.units, scheme if n in integers else "fp32") for n, s in sites.items()}
+        ms = prices.fixed_ms + sum(prices.ms(n, lv) for n, lv in full.items())
+        notes.append(f"{scheme} everywhere, unpruned: {ms:.2f} ms")
+    return schemes if wanted == "int8" else ("fp32", *schemes)
 
 
 def _ladder(

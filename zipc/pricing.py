@@ -18,7 +18,7 @@ from zipc.core.request import Request
 from zipc.core.types import Level, Progress, Site, Target, Workload
 from zipc.exporters.graph import OnnxGraph
 from zipc.exporters.site_graph import extract
-from zipc.exporters.specialise import Edit, Int8Weights, specialise
+from zipc.exporters.specialise import EMISSION, Edit, Int8Weights, specialise
 from zipc.latency_tables import correction
 from zipc.latency_tables.store import TableStore, differences
 from zipc.latency_tables.table import Entry, LatencyTable
@@ -148,6 +148,7 @@ def price(
     signatures, parts = surroundings(prepared.dense, prepared.structure.sites)
     examples = {signatures[s.name]: s for s in reversed(prepared.structure.sites)}
     key = short_hash(
+        EMISSION,
         sorted(signatures.values()),
         target.width_step,
         sorted(prepared.dense.op_counts().items()),
@@ -319,7 +320,7 @@ def _builder(part: OnnxGraph, site: Site, level: Level, prepared: Prepared) -> C
     def build() -> bytes:
         kept = {site.name: tuple(range(level.width))}
         edit = plain_edit(prepared, {site.name: cut}, kept)
-        return prepared.emit(specialise(part, edit), part=True)
+        return prepared.emit(specialise(part, edit, part=True), part=True)
 
     return build
 

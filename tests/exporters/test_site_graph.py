@@ -37,8 +37,9 @@ def values(graph: OnnxGraph, names: list[str], feeds: dict[str, np.ndarray]) -> 
     inner.proto.CopyFrom(graph.proto)
     del inner.proto.graph.output[:]
     for name in names:
+        kind, shape = graph.types.get(name, onnx.TensorProto.FLOAT), graph.shapes.get(name, [1])
         inner.proto.graph.output.append(
-            helper.make_tensor_value_info(name, graph.types[name], [None] * len(graph.shapes[name]))
+            helper.make_tensor_value_info(name, kind, [None] * len(shape))
         )
     return run(inner.to_bytes(), feeds)
 
@@ -48,11 +49,12 @@ def edits(family: str, width: int, numeric: str, index: int) -> Edit:
     site = made.sites[index]
     kept = everything(made) | {site.name: list(range(width))}
     held: dict[str, Int8Weights] = {}
-    if numeric == "int8-dynamic" and width:
+    if numeric != "fp32" and width:
         weights = made.weights | sliced(made, kept)[0]
         for path in site.maps:
             rounded = quantize_weight(weights[path + ".weight"])
-            held[path] = Int8Weights(rounded.values.numpy(), rounded.scale.numpy())
+            at = (0.05, 128) if numeric == "int8-static" else None
+            held[path] = Int8Weights(rounded.values.numpy(), rounded.scale.numpy(), at)
     edit = edit_of(made, kept, held)
     return replace(
         edit,
@@ -69,10 +71,11 @@ def test_a_cut_out_site_computes_its_part_of_the_whole(family: str) -> None:
     feeds = {k: v.numpy() for k, v in text(family, batch=2, length=9).items()}
     for index, site in enumerate(made.sites):
         stops = extract(dense, site).outputs()
-        for width, numeric in ((site.units, "fp32"), (3, "fp32"), (3, "int8-dynamic"), (0, "fp32")):
+        whole, none = (site.units, "fp32"), (0, "fp32")
+        for width, numeric in (whole, (3, "fp32"), (3, "int8-dynamic"), (3, "int8-static"), none):
             edit = edits(family, width, numeric, index)
             graph = specialise(dense, edit)
-            part = specialise(extract(dense, site), edit)
+            part = specialise(extract(dense, site), edit, part=True)
             proto = part.to_proto()
             onnx.checker.check_model(proto)
             names = [i.name for i in proto.graph.input]
