@@ -200,7 +200,7 @@ class _Rounding:
             graph.nodes.append(node("DynamicQuantizeLinear", [source], list(made)))
             return made
         scale, zero = activation
-        at = f"{source}_by_{scale:g}_{zero}"
+        at = f"{source}_by_{scale}_{zero}"
         graph.arrays[at + "_scale"] = np.array(scale, dtype=np.float32)
         graph.arrays[at + "_zero"] = np.array(zero, dtype=np.uint8)
         pair = [at + "_scale", at + "_zero"]
