@@ -15,6 +15,7 @@ from torch import Tensor
 
 from zipc.core.types import Allocation, Level, Site
 from zipc.numerics.int8 import (
+    DYNAMIC,
     STATIC,
     ActivationRange,
     QuantizedWeight,
@@ -99,6 +100,7 @@ class Levels:
         }
         owned = {p for c in calls.values() for p in (c.weight, c.bias)}
         self._others = [p for p in self.cuts.pieces if p not in owned]
+        self._ranges: dict[str, ActivationRange] = {}  # of what several maps read
         self._cache: OrderedDict[Key, MapState | Tensor] = OrderedDict()
         dense = sum(_nbytes(weights[c.weight]) for m, c in calls.items() if self._touching[m])
         self._cache_bytes = max(CACHE_BYTES, CACHE_MODELS * dense)
@@ -220,14 +222,25 @@ class Levels:
         if numeric == "fp32":
             return MapState(weight, bias)
         held = self.stats[module]
-        return self.rounded(
-            call,
-            weight,
-            bias,
-            numeric,
-            gram=held.gram[0][inputs][:, inputs] if feedback else None,
-            sample=held.sample[:, inputs],
-        )
+        activation = None
+        if numeric == STATIC and len(inputs) < held.sample.shape[1]:
+            activation = calibrate(held.sample[:, inputs], matrices(call, weight)[0])
+        elif numeric == STATIC:
+            activation = self._shared_range(call)
+        gram = held.gram[0][inputs][:, inputs] if feedback else None
+        return self.rounded(call, weight, bias, activation=activation, gram=gram)
+
+    def _shared_range(self, call: MapCall) -> ActivationRange:
+        """A range for all linear maps that read what `call` reads: they share its rounding."""
+        if call.source not in self._ranges:
+            readers = [
+                c
+                for c in self.calls.values()
+                if c.source == call.source and not c.convolution and c.module in self.stats
+            ]
+            matrix = torch.cat([matrices(c, self.weights[c.weight])[0] for c in readers])
+            self._ranges[call.source] = calibrate(self.stats[call.module].sample, matrix)
+        return self._ranges[call.source]
 
     def _refitted(
         self, call: MapCall, weight: Tensor, bias: Tensor | None, inputs: Tensor
@@ -252,21 +265,17 @@ class Levels:
         call: MapCall,
         weight: Tensor,
         bias: Tensor | None,
-        numeric: str,
         *,
+        activation: ActivationRange | None,
         gram: Tensor | None,
-        sample: Tensor,
     ) -> MapState:
-        """A linear map in a numeric; rounding errors are fed back where `gram` (in, in) is given.
+        """A linear map in INT8, with a calibrated range of its input or with that of each batch.
 
-        `sample` (rows, in) calibrates a static activation range.
+        Rounding errors are fed back where `gram` (in, in) is given.
         """
-        if numeric == "fp32":
-            return MapState(weight, bias)
-        matrix = matrices(call, weight)[0]
-        integer = quantize_weight(matrix, gram=gram, limit=self._limit)
-        activation = calibrate(sample, matrix) if numeric == STATIC else None
+        integer = quantize_weight(matrices(call, weight)[0], gram=gram, limit=self._limit)
         stands_for = own_layout(call, integer.dequantized()[None], weight)
+        numeric = DYNAMIC if activation is None else STATIC
         return MapState(stands_for, bias, numeric, integer, activation)
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from zipc.core.types import Allocation, Level, Site
+from zipc.numerics.int8 import STATIC, ActivationRange, calibrate
 from zipc.pruner.compensate.least_squares import center
 from zipc.pruner.evidence import data_rows
 from zipc.pruner.graph.interpret import Env, Executor, Variant
@@ -250,7 +251,11 @@ def _repair(run: _Run, site: Site, level: Level, where: _Sum, ridge: float) -> N
     weight = own_layout(call, (matrix.double() + change).float()[None], base.weight)
     shift = bias_of_rows(call, shift[None], base.weight)
     bias = shift if base.bias is None else base.bias.double() + shift
-    run.states.maps[consumer] = _rounded(run, call, weight, bias, rounder.numeric, moments)
+    if rounder.integer is None:
+        run.states.maps[consumer] = MapState(weight, bias.float())
+        return
+    at = _range([matrices(call, weight)[0]], rounder.numeric, moments)
+    run.states.maps[consumer] = _rounded(run, call, weight, bias, at, moments)
 
 
 def _unrounded(run: _Run, module: str) -> MapState:
@@ -267,27 +272,37 @@ def _round_producers(run: _Run, site: Site) -> None:
     maps = {m: run.states.maps[m] for m in site.producers if m in run.states.maps}
     held = {m: state for m, state in maps.items() if state.integer is not None}
     calls = {m: run.call(m) for m in held}
-    leader: dict[str, str] = {}  # module -> the first that reads the very same numbers
-    same: dict[str, str] = {}
+    same: dict[tuple[str, ActivationRange | None], list[str]] = {}  # read the very same numbers
     for module, state in held.items():
-        own_range = state.activation is not None
-        leader[module] = module if own_range else same.setdefault(calls[module].source, module)
+        same.setdefault((calls[module].source, state.activation), []).append(module)
+    groups = list(same.values())
 
     def of_batch(i: int) -> dict[str, _Moments]:
         read = run.small.values(i, [c.source for c in calls.values()], run.variant())
         found: dict[str, _Moments] = {}
-        for module, call in calls.items():
-            if leader[module] == module:
-                x = held[module].seen(read[call.source])
-                found[module] = _Moments.of(input_rows(call, x, run.pick(i, call, x)), None)
+        for first, *_ in groups:
+            call = calls[first]
+            x = held[first].seen(read[call.source])
+            found[first] = _Moments.of(input_rows(call, x, run.pick(i, call, x)), None)
         return found
 
     moments = _summed(run.each(of_batch))
-    for module, call in calls.items():
-        plain = _unrounded(run, module)
-        run.states.maps[module] = _rounded(
-            run, call, plain.weight, plain.bias, held[module].numeric, moments[leader[module]]
+    for group in groups:
+        plain = {m: _unrounded(run, m) for m in group}
+        at = _range(
+            [matrices(calls[m], plain[m].weight)[0] for m in group],
+            held[group[0]].numeric,
+            moments[group[0]],
         )
+        for module in group:
+            run.states.maps[module] = _rounded(
+                run,
+                calls[module],
+                plain[module].weight,
+                plain[module].bias,
+                at,
+                moments[group[0]],
+            )
 
 
 def _summed(parts: Iterable[dict[str, _Moments]]) -> dict[str, _Moments]:
@@ -302,19 +317,30 @@ def _summed(parts: Iterable[dict[str, _Moments]]) -> dict[str, _Moments]:
     return total
 
 
+def _range(weights: Sequence[Tensor], numeric: str, moments: _Moments) -> ActivationRange | None:
+    """The range of the input that maps (out, in) share, where theirs is a calibrated one."""
+    if numeric != STATIC:
+        return None
+    return calibrate(torch.cat(moments.samples), torch.cat(list(weights)))
+
+
 def _rounded(
-    run: _Run, call: MapCall, weight: Tensor, bias: Tensor | None, numeric: str, moments: _Moments
+    run: _Run,
+    call: MapCall,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: ActivationRange | None,
+    moments: _Moments,
 ) -> MapState:
     """Round a weight, and let the bias make up for the mean of what rounding changes."""
     state = run.levels.rounded(
         call,
         weight,
         None if bias is None else bias.float(),
-        numeric,
+        activation=activation,
         gram=moments.gram.double(),
-        sample=torch.cat(moments.samples),
     )
-    if state.integer is None or bias is None:
+    if bias is None:
         return state
     mean = moments.total / moments.count
     lost = matrices(call, weight)[0].double() - matrices(call, state.weight)[0].double()

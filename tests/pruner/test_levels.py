@@ -224,6 +224,17 @@ def test_int8_levels_are_close_to_fp32_ones_of_the_same_width(family: str) -> No
                     assert gap < 0.05
 
 
+def test_maps_that_read_the_same_share_one_calibrated_range() -> None:
+    """Their input is then rounded once, which is also how a site is priced."""
+    made = case("bert")
+    site = made.sites[0]
+    full = states(levels("bert"), site.name, Level(site.units, STATIC))
+    ranges = {full.maps[m].activation for m in site.producers}
+    assert len(site.producers) == 3
+    assert len(ranges) == 1
+    assert ranges.isdisjoint({full.maps[site.consumers[0].module].activation})
+
+
 def test_weights_are_made_once_and_the_cache_stays_within_its_size(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
