@@ -214,7 +214,7 @@ class _Rounding:
         ONNX Runtime makes one integer kernel with bias of a product whose scale it computes at run
         time. A constant would be folded into the scale of the weight, which that fusion does not
         know; of QuantizeLinear and DequantizeLinear it makes a kernel without bias, and the sums
-        that are left cost 4 % on one thread and scale badly to two.
+        that are left cost MiniLM 2 % on one thread and 10 % on two.
         """
         graph = self.graph
         if not self.fixed:
