@@ -21,7 +21,9 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def side_by_side(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+def side_by_side(
+    function: Callable[[T], R], items: Iterable[T], *, most: int = MOST
+) -> Iterator[R]:
     """`function` of every item, in order; few results exist at a time. Gradients as outside."""
     grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
 
@@ -29,7 +31,7 @@ def side_by_side(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
         with torch.inference_mode(inference), torch.set_grad_enabled(grad):
             return function(item)
 
-    count = min(usable_processors(), MOST)
+    count = min(usable_processors(), most)
     if count == 1:
         yield from map(call, items)
         return

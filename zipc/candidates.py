@@ -15,7 +15,7 @@ from torch import Tensor
 from zipc.core.errors import UsageError
 from zipc.core.files import fingerprint
 from zipc.core.request import Request
-from zipc.core.types import Ladder, Level, Progress, Rung, Target
+from zipc.core.types import Ladder, Level, Progress, Rung, Site, Target
 from zipc.effort import Effort
 from zipc.numerics.int8 import DYNAMIC, FULL, REDUCED, STATIC
 from zipc.prepare import Prepared
@@ -26,8 +26,11 @@ from zipc.pruner.evidence import InputStats, collect
 from zipc.pruner.ladder import sweep_site, widths_of
 from zipc.pruner.levels import Levels
 from zipc.pruner.obs import Sweep
+from zipc.pruner.workers import side_by_side
 from zipc.samples import Feeds, Samples
 from zipc.stage_cache import StageCache
+
+ORDERED = 2  # sites whose units are put in order at a time: each holds several Gram matrices
 
 
 @dataclass(slots=True)
@@ -164,11 +167,14 @@ def _evidence(
     rows = sum(len(next(iter(batch.values()))) for batch in batches)
     progress.done(f"{rows:,} {unit}")
     progress.stage("order units", len(prepared.structure.sites))
+    sites, weights = prepared.structure.sites, prepared.weights
+
+    def order(site: Site) -> Sweep:
+        return sweep_site(site, weights, stats, prepared.calls, seed=request.seed)
+
     sweeps = {}
-    for site in prepared.structure.sites:
-        sweeps[site.name] = sweep_site(
-            site, prepared.weights, stats, prepared.calls, seed=request.seed
-        )
+    for site, made in zip(sites, side_by_side(order, sites, most=ORDERED), strict=True):
+        sweeps[site.name] = made
         progress.advance(1, site.name)
     progress.done()
     cache.put("evidence", key, _evidence_files(stats, sweeps))
