@@ -158,8 +158,10 @@ def full_masks_(graph: OnnxGraph) -> None:
 
 
 def drop_dead_(graph: OnnxGraph) -> None:
-    """Drop nodes that no output needs, so that a graph equals itself read back from a file."""
+    """Drop what no output needs, so that a graph equals itself read back from a file."""
     graph.nodes = live(graph.nodes, graph.outputs())
+    used = {i for n in graph.nodes for i in n.input} | set(graph.outputs())
+    graph.arrays = {name: held for name, held in graph.arrays.items() if name in used}
     values = {o for n in graph.nodes for o in n.output} | {i.name for i in graph.proto.graph.input}
     graph.origin = {v: name for v, name in graph.origin.items() if v in values}
     graph.results = {name: v for name, v in graph.results.items() if v in values}
