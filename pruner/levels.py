@@ -183,10 +183,10 @@ class Levels:
             return self._cache[key]
         made = self._make(module, levels, feedback)
         self._cache[key] = made
-        self._held += _nbytes(made.weight if isinstance(made, MapState) else made)
+        self._held += _nbytes(made)
         while self._held > self._cache_bytes and len(self._cache) > 1:
             _, old = self._cache.popitem(last=False)
-            self._held -= _nbytes(old.weight if isinstance(old, MapState) else old)
+            self._held -= _nbytes(old)
         return made
 
     def numeric(self, module: str, levels: tuple[tuple[str, Level], ...]) -> str:
@@ -279,5 +279,8 @@ class Levels:
         return MapState(stands_for, bias, numeric, integer, activation)
 
 
-def _nbytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+def _nbytes(made: MapState | Tensor) -> int:
+    if isinstance(made, Tensor):
+        return made.numel() * made.element_size()
+    integers = 0 if made.integer is None else _nbytes(made.integer.values)
+    return _nbytes(made.weight) + integers

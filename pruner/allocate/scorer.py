@@ -62,6 +62,7 @@ class Scorer:
         outputs, live = self._run(allocation, base=self._prefix, keep=keep)
         if keep:
             self._prefix = _Prefix(allocation, live)
+            self._dense_live = []  # as large, and not asked for again once a search has begun
         self.evaluations += 1
         self._memo[key] = self._oracle(self._dense, outputs)
         return self._memo[key]
