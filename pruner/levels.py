@@ -60,8 +60,8 @@ class States:
     tensors: dict[str, Tensor] = field(default_factory=dict)  # cut tensors of other modules
 
 
-CACHE_BYTES = 3 << 26  # levels kept in memory: at least this, and
-CACHE_MODELS = 4  # this many times the dense weights of all sites, so that a search never thrashes
+CACHE_BYTES = 2 << 26  # levels kept in memory: at least this, and
+CACHE_MODELS = 3  # this many times the dense weights of all sites, so that a search never thrashes
 
 
 def variant_of(allocation: Allocation, states: States) -> Variant:

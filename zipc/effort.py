@@ -21,7 +21,7 @@ class Effort:
 
 EFFORTS: dict[str, Effort] = {
     "quick": Effort(512, 256, 48, 128, 40, 6.0, 2, 100),
-    "default": Effort(4096, 3072, 256, 1024, 600, 45.0, 5, 400),
+    "default": Effort(4096, 3072, 256, 1024, 600, 38.0, 5, 400),
     "extensive": Effort(8192, 8192, 512, 2048, 4000, 900.0, 6, 400),
 }
 
