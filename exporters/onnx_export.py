@@ -161,10 +161,9 @@ def _name_axes(proto: onnx.ModelProto, dynamic: Mapping[str, Mapping[int, str]])
                 names[symbol] = name
     for value in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
         for dim in value.type.tensor_type.shape.dim:
+            parts = re.sub(r"[A-Za-z_]\w*", lambda at: names.get(at[0], at[0]), dim.dim_param)
             if dim.dim_param:
-                dim.dim_param = re.sub(
-                    r"[A-Za-z_]\w*", lambda found: names.get(found[0], found[0]), dim.dim_param
-                )
+                dim.dim_param = names.get(dim.dim_param, parts)
 
 
 def _keep_outputs(graph: OnnxGraph, outputs: Sequence[tuple[int, str]]) -> None:
