@@ -11,7 +11,7 @@ from zipc.exporters.fusions import Finder
 from zipc.exporters.graph import OnnxGraph, attribute, node
 from zipc.exporters.shapes import constant_
 
-MAPS = ("Gemm", "MatMul")
+MAPS = ("Gemm", "MatMul")  # of floats: an expert in INT8 runs on all tokens
 # operators that treat every token by itself
 _ROWWISE = frozenset(
     ("Add", "Clip", "Div", "Erf", "Gelu", "Mul", "Relu", "Sigmoid", "Split", "Sub", "Tanh")
@@ -28,10 +28,6 @@ class _Expert:
     between: list[NodeProto]  # in order
     inner: str
     last: NodeProto
-
-    @property
-    def bias(self) -> list[str]:
-        return list(self.last.input[2:])
 
 
 def sparse_experts_(graph: OnnxGraph) -> None:
@@ -53,11 +49,13 @@ def routes(graph: OnnxGraph, lasts: Sequence[NodeProto]) -> set[str]:
     found: set[str] = set()
     for last in lasts:
         expert = _expert(find, last)
-        stack = [expert.share] if expert is not None else []
+        if expert is None:
+            continue
+        stack = [expert.share]
         while stack:
             value = stack.pop()
             made = find.producers.get(value)
-            if made is not None and value not in found and expert and value != expert.tokens:
+            if made is not None and value not in found and value != expert.tokens:
                 found.add(value)
                 stack += made.input
     return found
@@ -114,10 +112,7 @@ def _between(find: Finder, inner: str) -> tuple[list[NodeProto], list[NodeProto]
 
 
 def _is_map(find: Finder, at: NodeProto) -> bool:
-    if at.op_type not in MAPS:
-        return False
-    held = find.graph.arrays.get(at.input[1])
-    return held is not None and held.ndim == 2
+    return at.op_type in MAPS and find.graph.linear_width(at) is not None
 
 
 def _write_(graph: OnnxGraph, expert: _Expert) -> None:
@@ -140,9 +135,9 @@ def _write_(graph: OnnxGraph, expert: _Expert) -> None:
     graph.nodes += [node("Mul", [names[expert.inner], share], [f"{made}_inner"]), last]
     graph.nodes = [n for n in graph.nodes if n is not expert.last]
     total, result = _sum_(graph, expert)
-    for number, bias in enumerate(expert.bias):
-        graph.nodes.append(node("Add", [total, bias], [f"{made}_from_{number}"]))
-        total = f"{made}_from_{number}"
+    if len(expert.last.input) > 2:
+        graph.nodes.append(node("Add", [total, expert.last.input[2]], [f"{made}_from"]))
+        total = f"{made}_from"
     graph.nodes.append(
         node("ScatterND", [total, places, f"{made}_part"], [result], reduction="add")
     )
@@ -157,8 +152,8 @@ def _sum_(graph: OnnxGraph, expert: _Expert) -> tuple[str, str]:
         if len(others) == 1 and graph.shapes.get(others[0]) == graph.shapes.get(made):
             graph.nodes = [n for n in graph.nodes if n is not users[0]]
             return others[0], str(users[0].output[0])
-    held = graph.arrays[expert.last.input[1]]
-    width = int(held.shape[0 if attribute(expert.last, "transB", 0) else 1])
+    width = graph.linear_width(expert.last)
+    assert width is not None
     count, shape, zeros = f"{made}_count", f"{made}_shape", f"{made}_none"
     graph.nodes += [
         node("Shape", [expert.tokens], [count], start=0, end=1),

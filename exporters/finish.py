@@ -9,7 +9,7 @@ from onnx import NodeProto
 
 from zipc.exporters.experts import sparse_experts_
 from zipc.exporters.fusions import FUSED_OPSET, Finder
-from zipc.exporters.graph import OnnxGraph, attribute, node
+from zipc.exporters.graph import LINEAR, OnnxGraph, attribute, node
 
 
 def finish(graph: OnnxGraph) -> None:
@@ -224,11 +224,8 @@ class _Match:
         if at is None:
             given = self.graph.shapes.get(name, [])[-1:] if name in self.inputs else []
             return next((size for size in given if isinstance(size, int)), None)
-        if at.op_type in ("MatMul", "MatMulInteger", "Gemm"):
-            weight = arrays.get(at.input[1])
-            if weight is None or weight.ndim != 2:
-                return None
-            return int(weight.shape[0 if attribute(at, "transB", 0) else 1])
+        if at.op_type in LINEAR:
+            return self.graph.linear_width(at)
         if at.op_type == "Split":
             parts = self.find.numbers(at.input[1]) if len(at.input) > 1 else None
             return None if parts is None else parts[list(at.output).index(name)]

@@ -16,6 +16,7 @@ from onnx import NodeProto, helper, numpy_helper
 
 T = TypeVar("T")
 MAPS = ("MatMul", "Gemm", "Conv", "ConvTranspose")
+LINEAR = ("MatMul", "MatMulInteger", "Gemm")
 REDEFINED = frozenset({"GroupNormalization"})  # means another thing after opset 20
 Array = npt.NDArray[np.generic]
 
@@ -85,6 +86,13 @@ class OnnxGraph:
         if held is None:
             return []
         return [n for n in self.nodes if n.op_type in MAPS and held[0] in n.input[1:2]]
+
+    def linear_width(self, at: NodeProto) -> int | None:
+        """How many values a product with a matrix among the initialisers gives per row."""
+        weight = self.arrays.get(at.input[1]) if at.op_type in LINEAR else None
+        if weight is None or weight.ndim != 2:
+            return None
+        return int(weight.shape[0 if attribute(at, "transB", 0) else 1])
 
     def can_raise_opset(self, version: int) -> bool:
         """Whether all operators mean the same in the standard opset of that version."""

@@ -225,6 +225,7 @@ class _Rounding:
         given = next(i.name for i in graph.proto.graph.input if graph.shapes[i.name])
         axes = len(graph.shapes[given])
         first, scales = "int8_first_input", "int8_scales"
+        graph.arrays["int8_zero"] = np.zeros(1, dtype=np.float32)
         graph.arrays[scales] = np.array(list(self.fixed.values()), dtype=np.float32)
         graph.nodes += [
             node(
@@ -235,17 +236,12 @@ class _Rounding:
             node("Reshape", [first, constant_(graph, [1])], [first + "_alone"]),
             node("Cast", [first + "_alone"], [first + "_is"], to=int(TensorProto.BOOL)),
             node("Cast", [first + "_is"], [first + "_counts"], to=int(TensorProto.FLOAT)),
-            node("Mul", [first + "_counts", _zero(graph)], [first + "_nothing"]),
+            node("Mul", [first + "_counts", "int8_zero"], [first + "_nothing"]),
             node("Add", [first + "_nothing", scales], [scales + "_given"]),
             node(
                 "Split", [scales + "_given"], list(self.fixed), axis=0, num_outputs=len(self.fixed)
             ),
         ]
-
-
-def _zero(graph: OnnxGraph) -> str:
-    graph.arrays["int8_zero"] = np.zeros(1, dtype=np.float32)
-    return "int8_zero"
 
 
 def _quantise_(

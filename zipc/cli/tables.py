@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from zipc.cli.flags import FormatFlag
-from zipc.cli.printing import show_fields
+from zipc.cli.printing import show_damaged, show_fields
 from zipc.cli.running import Outcome, run_verb
 from zipc.core.errors import CorruptFile, UsageError
 from zipc.core.files import write_atomic
@@ -69,7 +69,7 @@ def show_verb(
     def body(progress: Progress) -> Outcome:
         path = _store(cache_dir).find(table)
         held = read_table(path)
-        document = _summary(path) | {
+        document = _facts(path, held) | {
             "fingerprint": held.fingerprint,
             "state": held.state,
             "notes": list(held.notes),
@@ -139,7 +139,7 @@ def merge_verb(
         for other in held[1:]:
             joined = joined.merge(other)
         store.save(joined, output)
-        document = _summary(output)
+        document = _facts(output, joined)
         return Outcome(document, lambda console: show_fields(console, document))
 
     run_verb(body, output=format)
@@ -204,12 +204,17 @@ def _must_be_new(path: Path) -> None:
 
 def _summary(path: Path) -> dict[str, Any]:
     """What is said of a table in a list; of a damaged one, what is wrong with it."""
-    row: dict[str, Any] = {"name": path.stem, "path": str(path), "error": None}
     try:
-        held = read_table(path)
+        return _facts(path, read_table(path))
     except CorruptFile as error:
-        return row | {"error": str(error)}
-    return row | {
+        return {"name": path.stem, "path": str(path), "error": str(error)}
+
+
+def _facts(path: Path, held: LatencyTable) -> dict[str, Any]:
+    return {
+        "name": path.stem,
+        "path": str(path),
+        "error": None,
         "kind": held.kind,
         "target": held.target,
         "runtime": held.runtime,
@@ -278,9 +283,7 @@ def _show_list(console: Console, document: Mapping[str, Any]) -> None:
             )
     if table.row_count:
         console.print(table)
-    for row in rows:
-        if row["error"] is not None:
-            console.print(f"damaged: {row['error']}", markup=False, soft_wrap=True)
+    show_damaged(console, rows)
 
 
 def _show_table(console: Console, document: Mapping[str, Any]) -> None:

@@ -12,11 +12,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from zipc.cli.flags import FormatFlag
-from zipc.cli.printing import show_fields
+from zipc.cli.printing import show_damaged, show_fields
 from zipc.cli.running import Outcome, run_verb
 from zipc.core.errors import UsageError
 from zipc.core.types import Progress
-from zipc.targets import add_target, load_target, shipped_files, target_files
+from zipc.targets import add_target, read_target, shipped_files, target_file, target_files
 
 targets_app = typer.Typer(
     help="List and show the devices known by name, and add your own.", no_args_is_help=True
@@ -31,7 +31,7 @@ def list_verb(*, format: FormatFlag = "table") -> None:
         rows = []
         for name, path in target_files().items():
             try:
-                rows.append(_described(str(path)) | {"name": name, "error": None})
+                rows.append(_described(path) | {"name": name, "error": None})
             except UsageError as error:
                 rows.append({"name": name, "file": str(path), "error": str(error)})
         return Outcome({"targets": rows}, lambda console: _show_list(console, rows))
@@ -50,7 +50,7 @@ def show_verb(
     """Print what is known of a target."""
 
     def body(progress: Progress) -> Outcome:
-        document = _described(target)
+        document = _described(target_file(target))
         return Outcome(document, lambda console: show_fields(console, document))
 
     run_verb(body, output=format)
@@ -87,10 +87,8 @@ def add_verb(
     run_verb(body, output=format)
 
 
-def _described(target: str) -> dict[str, Any]:
-    known = target_files()
-    path = known.get(target, Path(target))
-    held = dataclasses.asdict(load_target(target))
+def _described(path: Path) -> dict[str, Any]:
+    held = dataclasses.asdict(read_target(path))
     shipped = path in shipped_files().values()
     return held | {"numerics": list(held["numerics"]), "file": str(path), "shipped": shipped}
 
@@ -110,6 +108,4 @@ def _show_list(console: Console, rows: list[dict[str, Any]]) -> None:
                 escape(row["description"]),
             )
     console.print(table)
-    for row in rows:
-        if row["error"] is not None:
-            console.print(f"damaged: {row['error']}", markup=False, soft_wrap=True)
+    show_damaged(console, rows)

@@ -31,8 +31,17 @@ def load_target(name: str) -> Target:
     Raises:
         UsageError: no such target, or its file does not describe one.
     """
+    return read_target(target_file(name))
+
+
+def target_file(name: str) -> Path:
+    """The file of a target by its name; a path stands for itself.
+
+    Raises:
+        UsageError: no such target.
+    """
     if name.endswith(".toml") or "/" in name:
-        return _read(Path(name))
+        return Path(name)
     known = target_files()
     if name not in known:
         close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
@@ -41,7 +50,7 @@ def load_target(name: str) -> Target:
             f"Unknown target '{name}'. {hint}Targets: {', '.join(known)}; one of your own is "
             "given by the path of its .toml file, or by name after zipc targets add FILE."
         )
-    return _read(known[name])
+    return known[name]
 
 
 def target_files() -> dict[str, Path]:
@@ -71,7 +80,7 @@ def add_target(path: Path, *, name: str | None = None) -> Path:
     name = path.stem if name is None else name
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise UsageError(f"'{name}' cannot be the name of a target: letters, digits, '.-_' only.")
-    _read(path)
+    read_target(path)
     held = target_files().get(name)
     if held is not None:
         raise UsageError(f"There is a target '{name}' already: {held}. Give another --name.")
@@ -80,7 +89,12 @@ def add_target(path: Path, *, name: str | None = None) -> Path:
     return kept
 
 
-def _read(path: Path) -> Target:
+def read_target(path: Path) -> Target:
+    """Read the file of a target.
+
+    Raises:
+        UsageError: it cannot be read, or does not describe a target.
+    """
     try:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
