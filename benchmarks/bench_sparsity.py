@@ -7,8 +7,8 @@
 All maps of attention and FFN become 2:4 at once, nothing else changes and nothing is trained. Every
 way reads the same calibration rows, without padding, drawn by three seeds. The error of a layer is
 `||(W - V) x - b||^2 / ||W x||^2` on other rows, those of the search; b is what a way adds to its
-bias. The score is read on the test rows. `zipc` is what `--pattern 2:4` does to a layer: SparseGPT,
-conjugate gradients on the mask, and a bias that keeps the mean; `refitted` does the same to the
+bias. The score is read on the test rows. `zipc` is `numerics.sparsity.sparsify`, SparseGPT with
+conjugate gradients on its mask, and a bias that keeps the mean; `refitted` does the same to the
 weights that another way kept. Results go to benchmarks/results/sparsity.json.
 """
 
