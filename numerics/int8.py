@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from zipc.core.errors import UsageError
+from zipc.numerics.inverse import inverse_factor
 
 DYNAMIC = "int8-dynamic"
 STATIC = "int8-static"
@@ -51,7 +51,7 @@ def quantize_weight(
     if gram is None or W.shape[1] < 2:
         values = (W / scale[:, None]).round().clamp(-limit, limit)
         return QuantizedWeight(values.to(torch.int8), scale)
-    upper = _inverse_factor(gram, damp)  # (in, in), U with U'U = H^-1
+    upper = inverse_factor(gram, damp)  # (in, in), U with U'U = H^-1
     W = W.clone()
     values = torch.zeros_like(W)
     block = 64
@@ -66,23 +66,6 @@ def quantize_weight(
             errors[:, j - start] = error
         W[:, stop:] -= errors @ upper[start:stop, stop:]
     return QuantizedWeight(values.to(torch.int8), scale)
-
-
-def _inverse_factor(gram: Tensor, damp: float) -> Tensor:
-    H = gram.to(torch.float64).clone()
-    if not bool(torch.isfinite(H).all()):
-        raise UsageError("The calibration activations contain NaN or infinity. Check --data.")
-    mean = H.diagonal().mean().clamp_min(1e-12)
-    while True:
-        damped = H + torch.eye(len(H), dtype=H.dtype) * (damp * mean)
-        factor, info = torch.linalg.cholesky_ex(damped)
-        if int(info) == 0:
-            inverse = torch.cholesky_inverse(factor)
-            upper, info = torch.linalg.cholesky_ex(inverse, upper=True)
-            if int(info) == 0:
-                factored: Tensor = upper.to(torch.float32)
-                return factored
-        damp *= 10
 
 
 def dynamic_range(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from zipc.core.errors import UsageError, ZipcError
 from zipc.core.request import Request
 from zipc.core.types import InputSpec, Progress, Silent, Site
 from zipc.exporters.onnx_export import export_dense
+from zipc.exporters.sparse_weights import sparse_weights
 from zipc.gate import bytes_of
 from zipc.model_source import SourceModel, load_source, settle, trace_source
 from zipc.prepare import discover
@@ -83,10 +84,12 @@ def inspect_model(
 
 
 def inspect_onnx(path: Path) -> dict[str, Any]:
-    """Operators, opset, size and integer products of an ONNX file.
+    """Operators, opset, size, integer products and 2:4 weights of an ONNX file.
 
     Integer products are counted in the graph as ONNX Runtime optimises it under default options:
-    what really runs on integers, not what is written as quantised.
+    what really runs on integers, not what is written as quantised. Of the constant weights of
+    products, `eligible` ones are such that sparse kernels take them, and `conforming` ones are
+    eligible and have the 2:4 pattern.
 
     Raises:
         UsageError: the file is missing or is no ONNX file.
@@ -109,6 +112,19 @@ def inspect_onnx(path: Path) -> dict[str, Any]:
         "nodes": sum(ops.values()),
         "ops": dict(ops.most_common()),
         "integer_products": integer_kernels(path),
+        "sparsity_2:4": _sparsity(proto, path.parent),
+    }
+
+
+def _sparsity(proto: onnx.ModelProto, folder: Path) -> dict[str, Any]:
+    found = sparse_weights(proto, folder=folder)
+    eligible = [w for w in found if w.obstacle is None]
+    return {
+        "weights": len(found),
+        "eligible": len(eligible),
+        "conforming": sum(w.conforms for w in eligible),
+        "dense": [w.name for w in eligible if not w.conforms],
+        "not_eligible": [{"weight": w.name, "reason": w.obstacle} for w in found if w.obstacle],
     }
 
 

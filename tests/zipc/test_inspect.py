@@ -136,6 +136,13 @@ def test_onnx_file_gives_opset_ops_parameters_and_integer_products(tmp_path: Pat
     assert found["ops"] == {"DynamicQuantizeLinear": 1, "MatMulInteger": 1}
     assert found["parameters"] == 4 * 8
     assert found["integer_products"] == 1
+    assert found["sparsity_2:4"] == {
+        "weights": 1,
+        "eligible": 0,
+        "conforming": 0,
+        "dense": [],
+        "not_eligible": [{"weight": "w", "reason": "4 input channels are no multiple of 32"}],
+    }
     assert found["inputs"] == {"x": ["rows", 4]}
     assert found["size_mb"] == path.stat().st_size / 1e6
 
