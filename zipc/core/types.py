@@ -15,6 +15,26 @@ ModelTask = Literal["embedding", "classes", "regression", "causal_lm", "image_cl
 
 
 @dataclass(frozen=True, slots=True)
+class SpecSheet:
+    """What a GPU could reach, from its data sheet: dense rates; 2:4 doubles those of tensor cores.
+
+    `anchors` names the family whose published latencies its model was fitted to, `source` where
+    the figures stand.
+    """
+
+    compute_capability: str
+    multiprocessors: int
+    fp32_tflops: float
+    fp16_tflops: float
+    int8_tops: float
+    bandwidth_gbs: float
+    l2_mb: float
+    sparse: bool
+    anchors: str
+    source: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Target:
     """A device with its runtime: what it can run and on which widths it runs well."""
 
