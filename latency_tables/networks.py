@@ -114,10 +114,14 @@ def vision_transformer(setting: Setting, *, layers: int, hidden: int) -> list[Op
 
 @dataclass(slots=True)
 class Image:
-    """Collects the convolutions of a network; `edge` is that of the current image, in pixels."""
+    """Collects the convolutions of a network; `edge` is that of the current image, in pixels.
+
+    `activated`: a SiLU, which TensorRT runs as a pass of its own, follows each of them.
+    """
 
     setting: Setting
     edge: int
+    activated: bool = False
     found: list[Operator] = field(default_factory=list)
 
     def conv(
@@ -145,6 +149,8 @@ class Image:
                 added=added,
             )
         )
+        if self.activated:
+            self.copy(out)
         return out
 
     def copy(self, channels: int, *, times: int = 2) -> None:
@@ -219,7 +225,7 @@ class Yolo11:
     nested: bool  # whether all blocks are of the nested kind
 
     def __call__(self, setting: Setting) -> list[Operator]:
-        image = Image(setting, setting.size)
+        image = Image(setting, setting.size, activated=True)
         wide = self._channels
         channels = image.conv(wide(64), 3, kernel=3, stride=2)
         channels = image.conv(wide(128), channels, kernel=3, stride=2)
