@@ -24,11 +24,11 @@ from provenance import commit
 from zipc.core.files import write_json
 from zipc.core.request import Request
 from zipc.core.types import Silent
+from zipc.devices import open_device
 from zipc.latency_tables.store import TableStore, default_cache_dir
 from zipc.model_source import load_source, settle
 from zipc.prepare import prepare
 from zipc.pricing import measure_points, price
-from zipc.profiler.fingerprint import device_fingerprint, device_state
 from zipc.stage_cache import StageCache
 from zipc.targets import load_target
 
@@ -66,16 +66,17 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     source = load_source(arguments.model)
     request = settle(Request(model=arguments.model, target=arguments.target), source)
     target = load_target(request.target)
+    device = open_device(target)
     cache = StageCache(arguments.cache_dir)
     prepared = prepare(source, request, cache=cache, progress=Silent())
     store = TableStore(arguments.cache_dir / "tables")
-    prices = price(prepared, target, request, store=store, progress=Silent())
-    state = device_state()
+    prices = price(prepared, target, request, device=device, store=store, progress=Silent())
+    state = device.state()
     points = measure_points(
         prepared,
         target,
         prices,
-        request.workload,
+        timer=device.timer(),
         points=arguments.allocations,
         rng=np.random.default_rng(arguments.seed),
         rounds=ROUNDS,
@@ -112,7 +113,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "table_from_cache": prices.from_cache,
         "dense_ms": prices.dense_ms,
         "commit": commit(),
-        "device": device_fingerprint(runtime=target.runtime),
+        "device": device.fingerprint(),
         "device_state": state,
         "versions": {n: version(n) for n in ("onnxruntime", "torch", "numpy")}
         | {"python": platform.python_version()},

@@ -20,7 +20,6 @@ from zipc.effort import Effort
 from zipc.numerics.int8 import DYNAMIC, FULL, REDUCED, STATIC
 from zipc.prepare import Prepared
 from zipc.pricing import Prices
-from zipc.profiler.fingerprint import device_fingerprint
 from zipc.pruner.allocate.scorer import Scorer
 from zipc.pruner.evidence import InputStats, collect
 from zipc.pruner.ladder import sweep_site, widths_of
@@ -86,7 +85,7 @@ def gather(
         prepared.weights,
         stats,
         sweeps,
-        weight_limit=weight_limit(target),
+        weight_limit=weight_limit(prices.table.fingerprint),
     )
     progress.stage("oracle on dense")
 
@@ -219,11 +218,10 @@ def _stats_from(tensors: Mapping[str, Tensor], extent: Sequence[Any], leader: st
     )
 
 
-def weight_limit(target: Target) -> int:
+def weight_limit(fingerprint: Mapping[str, Any]) -> int:
     """REDUCED where U8 x S8 products saturate: x86 without VNNI (ONNX Runtime's reduce_range)."""
-    prints = device_fingerprint(runtime=target.runtime)
-    x86 = str(prints.get("arch", "")).lower() in ("x86_64", "amd64")
-    vnni = any("vnni" in str(f) for f in prints.get("isa", ()))
+    x86 = str(fingerprint.get("arch", "")).lower() in ("x86_64", "amd64")
+    vnni = any("vnni" in str(f) for f in fingerprint.get("isa", ()))
     return REDUCED if x86 and not vnni else FULL
 
 

@@ -26,7 +26,7 @@ from zipc.effort import Effort
 from zipc.integer_body import RANGES, IntegerBody
 from zipc.prepare import Prepared
 from zipc.pricing import Prices
-from zipc.profiler.runners.apart import TimingProcess
+from zipc.profiler.device import GraphTimer
 from zipc.profiler.runners.onnxruntime import OnnxRuntimeRunner
 from zipc.proof import paired_speedup, paired_timing
 from zipc.pruner.allocate.search import Problem, SearchState, build_problem, search
@@ -280,7 +280,7 @@ class ClosedLoop:
         candidates: Candidates,
         request: Request,
         *,
-        apart: TimingProcess,
+        timer: GraphTimer,
         reference: Runner,
         effort: Effort,
         cache: StageCache,
@@ -290,7 +290,7 @@ class ClosedLoop:
         self.prices = prices
         self.candidates = candidates
         self.request = request
-        self.apart = apart
+        self.timer = timer
         self.reference = reference
         self.effort = effort
         self.cache = cache
@@ -406,7 +406,7 @@ class ClosedLoop:
         self.progress.stage("build and look")
         states = self.candidates.levels.states(allocation)
         built = build(self.prepared, allocation, states, workload=self.request.workload)
-        runner = self.apart.load(built.model, workload=self.request.workload)
+        runner = self.timer.load(built.model, workload=self.request.workload)
         timing, width = _look(self.reference, runner)
         ratio = self.prices.ratio(allocation.predicted_ms)
         self.looks.append((1 / ratio, timing.speedup))

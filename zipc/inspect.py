@@ -19,6 +19,7 @@ from zipc.gate import bytes_of
 from zipc.model_source import SourceModel, load_source, settle, trace_source
 from zipc.prepare import discover
 from zipc.pricing import dense_shares
+from zipc.profiler.runners.apart import TimingProcess
 from zipc.pruner.graph.sites import Structure
 from zipc.pruner.graph.trace import Program
 from zipc.pruner.ladder import widths_of
@@ -124,7 +125,7 @@ def _measured(
         dense = export_dense(
             program.exported, source.example(), outputs=source.outputs, dynamic=source.dynamic
         )
-        found = dense_shares(dense, structure.sites, request.workload)
+        found = dense_shares(dense, structure.sites, request.workload, TimingProcess())
     except ZipcError as error:
         source.notes.append(f"the latency was not measured: {error}")
         progress.done("not possible")

@@ -24,6 +24,7 @@ from zipc.core.errors import UsageError
 from zipc.core.memory import release
 from zipc.core.request import Request
 from zipc.core.types import Allocation, LeftAlone, PairedTiming, Progress, Runner, Site, Target
+from zipc.devices import open_device
 from zipc.effort import effort_of
 from zipc.integer_body import IntegerBody
 from zipc.latency_tables.store import TableStore, default_cache_dir
@@ -33,7 +34,7 @@ from zipc.numerics.int8 import FULL, STATIC
 from zipc.output import check_output, staged, write_artifacts
 from zipc.prepare import Prepared, prepare
 from zipc.pricing import Prices, price
-from zipc.profiler.runners.apart import ApartRunner, TimingProcess
+from zipc.profiler.device import Device, TimedGraph
 from zipc.profiler.timing import interleave, warm_up
 from zipc.proof import default_pairs, paired_speedup, paired_timing
 from zipc.record import make_manifest, read_quality, samples_of
@@ -60,15 +61,15 @@ def compile_model(request: Request, *, progress: Progress) -> Manifest:
         setup = _set_up(request, clock)
         request = setup.request
         dense = dense_model(setup.prepared)
-        apart = TimingProcess()
-        reference = apart.load(dense, workload=request.workload)
+        timer = setup.device.timer()
+        reference = timer.load(dense, workload=request.workload)
         goal = target_speedup(request, reference)
         loop = ClosedLoop(
             setup.prepared,
             setup.prices,
             setup.candidates,
             request,
-            apart=apart,
+            timer=timer,
             reference=reference,
             effort=effort_of(request.effort),
             cache=cache,
@@ -86,7 +87,9 @@ def compile_model(request: Request, *, progress: Progress) -> Manifest:
             if not again[0].solution.unreachable:
                 setup.candidates.notes.append(told)
                 found, compiled, timing = again
-        setup.candidates.notes.append(_by_default(dense, found.built.model, request, clock))
+        setup.candidates.notes.append(
+            _by_default(setup.device, [dense, found.built.model], request, clock)
+        )
         structure, tensors, _ = checkpoint(
             setup.prepared, found.built.allocation, found.built.states
         )
@@ -131,16 +134,16 @@ def compile_model(request: Request, *, progress: Progress) -> Manifest:
     return manifest
 
 
-def _proved(loop: ClosedLoop, goal: float | None) -> tuple[Found, ApartRunner, PairedTiming]:
+def _proved(loop: ClosedLoop, goal: float | None) -> tuple[Found, TimedGraph, PairedTiming]:
     """An artifact, and the one measurement its verdict is read from."""
     found = loop.find(goal)
-    compiled = loop.apart.load(found.built.model, workload=loop.request.workload)
+    compiled = loop.timer.load(found.built.model, workload=loop.request.workload)
     pairs = min(default_pairs(loop.prices.dense_ms), loop.effort.verdict_pairs)
     timing = paired_speedup(loop.reference, compiled, pairs=pairs, progress=loop.progress)
     return found, compiled, timing
 
 
-def _by_default(dense: bytes, compiled: bytes, request: Request, clock: Clock) -> str:
+def _by_default(device: Device, models: list[bytes], request: Request, clock: Clock) -> str:
     """What the speedup is with as many threads as ONNX Runtime takes by itself.
 
     Its idle threads spin, and would take the processors of a graph that runs beside: each has a
@@ -148,7 +151,7 @@ def _by_default(dense: bytes, compiled: bytes, request: Request, clock: Clock) -
     """
     clock.stage("default session options")
     workload = replace(request.workload, threads=0)
-    runners = [TimingProcess().load(model, workload=workload) for model in (dense, compiled)]
+    runners = [device.timer().load(model, workload=workload) for model in models]
     samples: list[list[float]] = [[], []]
     for _ in range(DEFAULT_TURNS):
         for runner, held in zip(runners, samples, strict=True):
@@ -206,7 +209,9 @@ def plan_model(request: Request, *, progress: Progress) -> Plan:
         clock = Clock(progress)
         setup = _set_up(request, clock)
         request = setup.request
-        reference = TimingProcess().load(dense_model(setup.prepared), workload=request.workload)
+        reference = setup.device.timer().load(
+            dense_model(setup.prepared), workload=request.workload
+        )
         goal = target_speedup(request, reference)
         problem = make_problem(
             setup.prepared, setup.prices, setup.candidates, request, _cache(request), clock
@@ -272,7 +277,7 @@ def profile_model(request: Request, *, progress: Progress) -> ProfileResult:
         target = load_target(request.target)
         request.check(reference_numeric=target.reference_numeric)
         source, request = _load(request, clock)
-        _, prices = _price(source, request, target, clock)
+        _, prices = _price(source, request, target, open_device(target), clock)
         fitted = prices.table.correction
         return ProfileResult(
             table_path=prices.path,
@@ -290,6 +295,7 @@ class Setup:
 
     request: Request  # with every size filled in
     target: Target
+    device: Device
     samples: Samples
     prepared: Prepared
     prices: Prices
@@ -298,6 +304,7 @@ class Setup:
 
 def _set_up(request: Request, progress: Progress) -> Setup:
     target = load_target(request.target)
+    device = open_device(target)
     kind_of(request)
     if request.recover != "none":
         raise UsageError(f"--recover {request.recover} is not available; the only choice is none.")
@@ -308,7 +315,7 @@ def _set_up(request: Request, progress: Progress) -> Setup:
     samples = open_samples(source, request)
     for line in (f"data: {samples.description}", *samples.notes):
         progress.info(line)
-    prepared, prices = _price(source, request, target, progress)
+    prepared, prices = _price(source, request, target, device, progress)
     candidates = gather(
         prepared,
         prices,
@@ -322,7 +329,7 @@ def _set_up(request: Request, progress: Progress) -> Setup:
     _tell_discarded(cache, progress)
     for note in candidates.notes:
         progress.info(note)
-    return Setup(request, target, samples, prepared, prices, candidates)
+    return Setup(request, target, device, samples, prepared, prices, candidates)
 
 
 def _load(request: Request, progress: Progress) -> tuple[SourceModel, Request]:
@@ -342,18 +349,18 @@ def _load(request: Request, progress: Progress) -> tuple[SourceModel, Request]:
 
 
 def _price(
-    source: SourceModel, request: Request, target: Target, progress: Progress
+    source: SourceModel, request: Request, target: Target, device: Device, progress: Progress
 ) -> tuple[Prepared, Prices]:
     cache = _cache(request)
     prepared = prepare(source, request, cache=cache, progress=progress)
     _tell_discarded(cache, progress)
-    prepared.body = _body(prepared, request, target, progress)
+    prepared.body = _body(prepared, request, target, device, progress)
     store = TableStore(_cache_root(request) / "tables")
-    return prepared, price(prepared, target, request, store=store, progress=progress)
+    return prepared, price(prepared, target, request, device=device, store=store, progress=progress)
 
 
 def _body(
-    prepared: Prepared, request: Request, target: Target, progress: Progress
+    prepared: Prepared, request: Request, target: Target, device: Device, progress: Progress
 ) -> IntegerBody | None:
     """INT8 for the whole network, where it has convolutions to cut, may run in it, and gains.
 
@@ -366,12 +373,12 @@ def _body(
     progress.stage("whole network in INT8")
     body = IntegerBody(
         request.workload,
-        reduce_range=weight_limit(target) < FULL,
+        reduce_range=weight_limit(device.fingerprint()) < FULL,
         row_bytes=prepared.dense.row_bytes() if BATCH in prepared.source.axes else 0,
     )
     dense = dense_model(prepared)
-    apart = TimingProcess()
-    runners = [apart.load(m, workload=request.workload) for m in (dense, body.emit(dense))]
+    timer = device.timer()
+    runners = [timer.load(m, workload=request.workload) for m in (dense, body.emit(dense))]
     speedup = paired_speedup(*runners, pairs=BODY_PAIRS).speedup
     pays = speedup >= BODY_GAIN or request.numerics != "auto"
     progress.done(f"{speedup:.2f}x unpruned{'' if pays else ': not used'}")

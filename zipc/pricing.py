@@ -24,8 +24,7 @@ from zipc.latency_tables.store import TableStore, differences
 from zipc.latency_tables.table import Entry, LatencyTable
 from zipc.numerics.int8 import STATIC, quantize_weight
 from zipc.prepare import Prepared
-from zipc.profiler.fingerprint import device_fingerprint, device_state
-from zipc.profiler.runners.onnxruntime import OnnxRuntimeRunner
+from zipc.profiler.device import Device, GraphTimer
 from zipc.profiler.sweep import PricedGraph, sweep
 from zipc.profiler.timing import interleave, warm_up
 from zipc.pruner.graph.cuts import Cuts
@@ -109,9 +108,9 @@ def surroundings(
 
 
 def dense_shares(
-    dense: OnnxGraph, sites: Sequence[Site], workload: Workload
+    dense: OnnxGraph, sites: Sequence[Site], workload: Workload, timer: GraphTimer
 ) -> tuple[float, dict[str, float]]:
-    """Milliseconds of the dense model, and the share of them that each site takes, measured here.
+    """Milliseconds of the dense model, and the share of them that each site takes.
 
     A share is that of the graph the site is priced in: with the normalisation and the residual sum
     after it. Those of sites that share maps overlap.
@@ -119,8 +118,7 @@ def dense_shares(
     signatures, parts = surroundings(dense, sites)
     graphs = [dense, *parts.values()]
     runners = [
-        OnnxRuntimeRunner(specialise(graph, Edit()).to_bytes(), workload=workload)
-        for graph in graphs
+        timer.load(specialise(graph, Edit()).to_bytes(), workload=workload) for graph in graphs
     ]
     for runner in runners:
         warm_up(runner)
@@ -134,6 +132,7 @@ def price(
     target: Target,
     request: Request,
     *,
+    device: Device,
     store: TableStore,
     progress: Progress,
 ) -> Prices:
@@ -155,7 +154,7 @@ def price(
         *([] if prepared.body is None else [prepared.numeric]),
     )
     path = store.path(target.name, workload, target.runtime, key)
-    prints = device_fingerprint(runtime=target.runtime)
+    prints = device.fingerprint()
     stored = store.load(path, fingerprint=None)
     changed = differences(stored.fingerprint, prints) if stored else []
     if changed and request.allow_table_mismatch:
@@ -181,11 +180,12 @@ def price(
     largest = max(parts, key=lambda s: sum(a.size for a in parts[s].arrays.values()))
     anchor_bytes = specialise(parts[largest], Edit()).to_bytes()
     table = stored or LatencyTable(
+        kind=device.kind,
         target=target.name,
         runtime=target.runtime,
         workload=workload,
         fingerprint=prints,
-        state=device_state(),
+        state=device.state(),
         anchor=hashlib.sha256(anchor_bytes).hexdigest(),
     )
     missing = [g for g in graphs if not table.has(g.signature, g.level)]
@@ -202,7 +202,7 @@ def price(
         if len(missing) < len(graphs):
             progress.info(f"{len(graphs) - len(missing)} prices reused from the latency table")
         table, seconds = _measure(
-            table, missing, anchor_bytes, workload, store=store, path=path, progress=progress
+            table, missing, anchor_bytes, device.timer(), store=store, path=path, progress=progress
         )
     calls = {s.name: s.calls for s in prepared.structure.sites}
     dense_ms, whole_ms = table.price(WHOLE, DENSE), table.price(WHOLE, whole)
@@ -247,7 +247,7 @@ def price(
         prepared.numeric,
     )
     if table.correction is None:
-        fitted = _fit_correction(prepared, target, prices, workload, progress)
+        fitted = _fit_correction(prepared, target, prices, device.timer(), progress)
         prices.table = table.with_correction(fitted)
         if fitted.median_error <= TRUSTED_ERROR:
             store.save(prices.table, path)
@@ -264,7 +264,7 @@ def _measure(
     table: LatencyTable,
     graphs: list[PricedGraph],
     anchor_bytes: bytes,
-    workload: Workload,
+    timer: GraphTimer,
     *,
     store: TableStore,
     path: Path,
@@ -279,11 +279,11 @@ def _measure(
             store.save(held[0], path)
             saved[0] = time.monotonic()
 
-    saved = [started]
+    saved, workload = [started], table.workload
     sweep(
         graphs,
-        anchor=OnnxRuntimeRunner(anchor_bytes, workload=workload),
-        make_runner=lambda model: OnnxRuntimeRunner(model, workload=workload),
+        anchor=timer.load(anchor_bytes, workload=workload),
+        make_runner=lambda model: timer.load(model, workload=workload),
         rounds=SWEEP_ROUNDS,
         progress=progress,
         on_entries=keep,
@@ -383,8 +383,8 @@ def measure_points(
     prepared: Prepared,
     target: Target,
     prices: Prices,
-    workload: Workload,
     *,
+    timer: GraphTimer,
     points: int,
     rng: np.random.Generator,
     rounds: int | None = None,
@@ -394,7 +394,8 @@ def measure_points(
 
     Without `rounds`, each is timed as often as its time allows.
     """
-    dense = OnnxRuntimeRunner(specialise(prepared.dense, Edit()).to_bytes(), workload=workload)
+    workload = prices.table.workload
+    dense = timer.load(specialise(prepared.dense, Edit()).to_bytes(), workload=workload)
     if rounds is None:  # a round runs each graph twice
         least, most = CORRECTION_ROUNDS
         rounds = max(least, min(most, int(CORRECTION_MS / (4 * prices.dense_ms))))
@@ -402,7 +403,7 @@ def measure_points(
     found = []
     for _ in range(points):
         levels = random_levels(prepared, target, rng)
-        runner = OnnxRuntimeRunner(_whole(prepared, levels), workload=workload)
+        runner = timer.load(_whole(prepared, levels), workload=workload)
         warm_up(runner, max_runs=WARM_RUNS)
         base, times = interleave([dense, runner], rounds=rounds)
         total = prices.fixed_ms + sum(prices.ms(n, lv) for n, lv in levels.items())
@@ -413,14 +414,14 @@ def measure_points(
 
 
 def _fit_correction(
-    prepared: Prepared, target: Target, prices: Prices, workload: Workload, progress: Progress
+    prepared: Prepared, target: Target, prices: Prices, timer: GraphTimer, progress: Progress
 ) -> correction.Correction:
     progress.stage("check prices on whole models", CORRECTION_POINTS)
     points = measure_points(
         prepared,
         target,
         prices,
-        workload,
+        timer=timer,
         points=CORRECTION_POINTS,
         rng=np.random.default_rng(0),
         progress=progress,

@@ -1,0 +1,70 @@
+"""Where graphs are timed: everything that measures asks a `Device` for its runners."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from zipc.core.types import Runner, TableKind, Workload
+from zipc.profiler.fingerprint import device_fingerprint, device_state
+from zipc.profiler.runners.apart import TimingProcess
+
+
+class TimedGraph(Runner, Protocol):
+    """A graph that is ready to run, and what its session was opened with."""
+
+    session_options: dict[str, Any]
+
+
+class GraphTimer(Protocol):
+    """Holds graphs that are timed in turns."""
+
+    def load(self, model: bytes, *, workload: Workload) -> TimedGraph:
+        """Make a graph ready to run.
+
+        Raises:
+            ExportMismatch: the runtime cannot load it.
+            UsageError: the workload does not say how large an input is.
+        """
+        ...
+
+
+class Device(Protocol):
+    """A device that graphs are timed on."""
+
+    @property
+    def kind(self) -> TableKind:
+        """How its times are known."""
+        ...
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What its prices depend on."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """What changes by the minute: clocks, load, temperatures."""
+        ...
+
+    def timer(self) -> GraphTimer:
+        """Open a new process there, with the memory a deployed model would find."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class LocalDevice:
+    """This machine; a `Device`."""
+
+    runtime: str
+
+    @property
+    def kind(self) -> TableKind:
+        return "measured"
+
+    def fingerprint(self) -> dict[str, Any]:
+        return device_fingerprint(runtime=self.runtime)
+
+    def state(self) -> dict[str, Any]:
+        return device_state()
+
+    def timer(self) -> TimingProcess:
+        return TimingProcess()
