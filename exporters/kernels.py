@@ -39,8 +39,8 @@ FREE = frozenset(
 )
 POINTWISE = frozenset(
     "Abs Add And Cos Clip Div Elu Equal Erf Exp Gelu Greater HardSigmoid HardSwish LeakyRelu Less "
-    "Log Max Min Mish Mul Neg Not Or PRelu Pow Reciprocal Relu Round Sigmoid Sign Sin Softplus Sqrt "
-    "Sub Sum Tanh Where".split()
+    "Log Max Min Mish Mul Neg Not Or PRelu Pow Reciprocal Relu Round Sigmoid Sign Sin Softplus "
+    "Sqrt Sub Sum Tanh Where".split()
 )
 OVER_AXES = frozenset(
     "BatchNormalization GroupNormalization InstanceNormalization LayerNormalization LogSoftmax "
@@ -112,7 +112,8 @@ def _fold_(node: NodeProto, arrays: dict[str, Array], graph: OnnxGraph) -> bool:
     if any(arrays[i].dtype.kind not in "ib" for i in inputs):
         return False
     feeds = {i: arrays[i] for i in inputs}
-    arrays |= zip(node.output, ReferenceEvaluator(node).run(None, feeds), strict=True)
+    for name, value in zip(node.output, ReferenceEvaluator(node).run(None, feeds), strict=True):
+        arrays[name] = np.asarray(value)
     return True
 
 
@@ -160,6 +161,8 @@ class _Reading:
                 self._begin(node, "product")
             elif node.op_type == "Attention":
                 self._begin(node, "attention")
+            elif all(self._is_vector(o) for o in node.output):
+                continue  # scales and sizes
             elif node.op_type in FREE or not self._is_float(node):
                 self._pass_through(node)
             elif node.op_type in POINTWISE or node.op_type in OVER_AXES:
@@ -195,8 +198,7 @@ class _Reading:
 
     def _light(self, node: NodeProto) -> None:
         group = self._latest(node)
-        moving = [i for i in dict.fromkeys(node.input) if i and i not in self.constant]
-        others = [i for i in moving if self.group_of.get(i) is not group]
+        others = [i for i in self._activations(node) if self.group_of.get(i) is not group]
         if group is None or group.kind == "attention":
             self._begin(node, "pass")
         elif group.kind == "pass":
@@ -213,11 +215,15 @@ class _Reading:
 
     def _is_gate(self, node: NodeProto) -> bool:
         """Whether it multiplies what comes in with something made of it: x sigmoid(x)."""
-        return (
-            node.op_type == "Mul"
-            and sum(i not in self.constant for i in dict.fromkeys(node.input)) > 1
-            and not any(self.producers[i].op_type == "Cast" for i in node.input if i in self.producers)
-        )
+        return node.op_type == "Mul" and len(self._activations(node)) > 1
+
+    def _activations(self, node: NodeProto) -> list[str]:
+        found = (i for i in dict.fromkeys(node.input) if i and i not in self.constant)
+        return [i for i in found if not self._is_vector(i)]
+
+    def _is_vector(self, name: str) -> bool:
+        """Whether a value is a number or a vector: those scale and shift, and cost nothing."""
+        return len(self.graph.shapes.get(name, [0, 0])) < 2
 
     def _attentions(self, ordered: list[NodeProto]) -> dict[int, _Group]:
         """The nodes of softmax(q k') v by the kernel they are in."""
@@ -283,9 +289,7 @@ class _Reading:
             return self._of_activations(shape, out)
         pattern = _pattern(weight.T if attribute(node, "transB", 0) == 0 else weight)
         rows = math.prod(out[:-1])
-        return linear(
-            rows, out[-1], channels, precision=precision, pattern=pattern, written=KEPT
-        )
+        return linear(rows, out[-1], channels, precision=precision, pattern=pattern, written=KEPT)
 
     def _of_activations(self, left: list[int], out: list[int]) -> Product:
         batch, rows, columns = math.prod(out[:-2]), out[-2], out[-1]
@@ -393,6 +397,3 @@ def _pattern(weight: np.ndarray) -> Pattern:
         return "dense"
     fours = weight.reshape(weight.shape[0], channels // 4, 4, -1)
     return "2:4" if bool((np.count_nonzero(fours, axis=2) <= 2).all()) else "dense"
-
-
-

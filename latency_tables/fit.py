@@ -13,14 +13,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Protocol
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 from scipy.optimize import least_squares
 
 from zipc.core.errors import CorruptFile
-from zipc.core.types import Pattern, SpecSheet
+from zipc.core.types import Difference, Pattern, SpecSheet
 from zipc.latency_tables.networks import Setting, Style, kernels
 from zipc.latency_tables.operators import Precision
 from zipc.latency_tables.roofline import Array, Fractions, Kernels
@@ -39,7 +39,6 @@ START = Fractions(
 LEAST = Fractions(0.5, 0.2, 0.15, 0.3, 1.0, 2.0, 0.03, 1.0)
 MOST = Fractions(15.0, 1.0, 1.0, 1.0, 8.0, 100.0, 1.0, 2.0)
 PULL = 0.15  # weight of staying near START: what no source tells stays there
-Kind = Literal["width", "int8", "2:4"]  # what two figures of a source differ in
 
 Ms = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Figure = tuple[str, int, int, Precision, Pattern, Ms]  # network, batch, size, ..., milliseconds
@@ -98,7 +97,15 @@ def lay_out(sources: Sequence[Source], sheets: Mapping[str, SpecSheet]) -> list[
     return [Laid(source, sheets[source.target]) for source in sources]
 
 
-def fit(laid: Sequence[Laid]) -> Fractions:
+class Measured(Protocol):
+    """Latencies to fit to."""
+
+    ms: Array
+
+    def log_errors(self, fractions: Fractions) -> Array: ...
+
+
+def fit(laid: Sequence[Measured]) -> Fractions:
     """The fractions of least robust squared log-error; every source counts alike."""
     start, least, most = (np.log(astuple(f)) for f in (START, LEAST, MOST))
 
@@ -108,7 +115,12 @@ def fit(laid: Sequence[Laid]) -> Fractions:
         return np.concatenate([*errors, PULL * (logs - start) / math.sqrt(len(logs))])
 
     found = least_squares(
-        residuals, start, bounds=(least, most), loss="soft_l1", f_scale=0.2, diff_step=1e-3
+        residuals,
+        start,
+        bounds=(least, most),
+        loss="soft_l1",
+        f_scale=0.2,
+        diff_step=[1e-3] * len(start),
     )
     return Fractions(*(float(f"{value:.4g}") for value in np.exp(found.x)))
 
@@ -121,7 +133,7 @@ class HeldOut:
     figures: int
     median_error: float
     worst_error: float
-    ratios: Mapping[Kind, tuple[float, ...]]
+    ratios: Mapping[Difference, tuple[float, ...]]
 
 
 def hold_out(laid: Sequence[Laid]) -> tuple[HeldOut, ...]:
@@ -143,12 +155,12 @@ def hold_out(laid: Sequence[Laid]) -> tuple[HeldOut, ...]:
     return tuple(found)
 
 
-def ratio_errors(figures: Sequence[Figure], errors: Array) -> dict[Kind, tuple[float, ...]]:
+def ratio_errors(figures: Sequence[Figure], errors: Array) -> dict[Difference, tuple[float, ...]]:
     """Log-errors of the ratios that a speedup is, by what the two figures differ in.
 
     "width" compares networks at equal batch, size, precision and pattern.
     """
-    found: dict[Kind, list[float]] = {"width": [], "int8": [], "2:4": []}
+    found: dict[Difference, list[float]] = {"width": [], "int8": [], "2:4": []}
     for (a, at), (b, bt) in combinations(zip(figures, errors, strict=True), 2):
         (network, *sizes, precision, pattern, _), (other, *others, precise, patterned, _) = a, b
         if sizes != others:
@@ -160,19 +172,19 @@ def ratio_errors(figures: Sequence[Figure], errors: Array) -> dict[Kind, tuple[f
     return {kind: tuple(values) for kind, values in found.items()}
 
 
-DIFFERENCES: dict[tuple[bool, bool, bool], Kind] = {
+DIFFERENCES: dict[tuple[bool, bool, bool], Difference] = {
     (False, True, True): "width",
     (True, False, True): "int8",
     (True, True, False): "2:4",
 }
 
 
-def half_widths(held: Sequence[HeldOut]) -> dict[Kind, float]:
+def half_widths(held: Sequence[HeldOut]) -> dict[Difference, float]:
     """Half of the 95 % interval of a log-ratio, by kind: 1.96 root mean squares, all sources.
 
     A kind without ratios has the widest of the others.
     """
-    widths: dict[Kind, float] = {}
+    widths: dict[Difference, float] = {}
     for kind in ("width", "int8", "2:4"):
         values = [v for h in held for v in h.ratios[kind]]
         if values:

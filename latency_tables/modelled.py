@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from zipc.core.errors import CorruptFile, UsageError
-from zipc.core.types import SpecSheet
-from zipc.latency_tables.fit import HeldOut, Kind, Source, fit, half_widths, hold_out, lay_out
+from zipc.core.types import Difference, SpecSheet
+from zipc.latency_tables.fit import HeldOut, Source, fit, half_widths, hold_out, lay_out
 from zipc.latency_tables.networks import Setting, kernels
 from zipc.latency_tables.operators import Attention, Operator, Product
 from zipc.latency_tables.roofline import Fractions
@@ -33,7 +34,7 @@ class DeviceModel(BaseModel):
     schema_version: Literal[1] = 1
     kind: Literal["modelled"] = "modelled"
     fractions: Fractions
-    half_width: dict[Kind, float]  # of the 95 % interval of a log-ratio
+    half_width: dict[Difference, float]  # of the 95 % interval of a log-ratio
     held_out: tuple[HeldOut, ...] = Field(min_length=2)
     anchors: dict[str, dict[NetworkKind, int]]  # published figures by target
 
@@ -41,10 +42,34 @@ class DeviceModel(BaseModel):
         """Whether latencies of such networks on this very device are published."""
         return self.anchors.get(target, {}).get(network, 0) >= ENOUGH
 
-    def reach(self, kinds: Iterable[Kind], *, anchored: bool) -> float:
-        """Half-width of the 95 % interval of a log-ratio of graphs that differ in `kinds`."""
-        squares = sum(self.half_width[kind] ** 2 for kind in set(kinds))
-        return math.sqrt(squares) * (1.0 if anchored else UNANCHORED)
+    def doubt(self, target: str, operators: Sequence[Operator]) -> Doubt:
+        """How far speedups of a network on one of the devices may be off."""
+        anchored = self.anchored(target, network_kind(operators))
+        return Doubt(self.half_width, anchored)
+
+
+@dataclass(frozen=True, slots=True)
+class Doubt:
+    """The error of ratios of modelled latencies; twice as wide for what is not anchored."""
+
+    half_width: Mapping[Difference, float]  # of the 95 % interval of a log-ratio
+    anchored: bool
+
+    def reach(self, differences: Iterable[Difference]) -> float:
+        """Half-width of the interval for graphs that differ in all of these."""
+        squares = sum(self.half_width[kind] ** 2 for kind in set(differences))
+        return math.sqrt(squares) * (1.0 if self.anchored else UNANCHORED)
+
+    @property
+    def note(self) -> str:
+        """What to tell beside a predicted speedup."""
+        told = "latencies by a roofline model fitted to published figures; nothing was measured"
+        if self.anchored:
+            return told
+        return (
+            f"unanchored: no such network's latency on this device is published; the interval is "
+            f"{UNANCHORED:g} times as wide. {told.capitalize()}"
+        )
 
 
 def fitted(sources: Sequence[Source], sheets: Mapping[str, SpecSheet]) -> DeviceModel:

@@ -94,9 +94,7 @@ def feed_forwards(setting: Setting, *, layers: int, hidden: int) -> list[Operato
     rows = setting.batch * setting.size
 
     def dense(columns: int, channels: int) -> Operator:
-        return linear(
-            rows, columns, channels, precision=setting.precision, pattern=setting.pattern
-        )
+        return linear(rows, columns, channels, precision=setting.precision, pattern=setting.pattern)
 
     return [dense(4 * hidden, hidden), dense(hidden, 4 * hidden)] * layers
 
@@ -104,9 +102,7 @@ def feed_forwards(setting: Setting, *, layers: int, hidden: int) -> list[Operato
 def vision_transformer(setting: Setting, *, layers: int, hidden: int) -> list[Operator]:
     """Patches of 16, a class token."""
     edge = setting.size // 16
-    patches = convolution(
-        (setting.batch, edge, edge), hidden, 3, kernel=(16, 16), stride=(16, 16)
-    )
+    patches = convolution((setting.batch, edge, edge), hidden, 3, kernel=(16, 16), stride=(16, 16))
     tokens = edge * edge + 1
     head = linear(setting.batch, 1000, hidden)
     return [patches, *encoder(setting, layers=layers, hidden=hidden, tokens=tokens), head]

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from zipc.core.types import SpecSheet
-from zipc.latency_tables.operators import BYTES, Attention, Operator, Pass, Precision, Product
+from zipc.latency_tables.operators import Attention, Operator, Pass, Precision, Product
 
 TILES = ((256, 128), (128, 256), (128, 128), (128, 64), (64, 128), (64, 64), (32, 64), (64, 32))
 SPLITS = (1, 2, 4, 8)  # parts of the summation, added up afterwards
@@ -100,7 +100,8 @@ class Kernels:
         halved = self.halved.work * edges / (speed * fractions.sparse)[:, None]
         halved += self.halved.partial_bytes / partial
         sparse_ms = np.maximum(halved.min(axis=1), traffic + weights * self.kept)
-        return np.where(self.sparse, np.minimum(dense_ms, sparse_ms), dense_ms)
+        found: Array = np.where(self.sparse, np.minimum(dense_ms, sparse_ms), dense_ms)
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,13 +124,15 @@ def _tiled(shapes: Sequence[Product], sheet: SpecSheet, aligned: dict[Precision,
         image = shape.channels <= IMAGE
         depth = shape.positions * _up(shape.channels, IMAGE if image else to)
         tiles = shape.batch * np.ceil(shape.rows / rows)
-        tiles *= np.ceil(_up(shape.columns, min(to, 8)) / columns)
+        tiles *= np.ceil(shape.columns / columns)
         waves = np.ceil(tiles * splits / sheet.multiprocessors)
         summed = np.ceil(depth / splits / step) * step
         ragged = shape.columns % 8 or (shape.channels % 8 and not image)
         work[i] = waves * 2 * rows * columns * summed / _peak(sheet, shape.precision)
         work[i] *= RAGGED if ragged else 1.0
-        partial[i] = np.where(splits > 1, 8.0 * splits * shape.batch * shape.rows * shape.columns, 0)
+        partial[i] = np.where(
+            splits > 1, 8.0 * splits * shape.batch * shape.rows * shape.columns, 0
+        )
     return _Tiled(work, partial)
 
 
@@ -153,6 +156,3 @@ def _peak(sheet: SpecSheet, precision: Precision) -> float:
 
 def _up(number: int, step: int) -> int:
     return -(-number // step) * step
-
-
-__all__ = ["BYTES", "Fractions", "Kernels", "milliseconds"]

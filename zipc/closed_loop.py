@@ -26,7 +26,7 @@ from zipc.effort import Effort
 from zipc.integer_body import RANGES, IntegerBody
 from zipc.prepare import Prepared
 from zipc.pricing import Prices
-from zipc.profiler.device import GraphTimer
+from zipc.profiler.device import GraphTimer, TimedGraph
 from zipc.profiler.runners.onnxruntime import OnnxRuntimeRunner
 from zipc.proof import paired_speedup, paired_timing
 from zipc.pruner.allocate.search import Problem, SearchState, build_problem, search
@@ -281,7 +281,7 @@ class ClosedLoop:
         request: Request,
         *,
         timer: GraphTimer,
-        reference: Runner,
+        reference: TimedGraph,
         effort: Effort,
         cache: StageCache,
         progress: Progress,
@@ -410,7 +410,9 @@ class ClosedLoop:
         timing, width = _look(self.reference, runner)
         ratio = self.prices.ratio(allocation.predicted_ms)
         self.looks.append((1 / ratio, timing.speedup))
-        self.progress.done(f"predicted {1 / ratio:.2f}x, measured {timing.speedup:.2f}x")
+        self.progress.done(
+            f"predicted {1 / ratio:.2f}x, {self.prices.table.kind} {timing.speedup:.2f}x"
+        )
         if loss is None:
             loss = self.candidates.confirm.score(allocation)
         self.attempts.append(_Attempt(allocation, timing.speedup, width, ratio, loss))

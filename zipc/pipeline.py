@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from dataclasses import dataclass, replace
@@ -30,6 +31,7 @@ from zipc.integer_body import IntegerBody
 from zipc.latency_tables.store import TableStore, default_cache_dir
 from zipc.manifest import Manifest
 from zipc.model_source import SourceModel, load_source, settle, with_cache
+from zipc.modelled_device import predicted_timing
 from zipc.numerics.int8 import FULL, STATIC
 from zipc.output import check_output, staged, write_artifacts
 from zipc.prepare import Prepared, prepare
@@ -76,7 +78,9 @@ def compile_model(request: Request, *, progress: Progress) -> Manifest:
             progress=clock,
         )
         found, compiled, timing = _proved(loop, goal)
-        if goal is not None and not found.solution.unreachable and timing.ci95[0] < goal:
+        measured = setup.device.kind == "measured"
+        short = goal is not None and timing.ci95[0] < goal
+        if measured and goal is not None and short and not found.solution.unreachable:
             loop.forget()
             more = min(max(goal / timing.ci95[0], LEAST_MORE), MOST_MORE)
             told = (
@@ -87,9 +91,10 @@ def compile_model(request: Request, *, progress: Progress) -> Manifest:
             if not again[0].solution.unreachable:
                 setup.candidates.notes.append(told)
                 found, compiled, timing = again
-        setup.candidates.notes.append(
-            _by_default(setup.device, [dense, found.built.model], request, clock)
-        )
+        if measured:
+            setup.candidates.notes.append(
+                _by_default(setup.device, [dense, found.built.model], request, clock)
+            )
         structure, tensors, _ = checkpoint(
             setup.prepared, found.built.allocation, found.built.states
         )
@@ -109,7 +114,7 @@ def compile_model(request: Request, *, progress: Progress) -> Manifest:
                 structure=structure,
                 tensors=tensors,
                 source_folder=setup.prepared.source.folder,
-                samples=samples_of(timing, request),
+                samples=samples_of(timing, request) if measured else None,
             )
             manifest = make_manifest(
                 request,
@@ -135,9 +140,12 @@ def compile_model(request: Request, *, progress: Progress) -> Manifest:
 
 
 def _proved(loop: ClosedLoop, goal: float | None) -> tuple[Found, TimedGraph, PairedTiming]:
-    """An artifact, and the one measurement its verdict is read from."""
+    """An artifact, and the one measurement, or prediction, its verdict is read from."""
     found = loop.find(goal)
     compiled = loop.timer.load(found.built.model, workload=loop.request.workload)
+    if loop.prices.doubt is not None:
+        allocation, doubt = found.built.allocation, loop.prices.doubt
+        return found, compiled, predicted_timing(loop.reference, compiled, allocation, doubt)
     pairs = min(default_pairs(loop.prices.dense_ms), loop.effort.verdict_pairs)
     timing = paired_speedup(loop.reference, compiled, pairs=pairs, progress=loop.progress)
     return found, compiled, timing
@@ -353,6 +361,7 @@ def _price(
 ) -> tuple[Prepared, Prices]:
     cache = _cache(request)
     prepared = prepare(source, request, cache=cache, progress=progress)
+    prepared.floats = target.reference_numeric
     _tell_discarded(cache, progress)
     prepared.body = _body(prepared, request, target, device, progress)
     store = TableStore(_cache_root(request) / "tables")
@@ -380,7 +389,9 @@ def _body(
     timer = device.timer()
     runners = [timer.load(m, workload=request.workload) for m in (dense, body.emit(dense))]
     speedup = paired_speedup(*runners, pairs=BODY_PAIRS).speedup
-    pays = speedup >= BODY_GAIN or request.numerics != "auto"
+    doubt = device.doubt(dense, request.workload)
+    least = BODY_GAIN if doubt is None else math.exp(doubt.reach(["int8"]))
+    pays = speedup >= least or request.numerics != "auto"
     progress.done(f"{speedup:.2f}x unpruned{'' if pays else ': not used'}")
     return body if pays else None
 
