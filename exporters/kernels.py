@@ -259,8 +259,20 @@ class _Reading:
         if group.kind == "attention":
             return self._attention(group)
         if group.kind == "pass":
-            return Pass(sum(self._values(name) for name in self._ends(group)) * BYTES[KEPT])
+            moved = sum(self._values(name) for name in self._ends(group)) * BYTES[KEPT]
+            return Pass(moved, fused=self._goes_on(group))
         return self._product(group)
+
+    def _goes_on(self, group: _Group) -> bool:
+        """Whether a pass reads nothing but floats that come in.
+
+        In the graph of a site whose units are all gone that is the normalisation after it, which in
+        the whole network goes on from the pass before.
+        """
+        made = {o for n in group.nodes for o in n.output}
+        read = {i for n in group.nodes for i in n.input if i and i not in self.constant} - made
+        given = {i.name for i in self.graph.proto.graph.input}
+        return read <= given and all(self.graph.types.get(name) in FLOATS for name in read)
 
     def _ends(self, group: _Group) -> Iterable[str]:
         """Values that come into a group, and those of it that are used elsewhere."""

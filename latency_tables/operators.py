@@ -56,11 +56,13 @@ class Attention:
 class Pass:
     """One pass over activations: a normalisation, a softmax, a sum, a copy, a depthwise product.
 
-    `flops` are done without tensor cores.
+    `flops` are done without tensor cores. A `fused` one is not launched: it belongs to a kernel
+    before it.
     """
 
     moved_bytes: int
     flops: int = 0
+    fused: bool = False
 
 
 Operator = Product | Attention | Pass

@@ -76,6 +76,7 @@ class Kernels:
         self.kept = np.array([SPARSE_BYTES[o.precision] for o in shapes])
         self.int8 = np.array([o.precision == "int8" for o in shapes], dtype=bool)
         self.other = np.array([_other_work(o, sheet) for o in distinct])
+        self.launched = np.array([not (isinstance(o, Pass) and o.fused) for o in distinct])
         self.attention = np.array([isinstance(o, Attention) for o in distinct], dtype=bool)
 
     def milliseconds(self, fractions: Fractions) -> Array:
@@ -88,7 +89,7 @@ class Kernels:
         if self.products:
             speed = np.where(self.int8, fractions.int8, fractions.fp16)
             found[self.at] = self._products(traffic[self.at], memory, speed, fractions)
-        result: Array = (found + fractions.launch_us / 1e3)[self.order]
+        result: Array = (found + self.launched * fractions.launch_us / 1e3)[self.order]
         return result
 
     def _products(self, traffic: Array, memory: float, speed: Array, fractions: Fractions) -> Array:

@@ -151,6 +151,16 @@ def test_sizes_computed_in_the_graph_are_followed() -> None:
     assert found == Pass((2 * 64 * H + 16 * H) * 2)
 
 
+def test_a_pass_over_what_comes_in_is_not_launched() -> None:
+    """All that is left of a site without units: the whole network normalises one kernel before."""
+    nodes = [
+        helper.make_node("Add", ["x", "constant"], ["a"]),
+        helper.make_node("LayerNormalization", ["a", "scale", "shift"], ["y"]),
+    ]
+    arrays = {name: weight(H) for name in ("constant", "scale", "shift")}
+    assert kernels_of(model(nodes, arrays), WORKLOAD) == [Pass(2 * 64 * H * 2, fused=True)]
+
+
 def test_an_axis_without_a_size_is_refused() -> None:
     graph = model([matmul("x", "y")], {"w_y": weight(H, H)}, shape=("batch", "frames", H))
     with pytest.raises(UnsupportedModel, match="axis 'frames'"):

@@ -92,6 +92,7 @@ def test_every_kernel_costs_a_launch() -> None:
     nothing = ms(Pass(0))
     assert nothing == pytest.approx(FRACTIONS.launch_us / 1e3)
     assert ms(*[Pass(0)] * 7) == pytest.approx(7 * nothing)
+    assert ms(Pass(0, fused=True)) == 0
     assert ms(linear(8, 32, 32)) == pytest.approx(nothing, rel=0.1)
 
 

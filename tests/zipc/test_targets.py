@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -67,6 +68,15 @@ def test_a_power_mode_changes_the_sheet_alone() -> None:
 def test_an_unknown_power_mode_is_answered_with_those_there_are(name: str, said: str) -> None:
     with pytest.raises(UsageError, match=said):
         load_target(name)
+
+
+@pytest.mark.parametrize("key", ["multiprocessors", "fp16_tflops", "bandwidth_gbs"])
+def test_figures_of_a_sheet_are_positive(tmp_path: Path, key: str) -> None:
+    text = shipped_files()["a100"].read_text()
+    file = tmp_path / "mine.toml"
+    file.write_text(re.sub(rf"{key} = \d+", f"{key} = 0", text))
+    with pytest.raises(UsageError, match=f"{key} must be positive"):
+        load_target(str(file))
 
 
 def test_doctor_tells_what_works_for_a_target(run: Run) -> None:

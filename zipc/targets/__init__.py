@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import os
 import re
 import tomllib
@@ -152,6 +153,11 @@ def _parse(text: str, *, where: str, default_name: str, mode: str) -> Target:
             f"{where}: a [sheet] with the figures of the device belongs to the runtime tensorrt, "
             "and to no other. `zipc targets show a100` names the file to begin from."
         )
+    figures = {} if target.sheet is None else dataclasses.asdict(target.sheet)
+    numbers = {k: v for k, v in figures.items() if isinstance(v, int | float) and k != "sparse"}
+    wrong = [key for key, value in numbers.items() if not 0 < value < math.inf]
+    if wrong or min(target.width_grid.values(), default=1) < 1:
+        raise UsageError(f"{where}: {wrong[0] if wrong else 'width_grid'} must be positive.")
     asked = {
         "runtime": [target.runtime],
         "connection": [target.connection],
