@@ -3,8 +3,8 @@
     python benchmarks/bench_roofline.py [--write]
 
 Every source is predicted from a fit to the others. The method is checked where truth is at hand:
-on the sites of benchmarks/results/gpu_sites.json, measured on an H200, of two widths of which a
-third and of a whole network is predicted from the rest, and with the fractions of the A100 alone,
+on the sites of benchmarks/results/gpu_sites.json, measured on an H200: every third width, a whole
+network and a batch size are predicted from the rest, and all sites with the fractions of the A100,
 which is what a device without anchors gets. `--write` replaces latency_tables/modelled.json.
 """
 

@@ -24,7 +24,16 @@ from zipc.closed_loop import (
 from zipc.core.errors import UsageError
 from zipc.core.memory import release
 from zipc.core.request import Request
-from zipc.core.types import Allocation, LeftAlone, PairedTiming, Progress, Runner, Site, Target
+from zipc.core.types import (
+    Allocation,
+    LeftAlone,
+    PairedTiming,
+    Progress,
+    Runner,
+    Site,
+    TableKind,
+    Target,
+)
 from zipc.devices import open_device
 from zipc.effort import effort_of
 from zipc.integer_body import IntegerBody
@@ -258,9 +267,10 @@ def plan_model(request: Request, *, progress: Progress) -> Plan:
 
 @dataclass(frozen=True, slots=True)
 class ProfileResult:
-    """Where the table is and what it cost to make."""
+    """Where the table is, of what kind, and what it cost to make."""
 
     table_path: Path
+    kind: TableKind
     entries: int
     seconds: float
     from_cache: bool
@@ -270,6 +280,7 @@ class ProfileResult:
     def to_json(self) -> dict[str, Any]:
         return {
             "table_path": str(self.table_path),
+            "kind": self.kind,
             "entries": self.entries,
             "seconds": self.seconds,
             "from_cache": self.from_cache,
@@ -289,6 +300,7 @@ def profile_model(request: Request, *, progress: Progress) -> ProfileResult:
         fitted = prices.table.correction
         return ProfileResult(
             table_path=prices.path,
+            kind=prices.table.kind,
             entries=len(prices.table.entries),
             seconds=prices.seconds,
             from_cache=prices.from_cache,

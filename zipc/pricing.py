@@ -108,6 +108,12 @@ def suits(level: Level, site: Site, target: Target) -> bool:
     return site.kind == "heads" or level.width == site.units or target.on_grid(level)
 
 
+def float_widths(prepared: Prepared, site: Site, target: Target) -> list[int]:
+    """Widths of a site, ascending, that suit what it runs in where its level says nothing else."""
+    widths = widths_of(site, step=target.width_step)
+    return [w for w in widths if suits(Level(w, prepared.numeric), site, target)]
+
+
 def surroundings(
     dense: OnnxGraph, sites: Sequence[Site]
 ) -> tuple[dict[str, str], dict[str, OnnxGraph]]:
@@ -323,9 +329,8 @@ def _overlapping(prepared: Prepared) -> bool:
 
 def _narrowest(prepared: Prepared, target: Target) -> dict[str, Level]:
     """Every site at the least width above none, in fp32."""
-    step = target.width_step
     return {
-        s.name: Level(min(w for w in widths_of(s, step=step) if w))
+        s.name: Level(min(w for w in float_widths(prepared, s, target) if w))
         for s in prepared.structure.sites
     }
 
@@ -391,7 +396,7 @@ def random_levels(prepared: Prepared, target: Target, rng: np.random.Generator) 
     policy = mixed[int(rng.integers(len(mixed)))] if rng.random() < 0.7 else None
     levels = {}
     for site in prepared.structure.sites:
-        widths = np.array(widths_of(site, step=target.width_step))
+        widths = np.array(float_widths(prepared, site, target))
         wanted = float(np.clip(density + rng.normal(0, 0.2), 0, 1)) * site.units
         width = int(widths[np.abs(widths - wanted).argmin()])
         numeric = policy or mixed[int(rng.integers(len(mixed)))]

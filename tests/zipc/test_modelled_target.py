@@ -14,7 +14,7 @@ from tests.command_line import Run, command_line
 from tests.tiny_project import Told, model_folder, pairs_file, request, small_effort
 from zipc.cli.compile import verdict_exit_code
 from zipc.core.errors import UsageError
-from zipc.core.types import Allocation, Level
+from zipc.core.types import Allocation, InputSpec, Level
 from zipc.devices import open_device
 from zipc.gate import check
 from zipc.latency_tables.modelled import Doubt, device_model
@@ -113,10 +113,41 @@ def test_profile_and_plan_answer_from_the_same_table(project: Project) -> None:
     asked = request(project.model, project.data, None, project.cache, target="a100", speedup=1.5)
     found = profile_model(asked, progress=Told())
     assert found.from_cache
+    assert found.kind == "modelled"
     assert json.loads(found.table_path.read_text())["kind"] == "modelled"
     plan = plan_model(asked, progress=Told())
     assert plan.predicted_speedup >= 1.5
     assert plan.dense_ms == pytest.approx(found.dense_ms)
+
+
+NET = """
+import torch
+
+def net():
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(3, 16, 3, padding=1), torch.nn.ReLU(),
+        torch.nn.Conv2d(16, 40, 3, padding=1), torch.nn.ReLU(),
+        torch.nn.Conv2d(40, 16, 3, padding=1), torch.nn.ReLU(),
+        torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(16, 10),
+    )
+"""
+
+
+def test_channels_are_priced_on_the_grid_of_their_numeric(tmp_path: Path) -> None:
+    (tmp_path / "nets.py").write_text(NET)
+    sizes = (InputSpec("input", "float32", (2, 3, 8, 8)),)
+    asked = request(
+        Path(f"{tmp_path}/nets.py:net"),
+        *(None, None, tmp_path / "cache"),
+        target="orin",
+        input_shapes=sizes,
+        sequence_length=None,
+    )
+    found = profile_model(asked, progress=Told())
+    entries = json.loads(found.table_path.read_text())["entries"]
+    sites = [e for e in entries if not e["signature"].startswith("model")]
+    assert {e["level"]["numeric"] for e in sites if e["level"]["width"]} == {"fp16"}
+    assert {e["level"]["width"] % 8 for e in sites} == {0}
 
 
 def test_dry_run_knows_the_target(run: Run, project: Project) -> None:
