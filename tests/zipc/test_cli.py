@@ -613,7 +613,7 @@ class FakePlan:
 @dataclass
 class FakeProfile:
     table_path: Path = Path("tables/cpu.json")
-    kind = "measured"
+    kind: str = "measured"
     entries: int = 130
     seconds: float = 42.0
     from_cache: bool = False
