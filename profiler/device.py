@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from zipc.core.types import Runner, TableKind, Workload
+from zipc.latency_tables.modelled import Doubt
 from zipc.profiler.fingerprint import device_fingerprint, device_state
 from zipc.profiler.runners.apart import TimingProcess
 
@@ -45,6 +46,10 @@ class Device(Protocol):
         """What changes by the minute: clocks, load, temperatures."""
         ...
 
+    def doubt(self, dense: bytes, workload: Workload) -> Doubt | None:
+        """How far speedups over a dense graph may be off; None where they are measured."""
+        ...
+
     def timer(self) -> GraphTimer:
         """Open a new process there, with the memory a deployed model would find."""
         ...
@@ -65,6 +70,9 @@ class LocalDevice:
 
     def state(self) -> dict[str, Any]:
         return device_state()
+
+    def doubt(self, dense: bytes, workload: Workload) -> None:
+        return None
 
     def timer(self) -> TimingProcess:
         return TimingProcess()

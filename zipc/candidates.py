@@ -19,7 +19,7 @@ from zipc.core.types import Ladder, Level, Progress, Rung, Site, Target
 from zipc.effort import Effort
 from zipc.numerics.int8 import DYNAMIC, FULL, REDUCED, STATIC
 from zipc.prepare import Prepared
-from zipc.pricing import Prices
+from zipc.pricing import Prices, suits
 from zipc.pruner.allocate.scorer import Scorer
 from zipc.pruner.evidence import InputStats, collect
 from zipc.pruner.ladder import sweep_site, widths_of
@@ -239,7 +239,9 @@ def _numerics(
         ms = prices.fixed_ms + sum(prices.ms(n, Level(s.units)) for n, s in sites.items())
         notes.append(f"the whole network in {prepared.numeric}, unpruned: {ms:.2f} ms")
         return ("fp32",)
-    if wanted in ("fp32", *schemes):
+    if wanted == prepared.floats:
+        return ("fp32",)
+    if wanted in schemes:
         return (wanted,)
     if wanted not in ("auto", "int8"):
         raise UsageError(
@@ -269,11 +271,14 @@ def _ladder(
     widths = widths_of(site, step=target.width_step) if request.prune else [site.units]
     if not prepared.on_integers(site):
         numerics = ("fp32",)
-    rungs = [
-        Rung(level, prices.ms(name, level), sweep.errors[site.units - width])
+    levels = [
+        level
         for width in widths
         for level in ([Level(0)] if width == 0 else [Level(width, n) for n in numerics])
+        if suits(level.within(prepared.numeric), site, target)
+        and (prices.gains(name, level) or request.numerics != "auto")
     ]
+    rungs = [Rung(lv, prices.ms(name, lv), sweep.errors[site.units - lv.width]) for lv in levels]
     return Ladder(name, sweep.order, tuple(rungs))
 
 

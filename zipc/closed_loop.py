@@ -26,7 +26,7 @@ from zipc.effort import Effort
 from zipc.integer_body import RANGES, IntegerBody
 from zipc.prepare import Prepared
 from zipc.pricing import Prices
-from zipc.profiler.device import GraphTimer
+from zipc.profiler.device import GraphTimer, TimedGraph
 from zipc.profiler.runners.onnxruntime import OnnxRuntimeRunner
 from zipc.proof import paired_speedup, paired_timing
 from zipc.pruner.allocate.search import Problem, SearchState, build_problem, search
@@ -36,6 +36,7 @@ from zipc.stage_cache import StageCache
 
 AIM = 1.03  # the lower end of the verdict's interval must clear the target, not its middle
 ACCEPT = (1.02, 1.042)  # measured speedup over target at which the loop stops
+EXACT_AIM, EXACT_ACCEPT = 1.01, (1.0, 1.02)  # the same of modelled speedups, which have no noise
 STAGE, FILE = "solution", "solution.json"
 JUDGED, LOSSES = "sensitivity", "losses.json"
 FILLED = 0.98  # finalists that leave more of the budget unused overshoot the speedup asked for
@@ -281,7 +282,7 @@ class ClosedLoop:
         request: Request,
         *,
         timer: GraphTimer,
-        reference: Runner,
+        reference: TimedGraph,
         effort: Effort,
         cache: StageCache,
         progress: Progress,
@@ -300,6 +301,8 @@ class ClosedLoop:
         self.searched = 0
         self.state: SearchState | None = None
         self.rng = np.random.default_rng(request.seed)
+        exact = prices.doubt is not None
+        self.aim, self.accept = (EXACT_AIM, EXACT_ACCEPT) if exact else (AIM, ACCEPT)
 
     @cached_property
     def problem(self) -> Problem:
@@ -350,16 +353,16 @@ class ClosedLoop:
             return self.solution(self.attempt(self.fastest()))
         if self.prepared.body is not None:  # that alone may do
             whole = self.problem.allocation([_widest(levels) for levels in self.problem.levels])
-            if self.prices.ratio(whole.predicted_ms) * target * AIM <= 1:
+            if self.prices.ratio(whole.predicted_ms) * target * self.aim <= 1:
                 attempt = self.attempt(whole)
-                if attempt.speedup >= target * ACCEPT[0]:
+                if attempt.speedup >= target * self.accept[0]:
                     return self.solution(attempt)
         try:
             return self.run(target)
         except TargetUnreachable as error:
             self.progress.info(f"{error} Building the fastest artifact there is.")
             fastest = self.attempt(self.fastest())
-            if fastest.speedup < target * ACCEPT[0]:
+            if fastest.speedup < target * self.accept[0]:
                 return self.solution(fastest, unreachable=str(error))
         try:  # it measures faster than predicted: some of it can be given back
             return self.run(target)
@@ -375,7 +378,7 @@ class ClosedLoop:
                 self.problem,
                 self.prices,
                 self.candidates,
-                ratio=(_bias(self.attempts) if self.attempts else 1.0) / (target * AIM),
+                ratio=(_bias(self.attempts) if self.attempts else 1.0) / (target * self.aim),
                 trials=int(self.effort.trials * share),
                 seconds=self.effort.search_seconds * share,
                 finalists=FINALISTS if first else FINALISTS // 2,
@@ -385,15 +388,15 @@ class ClosedLoop:
             )
             self.searched += self.state.trials
             over = self.attempt(allocation, loss).speedup / target
-            if ACCEPT[0] <= over <= ACCEPT[1]:
+            if self.accept[0] <= over <= self.accept[1]:
                 break
-            if over > ACCEPT[1] and all(
+            if over > self.accept[1] and all(
                 lv.width == self.prepared.sites[n].units and lv.numeric == "fp32"
                 for n, lv in allocation.levels.items()
             ):
                 break  # nothing is left to give back
-        good = [a for a in self.attempts if a.speedup >= target * ACCEPT[0]]
-        close = [a for a in good if a.speedup <= target * ACCEPT[1] * 1.01] or good
+        good = [a for a in self.attempts if a.speedup >= target * self.accept[0]]
+        close = [a for a in good if a.speedup <= target * self.accept[1] * 1.01] or good
         fastest = max(self.attempts, key=lambda a: a.speedup)
         best = min(close, key=lambda a: a.loss, default=fastest)
         return self.solution(best)
@@ -410,7 +413,9 @@ class ClosedLoop:
         timing, width = _look(self.reference, runner)
         ratio = self.prices.ratio(allocation.predicted_ms)
         self.looks.append((1 / ratio, timing.speedup))
-        self.progress.done(f"predicted {1 / ratio:.2f}x, measured {timing.speedup:.2f}x")
+        self.progress.done(
+            f"predicted {1 / ratio:.2f}x, {self.prices.table.kind} {timing.speedup:.2f}x"
+        )
         if loss is None:
             loss = self.candidates.confirm.score(allocation)
         self.attempts.append(_Attempt(allocation, timing.speedup, width, ratio, loss))

@@ -26,7 +26,14 @@ from zipc.core.types import Progress, Runner, Silent, Workload
 from zipc.core.workload import read_workload, workload_document
 from zipc.profiler.runners.onnxruntime import OnnxRuntimeRunner
 from zipc.profiler.timing import interleave, warm_up
-from zipc.proof import MIN_PAIRS, Interval, batch_interval, log_ratio_interval, percentiles
+from zipc.proof import (
+    MIN_PAIRS,
+    Interval,
+    batch_interval,
+    log_ratio_interval,
+    percentiles,
+    refuse_predicted,
+)
 
 Status = Literal["pass", "regressed", "inconclusive"]
 
@@ -120,6 +127,8 @@ def check(
     decided = {r: _compare_sizes(r, new=new, base=base) for r in rules if r.metric == "size"}
     if timed and runners is None:
         workload = workload or workload_of(new, base)
+        for artifact in (new, base):
+            refuse_predicted(_recorded(artifact), artifact)
         runners = (
             OnnxRuntimeRunner(graph_of(new), workload=workload),
             OnnxRuntimeRunner(graph_of(base), workload=workload),
@@ -332,12 +341,16 @@ def bytes_of(graph: Path) -> int:
         raise UsageError(f"{graph} needs {error.filename}, which is missing.") from error
 
 
-def _recorded_workload(artifact: Path) -> Workload | None:
+def _recorded(artifact: Path) -> Any:
+    """The manifest of an output folder as it stands; empty where there is none."""
     path = artifact / "manifest.json"
-    if not path.is_file():
-        return None
+    return read_json(path, advice="Compile again.") if path.is_file() else {}
+
+
+def _recorded_workload(artifact: Path) -> Workload | None:
+    held, path = _recorded(artifact), artifact / "manifest.json"
     try:
-        return read_workload(read_json(path, advice="Compile again.")["workload"])
+        return read_workload(held["workload"]) if held or path.is_file() else None
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptFile(f"{path} has no usable workload ({error!r}). Compile again.") from error
 

@@ -21,9 +21,10 @@ from zipc.core.files import sha256_file, write_atomic, write_json
 from zipc.core.types import Artifact
 
 OLD = ".old"  # an earlier output, moved aside for a moment
+TIMED = " (timed)"
 KINDS = {
-    "model.onnx": "model (timed)",
-    "reference.onnx": "dense reference (timed)",
+    "model.onnx": "model" + TIMED,
+    "reference.onnx": "dense reference" + TIMED,
     "samples.json": "raw timing samples of the verdict",
 }
 
@@ -133,13 +134,17 @@ def write_artifacts(
     structure: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
     source_folder: Path | None,
-    samples: Mapping[str, Any],
+    samples: Mapping[str, Any] | None,
 ) -> tuple[Artifact, ...]:
-    """Write everything but the manifest; returns the list of files for it."""
+    """Write everything but the manifest; returns the list of files for it.
+
+    Without `samples` nothing was timed.
+    """
     write_atomic(folder / "model.onnx", model)
     if reference is not None:
         write_atomic(folder / "reference.onnx", reference)
-    write_json(folder / "samples.json", samples)
+    if samples is not None:
+        write_json(folder / "samples.json", samples)
     checkpoint = folder / "checkpoint"
     checkpoint.mkdir()
     write_json(checkpoint / "structure.json", structure)
@@ -148,14 +153,13 @@ def write_artifacts(
     if source_folder is not None:
         _copy_texts(source_folder, checkpoint)
     files = sorted(p for p in folder.rglob("*") if p.is_file())
-    return tuple(
-        Artifact(
-            str(p.relative_to(folder)),
-            KINDS.get(str(p.relative_to(folder)), "checkpoint"),
-            sha256_file(p),
-        )
-        for p in files
-    )
+
+    def kind(name: str) -> str:
+        found = KINDS.get(name, "checkpoint")
+        return found if samples is not None else found.removesuffix(TIMED)
+
+    names = [(str(p.relative_to(folder)), p) for p in files]
+    return tuple(Artifact(name, kind(name), sha256_file(path)) for name, path in names)
 
 
 def _copy_texts(source: Path, checkpoint: Path) -> None:

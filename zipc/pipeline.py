@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from dataclasses import dataclass, replace
@@ -23,13 +24,23 @@ from zipc.closed_loop import (
 from zipc.core.errors import UsageError
 from zipc.core.memory import release
 from zipc.core.request import Request
-from zipc.core.types import Allocation, LeftAlone, PairedTiming, Progress, Runner, Site, Target
+from zipc.core.types import (
+    Allocation,
+    LeftAlone,
+    PairedTiming,
+    Progress,
+    Runner,
+    Site,
+    TableKind,
+    Target,
+)
 from zipc.devices import open_device
 from zipc.effort import effort_of
 from zipc.integer_body import IntegerBody
 from zipc.latency_tables.store import TableStore, default_cache_dir
 from zipc.manifest import Manifest
 from zipc.model_source import SourceModel, load_source, settle, with_cache
+from zipc.modelled_device import predicted_timing
 from zipc.numerics.int8 import FULL, STATIC
 from zipc.output import check_output, staged, write_artifacts
 from zipc.prepare import Prepared, prepare
@@ -76,7 +87,9 @@ def compile_model(request: Request, *, progress: Progress) -> Manifest:
             progress=clock,
         )
         found, compiled, timing = _proved(loop, goal)
-        if goal is not None and not found.solution.unreachable and timing.ci95[0] < goal:
+        measured = setup.device.kind == "measured"
+        short = goal is not None and timing.ci95[0] < goal
+        if measured and goal is not None and short and not found.solution.unreachable:
             loop.forget()
             more = min(max(goal / timing.ci95[0], LEAST_MORE), MOST_MORE)
             told = (
@@ -87,9 +100,10 @@ def compile_model(request: Request, *, progress: Progress) -> Manifest:
             if not again[0].solution.unreachable:
                 setup.candidates.notes.append(told)
                 found, compiled, timing = again
-        setup.candidates.notes.append(
-            _by_default(setup.device, [dense, found.built.model], request, clock)
-        )
+        if measured:
+            setup.candidates.notes.append(
+                _by_default(setup.device, [dense, found.built.model], request, clock)
+            )
         structure, tensors, _ = checkpoint(
             setup.prepared, found.built.allocation, found.built.states
         )
@@ -109,7 +123,7 @@ def compile_model(request: Request, *, progress: Progress) -> Manifest:
                 structure=structure,
                 tensors=tensors,
                 source_folder=setup.prepared.source.folder,
-                samples=samples_of(timing, request),
+                samples=samples_of(timing, request) if measured else None,
             )
             manifest = make_manifest(
                 request,
@@ -135,9 +149,12 @@ def compile_model(request: Request, *, progress: Progress) -> Manifest:
 
 
 def _proved(loop: ClosedLoop, goal: float | None) -> tuple[Found, TimedGraph, PairedTiming]:
-    """An artifact, and the one measurement its verdict is read from."""
+    """An artifact, and the one measurement, or prediction, its verdict is read from."""
     found = loop.find(goal)
     compiled = loop.timer.load(found.built.model, workload=loop.request.workload)
+    if loop.prices.doubt is not None:
+        allocation, doubt = found.built.allocation, loop.prices.doubt
+        return found, compiled, predicted_timing(loop.reference, compiled, allocation, doubt)
     pairs = min(default_pairs(loop.prices.dense_ms), loop.effort.verdict_pairs)
     timing = paired_speedup(loop.reference, compiled, pairs=pairs, progress=loop.progress)
     return found, compiled, timing
@@ -250,9 +267,10 @@ def plan_model(request: Request, *, progress: Progress) -> Plan:
 
 @dataclass(frozen=True, slots=True)
 class ProfileResult:
-    """Where the table is and what it cost to make."""
+    """Where the table is, of what kind, and what it cost to make."""
 
     table_path: Path
+    kind: TableKind
     entries: int
     seconds: float
     from_cache: bool
@@ -262,6 +280,7 @@ class ProfileResult:
     def to_json(self) -> dict[str, Any]:
         return {
             "table_path": str(self.table_path),
+            "kind": self.kind,
             "entries": self.entries,
             "seconds": self.seconds,
             "from_cache": self.from_cache,
@@ -281,6 +300,7 @@ def profile_model(request: Request, *, progress: Progress) -> ProfileResult:
         fitted = prices.table.correction
         return ProfileResult(
             table_path=prices.path,
+            kind=prices.table.kind,
             entries=len(prices.table.entries),
             seconds=prices.seconds,
             from_cache=prices.from_cache,
@@ -353,6 +373,7 @@ def _price(
 ) -> tuple[Prepared, Prices]:
     cache = _cache(request)
     prepared = prepare(source, request, cache=cache, progress=progress)
+    prepared.floats = target.reference_numeric
     _tell_discarded(cache, progress)
     prepared.body = _body(prepared, request, target, device, progress)
     store = TableStore(_cache_root(request) / "tables")
@@ -380,7 +401,9 @@ def _body(
     timer = device.timer()
     runners = [timer.load(m, workload=request.workload) for m in (dense, body.emit(dense))]
     speedup = paired_speedup(*runners, pairs=BODY_PAIRS).speedup
-    pays = speedup >= BODY_GAIN or request.numerics != "auto"
+    doubt = device.doubt(dense, request.workload)
+    least = BODY_GAIN if doubt is None else math.exp(doubt.reach(["int8"]))
+    pays = speedup >= least or request.numerics != "auto"
     progress.done(f"{speedup:.2f}x unpruned{'' if pays else ': not used'}")
     return body if pays else None
 

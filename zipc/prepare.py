@@ -47,6 +47,7 @@ class Prepared:
     parity: float
     key: str  # names the model's structure and weights in the cache
     body: IntegerBody | None = None  # the whole network runs in INT8; sites are cut in floats
+    floats: str = "fp32"  # what floats are on the target, whatever they are here
 
     @property
     def sites(self) -> dict[str, Site]:
@@ -68,7 +69,7 @@ class Prepared:
     @property
     def numeric(self) -> str:
         """What a site runs in whose level says nothing else."""
-        return "fp32" if self.body is None else STATIC
+        return self.floats if self.body is None else STATIC
 
     def emit(self, graph: OnnxGraph, *, part: bool = False) -> bytes:
         """A graph, or that of one site, as it is deployed."""

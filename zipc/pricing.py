@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from zipc.exporters.graph import OnnxGraph
 from zipc.exporters.site_graph import extract
 from zipc.exporters.specialise import EMISSION, Edit, Int8Weights, specialise
 from zipc.latency_tables import correction
+from zipc.latency_tables.modelled import Doubt
 from zipc.latency_tables.store import TableStore, differences
 from zipc.latency_tables.table import Entry, LatencyTable
 from zipc.numerics.int8 import STATIC, quantize_weight
@@ -32,9 +34,8 @@ from zipc.pruner.graph.sites import sizes_at
 from zipc.pruner.ladder import widths_of
 from zipc.pruner.maps import matrices
 
-WHOLE, NARROWEST = "model", "model-narrowest"
+WHOLE, NARROWEST = "model", "model-narrowest"  # stand in a table at the level of width 1
 MIN_SHARE = 0.05
-DENSE = Level(1, "fp32")  # the level under which the whole dense model stands in a table
 SWEEP_ROUNDS = 20
 SHARE_ROUNDS = 10
 CORRECTION_POINTS = 6
@@ -59,12 +60,25 @@ class Prices:
     dense_prices: dict[str, float]
     share: float  # of what a level saves on its site alone that the whole model saves too
     numeric: str  # of the whole network, which a level in fp32 means too
+    doubt: Doubt | None  # how far prices that nobody measured may be off
 
     def ms(self, site: str, level: Level) -> float:
         """Time of all calls of a site at a level, as part of the whole model."""
         alone = self.table.price(self.signatures[site], level.within(self.numeric))
         dense = self.dense_prices[site]
         return (dense - self.share * (dense - alone)) * self.calls[site]
+
+    def gains(self, site: str, level: Level) -> bool:
+        """Whether a numeric or pattern is faster than plain floats beyond doubt.
+
+        What was measured is left to the search; of a model's prices the interval of the gain must
+        exclude 1.
+        """
+        kinds = level.differs
+        if self.doubt is None or level.removed or not kinds:
+            return True
+        gain = self.ms(site, Level(level.width)) / self.ms(site, level)
+        return math.log(gain) > self.doubt.reach(kinds)
 
     def ratio(self, allocation_ms: float) -> float:
         """Latency relative to dense that a sum of prices means for the whole model."""
@@ -84,8 +98,20 @@ def offered_levels(prepared: Prepared, site: Site, target: Target) -> list[Level
     numerics = [n for n in target.numerics if integers or not n.startswith("int8")]
     if prepared.body is not None:
         numerics = [prepared.numeric]
+    levels = [Level(w, n) for n in numerics for w in widths if w]
     removed = [Level(0)] if site.removable else []
-    return [*removed, *(Level(w, n) for n in numerics for w in widths if w)]
+    return [*removed, *(lv for lv in levels if suits(lv, site, target))]
+
+
+def suits(level: Level, site: Site, target: Target) -> bool:
+    """Whether a level is on the target's grid; heads are whole, and dense is always offered."""
+    return site.kind == "heads" or level.width == site.units or target.on_grid(level)
+
+
+def float_widths(prepared: Prepared, site: Site, target: Target) -> list[int]:
+    """Widths of a site, ascending, that suit what it runs in where its level says nothing else."""
+    widths = widths_of(site, step=target.width_step)
+    return [w for w in widths if suits(Level(w, prepared.numeric), site, target)]
 
 
 def surroundings(
@@ -164,8 +190,9 @@ def price(
             f"the latency table is of another device or state ({'; '.join(changed)}): measured anew"
         )
         stored = None
-    graphs = [PricedGraph(WHOLE, DENSE, lambda: specialise(prepared.dense, Edit()).to_bytes())]
-    whole = Level(1, prepared.numeric)
+    dense_bytes = specialise(prepared.dense, Edit()).to_bytes()
+    dense, whole = Level(1, prepared.floats), Level(1, prepared.numeric)
+    graphs = [PricedGraph(WHOLE, dense, lambda: dense_bytes)]
     if prepared.body is not None:
         graphs.append(PricedGraph(WHOLE, whole, lambda: _whole(prepared, {})))
     narrow = _narrowest(prepared, target) if _overlapping(prepared) else None
@@ -205,7 +232,7 @@ def price(
             table, missing, anchor_bytes, device.timer(), store=store, path=path, progress=progress
         )
     calls = {s.name: s.calls for s in prepared.structure.sites}
-    dense_ms, whole_ms = table.price(WHOLE, DENSE), table.price(WHOLE, whole)
+    dense_ms, whole_ms = table.price(WHOLE, dense), table.price(WHOLE, whole)
     dense_prices = {
         s.name: table.price(signatures[s.name], Level(s.units, prepared.numeric))
         for s in prepared.structure.sites
@@ -245,11 +272,12 @@ def price(
         dense_prices,
         share,
         prepared.numeric,
+        device.doubt(dense_bytes, workload),
     )
     if table.correction is None:
         fitted = _fit_correction(prepared, target, prices, device.timer(), progress)
         prices.table = table.with_correction(fitted)
-        if fitted.median_error <= TRUSTED_ERROR:
+        if fitted.median_error <= TRUSTED_ERROR or prices.doubt is not None:
             store.save(prices.table, path)
         else:
             path.unlink(missing_ok=True)
@@ -301,9 +329,8 @@ def _overlapping(prepared: Prepared) -> bool:
 
 def _narrowest(prepared: Prepared, target: Target) -> dict[str, Level]:
     """Every site at the least width above none, in fp32."""
-    step = target.width_step
     return {
-        s.name: Level(min(w for w in widths_of(s, step=step) if w))
+        s.name: Level(min(w for w in float_widths(prepared, s, target) if w))
         for s in prepared.structure.sites
     }
 
@@ -315,7 +342,7 @@ def _whole(prepared: Prepared, levels: Mapping[str, Level]) -> bytes:
 
 
 def _builder(part: OnnxGraph, site: Site, level: Level, prepared: Prepared) -> Callable[[], bytes]:
-    cut = level if prepared.body is None else Level(level.width)
+    cut = Level(level.width) if level.numeric == prepared.numeric else level
 
     def build() -> bytes:
         kept = {site.name: tuple(range(level.width))}
@@ -369,13 +396,15 @@ def random_levels(prepared: Prepared, target: Target, rng: np.random.Generator) 
     policy = mixed[int(rng.integers(len(mixed)))] if rng.random() < 0.7 else None
     levels = {}
     for site in prepared.structure.sites:
-        widths = np.array(widths_of(site, step=target.width_step))
+        widths = np.array(float_widths(prepared, site, target))
         wanted = float(np.clip(density + rng.normal(0, 0.2), 0, 1)) * site.units
         width = int(widths[np.abs(widths - wanted).argmin()])
         numeric = policy or mixed[int(rng.integers(len(mixed)))]
-        if not prepared.on_integers(site) or prepared.body is not None:
-            numeric = "fp32"
-        levels[site.name] = Level(width, numeric) if width else Level(0)
+        level = Level(width, numeric)
+        whole = prepared.body is not None or numeric == prepared.floats
+        if whole or not prepared.on_integers(site) or not suits(level, site, target):
+            level = Level(width)
+        levels[site.name] = level if width else Level(0)
     return levels
 
 

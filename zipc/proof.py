@@ -163,6 +163,7 @@ def bench(
     path = out / "manifest.json"
     workload = _workload(manifest, threads=threads, path=path)
     recorded = _recorded(manifest, path=path)
+    refuse_predicted(manifest, out)
     _promise(manifest, reference_ms=1.0, path=path)  # fails before minutes of measuring
     reference = OnnxRuntimeRunner(out / "reference.onnx", workload=workload)
     candidate = OnnxRuntimeRunner(out / "model.onnx", workload=workload)
@@ -179,6 +180,25 @@ def bench(
         verdict=verdict(timing, promised),
         session_options=candidate.session_options,
     )
+
+
+def refuse_predicted(manifest: Any, out: Path) -> None:
+    """Refuse to time an artifact here that was made for a device which is elsewhere.
+
+    Raises:
+        UsageError: its latency was predicted.
+    """
+    if manifest.get("verdict") == "predicted" or _table_kind(manifest) == "modelled":
+        raise UsageError(
+            f"{out} was made for target '{manifest.get('target')}', which is not this machine: "
+            "times taken here say nothing about it. Measure it there: "
+            f"zipc validate {out} --host USER@BOARD"
+        )
+
+
+def _table_kind(manifest: Any) -> Any:
+    latency = manifest.get("latency")
+    return latency.get("table_kind") if isinstance(latency, dict) else None
 
 
 def _manifest(out: Path) -> Any:

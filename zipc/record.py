@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from zipc.candidates import Candidates
-from zipc.closed_loop import Found
+from zipc.closed_loop import Found, Solution
 from zipc.core.request import Request
 from zipc.core.types import Artifact, PairedTiming, Target, VerdictName
 from zipc.core.workload import workload_document
@@ -84,15 +84,13 @@ def make_manifest(
 ) -> Manifest:
     """Put the record together; verdict and figures come from `timing` alone."""
     source = prepared.source
-    times = percentiles(timing.candidate_ms)
     allocation = found.built.allocation
     sweeps = candidates.levels.sweeps
-    measured_ratio = 1 / timing.speedup
     notes = [*timing.notes, *prices.table.notes, *candidates.notes]
     solution = found.solution
     if solution.unreachable:
         notes.append(solution.unreachable)
-    notes.append(f"{solution.searched} candidates scored; {len(solution.looks)} builds measured")
+    notes.append(f"{solution.searched} candidates scored; {len(solution.looks)} builds looked at")
     return Manifest(
         target=target.name,
         workload=request.workload,
@@ -109,23 +107,8 @@ def make_manifest(
             for name, level in allocation.levels.items()
         ),
         left_alone=tuple(prepared.left_alone),
-        latency=LatencyRecord(
-            table_kind=prices.table.kind,
-            predicted_ms=solution.predicted_ratio * prices.dense_ms,
-            reference_ms=float(np.median(timing.reference_ms)),
-            compiled_ms=times["p50"],
-            p90_ms=times["p90"],
-            p99_ms=times["p99"],
-            speedup=timing.speedup,
-            speedup_ci95=timing.ci95,
-            speedup_vs_best_dense=timing.speedup,
-            pairs=len(timing.candidate_ms),
-            prediction_error=solution.predicted_ratio / measured_ratio - 1,
-            fingerprint=dict(prices.table.fingerprint),
-            session_options=dict(session_options),
-            notes=tuple(notes),
-        ),
-        verdict=_verdict(timing, goal, found),
+        latency=_latency(prices, solution, timing, session_options, notes),
+        verdict=_verdict(timing, goal, found, prices),
         quality=quality,
         size=SizeRecord(
             dense_mb=sizes[0] / MB,
@@ -147,7 +130,42 @@ def make_manifest(
     )
 
 
-def _verdict(timing: PairedTiming, goal: float | None, found: Found) -> VerdictName:
+def _latency(
+    prices: Prices,
+    solution: Solution,
+    timing: PairedTiming,
+    session_options: Mapping[str, Any],
+    notes: list[str],
+) -> LatencyRecord:
+    """Times are null where they come from a model: nothing was measured."""
+    record = LatencyRecord(
+        table_kind=prices.table.kind,
+        predicted_ms=solution.predicted_ratio * prices.dense_ms,
+        speedup=timing.speedup,
+        speedup_ci95=timing.ci95,
+        fingerprint=dict(prices.table.fingerprint),
+        session_options=dict(session_options),
+        notes=tuple(notes),
+    )
+    if prices.doubt is not None:
+        return record
+    times = percentiles(timing.candidate_ms)
+    measured = {
+        "reference_ms": float(np.median(timing.reference_ms)),
+        "compiled_ms": times["p50"],
+        "p90_ms": times["p90"],
+        "p99_ms": times["p99"],
+        "speedup_vs_best_dense": timing.speedup,
+        "pairs": len(timing.candidate_ms),
+        "prediction_error": solution.predicted_ratio * timing.speedup - 1,
+    }
+    return record.model_copy(update=measured)
+
+
+def _verdict(timing: PairedTiming, goal: float | None, found: Found, prices: Prices) -> VerdictName:
+    if prices.doubt is not None:
+        short = goal is not None and timing.speedup < goal
+        return "missed" if short or found.solution.unreachable else "predicted"
     says = verdict(timing, goal if goal is not None else 1.0)
     return "missed" if found.solution.unreachable and says != "validated" else says
 

@@ -463,7 +463,7 @@ class TestOtherVerbs:
         pipeline.profile_model = answer(pipeline, FakeProfile)
         code, out, _ = run("profile", "minilm")
         assert code == 0
-        assert "130 prices, measured in 42 s" in out
+        assert "130 measured prices, made in 42 s" in out
         assert "tables/cpu.json" in out
 
     def test_inspect_prints_the_same_report(self, run: Run, tmp_path: Path) -> None:
@@ -613,6 +613,7 @@ class FakePlan:
 @dataclass
 class FakeProfile:
     table_path: Path = Path("tables/cpu.json")
+    kind: str = "measured"
     entries: int = 130
     seconds: float = 42.0
     from_cache: bool = False

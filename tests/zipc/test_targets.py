@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,13 +30,64 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 
 
 def test_supported_numerics_are_the_implemented_ones() -> None:
-    assert SUPPORTED["numerics"] == ("fp32", DYNAMIC, STATIC)
+    assert SUPPORTED["numerics"] == ("fp32", "fp16", DYNAMIC, STATIC)
 
 
 def test_cpu_is_built_in() -> None:
     target = load_target("cpu")
     assert (target.name, target.runtime) == ("cpu", "onnxruntime")
     assert target_files()["cpu"] == shipped_files()["cpu"]
+
+
+GPUS = ("a100", "h100", "h200", "l4", "orin", "orin-nano", "orin-nx", "rtx4090", "t4")
+
+
+@pytest.mark.parametrize("name", GPUS)
+def test_gpus_come_with_their_sheet_and_its_source(name: str) -> None:
+    target = load_target(name)
+    assert target.sheet is not None
+    assert target.sheet.source
+    assert (target.runtime, target.reference_numeric) == ("tensorrt", "fp16")
+    assert target.sheet.sparse == (target.sheet.compute_capability >= "8.0")
+
+
+def test_a_power_mode_changes_the_sheet_alone() -> None:
+    full, thirty = load_target("orin"), load_target("orin:30w")
+    assert full.sheet is not None
+    assert thirty.sheet is not None
+    assert (thirty.name, thirty.mode) == ("orin:30w", "30w")
+    assert thirty.sheet.int8_tops < full.sheet.int8_tops / 2
+    assert thirty.sheet.source == full.sheet.source
+    assert replace(thirty, name="orin", mode="", sheet=full.sheet) == full
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("orin:90w", r"no power mode '90w'.*orin:50w, orin:30w"), ("cpu:30w", "no power mode '30w'")],
+)
+def test_an_unknown_power_mode_is_answered_with_those_there_are(name: str, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        load_target(name)
+
+
+@pytest.mark.parametrize("key", ["multiprocessors", "fp16_tflops", "bandwidth_gbs"])
+def test_figures_of_a_sheet_are_positive(tmp_path: Path, key: str) -> None:
+    text = shipped_files()["a100"].read_text()
+    file = tmp_path / "mine.toml"
+    file.write_text(re.sub(rf"{key} = \d+", f"{key} = 0", text))
+    with pytest.raises(UsageError, match=f"{key} must be positive"):
+        load_target(str(file))
+
+
+def test_doctor_tells_what_works_for_a_target(run: Run) -> None:
+    code, out, _ = run("doctor", "--target", "orin", "--format", "json")
+    found = {f["name"]: f for f in json.loads(out)["findings"]}
+    assert code == 0
+    assert "predicted" in found["compile, plan"]["detail"]
+    assert "published latencies of this device: other" in found["model"]["detail"]
+    assert found["trtexec"]["status"] == "ok" or "validate OUT --host" in found["trtexec"]["fix"]
+    code, _, err = run("doctor", "--target", "orim")
+    assert (code, "Did you mean 'orin'" in err) == (2, True)
 
 
 def test_unknown_target_is_answered_with_the_nearest() -> None:
@@ -58,6 +110,7 @@ def test_own_target_is_read_from_its_file(tmp_path: Path) -> None:
         ('runtime = "x"\nnumerics = ["fp32"]\nwidth = 3', "unknown keys: width"),
         ('runtime = "x"\nnumerics = ["fp32"]\nwidth_step = 0', "width_step"),
         ('runtime = "x"\nnumerics = ["int8-static"]', "reference numeric"),
+        ('runtime = "tensorrt"\nnumerics = ["fp32"]', "sheet"),
         ('runtime = "openvino"\nnumerics = ["fp32"]', "runtime 'openvino'.*onnxruntime"),
         (f'{OWN}numerics = ["fp32", "int3"]', "numerics 'int3'.*int8-static"),
         (f'{OWN}numerics = ["fp32"]\nconnection = "ssh"', "connection 'ssh'.*local"),

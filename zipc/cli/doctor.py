@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -20,6 +22,8 @@ from zipc.cli.flags import FormatFlag
 from zipc.cli.running import Outcome, run_verb
 from zipc.core.errors import UsageError
 from zipc.core.types import Progress
+from zipc.latency_tables.modelled import device_model
+from zipc.targets import load_target, split_mode
 
 NEEDED = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "numpy", "scipy")
 
@@ -34,11 +38,18 @@ class Finding:
     fix: str = ""
 
 
-def doctor_verb(*, format: FormatFlag = "table") -> None:
+def doctor_verb(
+    *,
+    target: Annotated[
+        str | None,
+        typer.Option("--target", help="Say what works here for this target.", show_default=False),
+    ] = None,
+    format: FormatFlag = "table",
+) -> None:
     """Print what works on this machine: exit 2 when something needed is broken."""
 
     def body(progress: Progress) -> Outcome:
-        findings = examine()
+        findings = (*examine(), *(() if target is None else examine_target(target)))
         broken = any(finding.status == "broken" for finding in findings)
         return Outcome(
             {"ok": not broken, "findings": [asdict(finding) for finding in findings]},
@@ -53,6 +64,37 @@ def examine() -> tuple[Finding, ...]:
     """Look at interpreter, packages, runtime, cache folder and demo model."""
     packages = (_package(name) for name in NEEDED)
     return (_python(), *packages, _runtime(), _processor(), _cache(), _demo())
+
+
+def examine_target(name: str) -> tuple[Finding, ...]:
+    """What can be done here for a target, and what only where its device is.
+
+    Raises:
+        UsageError: no such target.
+    """
+    target = load_target(name)
+    if target.sheet is None:
+        return (Finding("target", "ok", f"{name}: measured on this machine"),)
+    sheet = target.sheet
+    model = device_model(sheet.anchors)
+    worst = max(held.median_error for held in model.held_out)
+    anchored = [k for k in ("attention", "other") if model.anchored(split_mode(name)[0], k)]
+    told = f"published latencies of this device: {', '.join(anchored) or 'none (unanchored)'}"
+    there = f"zipc validate OUT --host USER@BOARD, where trtexec is (sm {sheet.compute_capability})"
+    return (
+        Finding("compile, plan", "ok", f"{name}: from a modelled table; verdict 'predicted'"),
+        Finding("model", "ok", f"off by {worst:.0%} on the worst source left out (median); {told}"),
+        _tool("trtexec", "builds and times engines", there),
+        _tool("nvidia-smi", "tells of an NVIDIA driver", there),
+        _tool("ssh", "reaches boards", "install an OpenSSH client"),
+    )
+
+
+def _tool(name: str, purpose: str, fix: str) -> Finding:
+    place = shutil.which(name)
+    if place is None:
+        return Finding(name, "optional", f"not here; it {purpose}", fix)
+    return Finding(name, "ok", place)
 
 
 def _python() -> Finding:

@@ -16,7 +16,7 @@ from zipc.core.errors import UsageError
 from zipc.core.request import Request
 from zipc.core.shapes import parse_input_shapes
 
-Numerics = Literal["auto", "fp32", "int8", "int8-dynamic", "int8-static"]
+Numerics = Literal["auto", "fp32", "fp16", "int8", "int8-dynamic", "int8-static"]
 _WORKLOAD, _SEARCH, _DATA, _RUN = "Workload", "Search", "Reading the data", "Running"
 Phase = Literal["prefill", "decode"]
 Effort = Literal["quick", "default", "extensive"]

@@ -128,7 +128,10 @@ def _asked(manifest: Manifest) -> str:
         got = f"{latency.speedup:.2f}x"
         if latency.speedup_ci95 is not None:
             low, high = latency.speedup_ci95
-            got += f" (95 % interval {low:.2f} to {high:.2f}, {latency.pairs or '?'} pairs)"
+            how = (
+                f"{latency.pairs} pairs" if latency.pairs else f"{latency.table_kind}, not measured"
+            )
+            got += f" (95 % interval {low:.2f} to {high:.2f}, {how})"
     if request.speedup is not None:
         return f"{got}, asked {request.speedup:g}x"
     return f"{got}, asked {request.latency_ms:g} ms" if request.latency_ms is not None else got
@@ -138,7 +141,9 @@ def _facts(manifest: Manifest) -> Iterable[tuple[str, str]]:
     latency, size = manifest.latency, manifest.size
     yield "model", f"{manifest.model.source}  sha256 {manifest.model.sha256[:12]}"
     yield "target", f"{manifest.target}: {manifest.workload}"
-    times = f"reference {_ms(latency.reference_ms)}, compiled {_ms(latency.compiled_ms)}"
+    times = "not measured: the device is not here"
+    if latency.reference_ms is not None:
+        times = f"reference {_ms(latency.reference_ms)}, compiled {_ms(latency.compiled_ms)}"
     if latency.p90_ms is not None and latency.p99_ms is not None:
         times += f" (p90 {latency.p90_ms:.2f}, p99 {latency.p99_ms:.2f})"
     yield "latency", times
@@ -227,9 +232,12 @@ def _next_commands(manifest: Manifest, out: Path) -> Iterable[str]:
         floats = all(a.level.numeric == "fp32" for a in manifest.allocation)
         more = ", or allow more with --numerics auto" if floats else ""
         yield f"zipc inspect {out}  (ask for less{more})"
-    if any(file.path == "reference.onnx" for file in manifest.files):
-        yield f"zipc bench {out}"
-    yield f"zipc check NEW --baseline {out}"
+    if manifest.latency.table_kind == "modelled":
+        yield f"zipc validate {out} --host USER@BOARD"
+    else:
+        if any(file.path == "reference.onnx" for file in manifest.files):
+            yield f"zipc bench {out}"
+        yield f"zipc check NEW --baseline {out}"
     own = manifest.model.source
     factory = f", factory='{own}'" if split_reference(own) is not None else ""
     yield f"""python -c "import zipc; model = zipc.load('{out}'{factory})" """.rstrip()

@@ -23,10 +23,8 @@ def profile_verb(flags: ModelFlags) -> None:
         result = profile_model(request, progress=progress)
 
         def show(console: Console) -> None:
-            how = (
-                "found in the cache" if result.from_cache else f"measured in {result.seconds:.0f} s"
-            )
-            console.print(f"{result.entries} prices, {how}")
+            how = "found in the cache" if result.from_cache else f"made in {result.seconds:.0f} s"
+            console.print(f"{result.entries} {result.kind} prices, {how}")
             console.print(str(result.table_path), markup=False, soft_wrap=True)
 
         return Outcome(result.to_json(), show)

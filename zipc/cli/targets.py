@@ -16,7 +16,15 @@ from zipc.cli.printing import show_damaged, show_fields
 from zipc.cli.running import Outcome, run_verb
 from zipc.core.errors import UsageError
 from zipc.core.types import Progress
-from zipc.targets import add_target, read_target, shipped_files, target_file, target_files
+from zipc.targets import (
+    add_target,
+    load_target,
+    power_modes,
+    shipped_files,
+    split_mode,
+    target_file,
+    target_files,
+)
 
 targets_app = typer.Typer(
     help="List and show the devices known by name, and add your own.", no_args_is_help=True
@@ -31,7 +39,7 @@ def list_verb(*, format: FormatFlag = "table") -> None:
         rows = []
         for name, path in target_files().items():
             try:
-                rows.append(_described(path) | {"name": name, "error": None})
+                rows.append(_described(name) | {"name": name, "error": None})
             except UsageError as error:
                 rows.append({"name": name, "file": str(path), "error": str(error)})
         return Outcome({"targets": rows}, lambda console: _show_list(console, rows))
@@ -50,7 +58,7 @@ def show_verb(
     """Print what is known of a target."""
 
     def body(progress: Progress) -> Outcome:
-        document = _described(target_file(target))
+        document = _described(target)
         return Outcome(document, lambda console: show_fields(console, document))
 
     run_verb(body, output=format)
@@ -87,10 +95,15 @@ def add_verb(
     run_verb(body, output=format)
 
 
-def _described(path: Path) -> dict[str, Any]:
-    held = dataclasses.asdict(read_target(path))
-    shipped = path in shipped_files().values()
-    return held | {"numerics": list(held["numerics"]), "file": str(path), "shipped": shipped}
+def _described(name: str) -> dict[str, Any]:
+    path = target_file(split_mode(name)[0])
+    held = dataclasses.asdict(load_target(name))
+    return held | {
+        "numerics": list(held["numerics"]),
+        "modes": list(power_modes(path)),
+        "file": str(path),
+        "shipped": path in shipped_files().values(),
+    }
 
 
 def _show_list(console: Console, rows: list[dict[str, Any]]) -> None:

@@ -9,9 +9,30 @@ from typing import Literal, Protocol
 
 Numeric = str  # name of a registered scheme: "fp32", "int8-dynamic", "int8-static"
 Pattern = Literal["dense", "2:4"]
+Difference = Literal["width", "int8", "2:4"]  # in what two graphs differ
 TableKind = Literal["measured", "published", "modelled"]
 VerdictName = Literal["validated", "predicted", "missed", "inconclusive"]
 ModelTask = Literal["embedding", "classes", "regression", "causal_lm", "image_classes", "tensors"]
+
+
+@dataclass(frozen=True, slots=True)
+class SpecSheet:
+    """What a GPU could reach, from its data sheet: dense rates; 2:4 doubles those of tensor cores.
+
+    `anchors` names the family whose published latencies its model was fitted to, `source` where
+    the figures stand.
+    """
+
+    compute_capability: str
+    multiprocessors: int
+    fp32_tflops: float
+    fp16_tflops: float
+    int8_tops: float
+    bandwidth_gbs: float
+    l2_mb: float
+    sparse: bool
+    anchors: str
+    source: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +46,14 @@ class Target:
     width_step: int = 32  # finest FFN width grid offered; the table decides what of it pays
     connection: str = "local"
     description: str = ""
+    width_grid: Mapping[str, int] = field(default_factory=dict, hash=False)
+    sheet: SpecSheet | None = None  # of a device that may be absent: its latency is modelled
+    mode: str = ""  # power mode
+
+    def on_grid(self, level: Level) -> bool:
+        """Whether the width suits its numeric and pattern: others are padded, or far slower."""
+        steps = (self.width_grid.get(name, 1) for name in (level.numeric, level.pattern))
+        return all(level.width % step == 0 for step in steps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +143,12 @@ class Level:
     @property
     def removed(self) -> bool:
         return self.width == 0
+
+    @property
+    def differs(self) -> tuple[Difference, ...]:
+        """In what, beside its width, it differs from plain floats."""
+        numeric: tuple[Difference, ...] = ("int8",) if self.numeric.startswith("int8") else ()
+        return (*numeric, "2:4") if self.pattern == "2:4" else numeric
 
     def within(self, numeric: Numeric) -> Level:
         """The same in a network that runs in `numeric` as a whole, if the level is in fp32."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import os
 import re
 import tomllib
@@ -18,20 +19,27 @@ from zipc.core.files import write_atomic
 from zipc.core.types import Target
 
 SUPPORTED = {  # a target that asks for more would be measured as something it is not
-    "runtime": ("onnxruntime",),
-    "connection": ("local",),
-    "reference_numeric": ("fp32",),
-    "numerics": ("fp32", "int8-dynamic", "int8-static"),  # named here: `numerics` needs torch
+    "runtime": ("onnxruntime", "tensorrt"),
+    "connection": ("local", "remote"),
+    "reference_numeric": ("fp32", "fp16"),
+    "numerics": ("fp32", "fp16", "int8-dynamic", "int8-static"),  # here: `numerics` needs torch
 }
 
 
 def load_target(name: str) -> Target:
-    """Load a target by its name, or by the path of its .toml file.
+    """Load a target by its name, or by the path of its .toml file; NAME:MODE is a power mode of it.
 
     Raises:
-        UsageError: no such target, or its file does not describe one.
+        UsageError: no such target or mode, or its file does not describe one.
     """
-    return read_target(target_file(name))
+    base, mode = split_mode(name)
+    return read_target(target_file(base), mode=mode)
+
+
+def split_mode(name: str) -> tuple[str, str]:
+    """The name of a target and its power mode; a path has none."""
+    base, _, mode = name.partition(":")
+    return (name, "") if "/" in name or name.endswith(".toml") else (base, mode)
 
 
 def target_file(name: str) -> Path:
@@ -89,11 +97,11 @@ def add_target(path: Path, *, name: str | None = None) -> Path:
     return kept
 
 
-def read_target(path: Path) -> Target:
-    """Read the file of a target.
+def read_target(path: Path, *, mode: str = "") -> Target:
+    """Read the file of a target, in a power mode of it where one is named.
 
     Raises:
-        UsageError: it cannot be read, or does not describe a target.
+        UsageError: it cannot be read, does not describe a target, or has no such mode.
     """
     try:
         text = path.read_text()
@@ -103,14 +111,26 @@ def read_target(path: Path) -> Target:
             f"Target file {path} cannot be read: {reason}. Give the path of a .toml file, "
             f"or the name of a target: {', '.join(target_files())}."
         ) from error
-    return _parse(text, where=str(path), default_name=path.stem)
+    return _parse(text, where=str(path), default_name=path.stem, mode=mode)
 
 
-def _parse(text: str, *, where: str, default_name: str) -> Target:
+def power_modes(path: Path) -> tuple[str, ...]:
+    """The power modes that the file of a target describes beside its usual one."""
+    return tuple(tomllib.loads(path.read_text()).get("modes", {}))
+
+
+def _parse(text: str, *, where: str, default_name: str, mode: str) -> Target:
     try:
         table: dict[str, Any] = {"name": default_name, **tomllib.loads(text)}
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"{where} is not valid TOML: {error}.") from error
+    modes = table.pop("modes", {})
+    if mode:
+        if mode not in modes:
+            known = ", ".join(f"{default_name}:{name}" for name in modes) or "none"
+            raise UsageError(f"{where} has no power mode '{mode}'. Its modes: {known}.")
+        table |= {"name": f"{table['name']}:{mode}", "mode": mode}
+        table["sheet"] = table.get("sheet", {}) | modes[mode]
     fields = [field.name for field in dataclasses.fields(Target)]
     unknown = sorted(set(table) - set(fields))
     if unknown:
@@ -128,6 +148,16 @@ def _parse(text: str, *, where: str, default_name: str) -> Target:
             f"{where}: numerics must contain the reference numeric "
             f"'{target.reference_numeric}', and width_step must be at least 1."
         )
+    if (target.runtime == "tensorrt") != (target.sheet is not None):
+        raise UsageError(
+            f"{where}: a [sheet] with the figures of the device belongs to the runtime tensorrt, "
+            "and to no other. `zipc targets show a100` names the file to begin from."
+        )
+    figures = {} if target.sheet is None else dataclasses.asdict(target.sheet)
+    numbers = {k: v for k, v in figures.items() if isinstance(v, int | float) and k != "sparse"}
+    wrong = [key for key, value in numbers.items() if not 0 < value < math.inf]
+    if wrong or min(target.width_grid.values(), default=1) < 1:
+        raise UsageError(f"{where}: {wrong[0] if wrong else 'width_grid'} must be positive.")
     asked = {
         "runtime": [target.runtime],
         "connection": [target.connection],

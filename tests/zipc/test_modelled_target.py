@@ -1,0 +1,220 @@
+"""Compiles for a device that is not here: predicted from a modelled table, never validated."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from tests.command_line import Run, command_line
+from tests.tiny_project import Told, model_folder, pairs_file, request, small_effort
+from zipc.cli.compile import verdict_exit_code
+from zipc.core.errors import UsageError
+from zipc.core.types import Allocation, InputSpec, Level
+from zipc.devices import open_device
+from zipc.gate import check
+from zipc.latency_tables.modelled import Doubt, device_model
+from zipc.manifest import Manifest
+from zipc.modelled_device import ModelledGraph, predicted_timing
+from zipc.pipeline import compile_model, plan_model, profile_model
+from zipc.pricing import Prices
+from zipc.proof import bench
+from zipc.targets import load_target
+
+
+@dataclass
+class Project:
+    model: Path
+    data: Path
+    cache: Path
+    out: Path
+    manifest: Manifest
+
+
+@pytest.fixture(scope="module", autouse=True)
+def little_effort() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        small_effort(patch)
+        yield
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    root = tmp_path_factory.mktemp("modelled")
+    model, data = model_folder(root / "model"), pairs_file(root / "pairs.csv")
+    asked = request(model, data, root / "out", root / "cache", target="a100", speedup=1.5)
+    manifest = compile_model(asked, progress=Told())
+    return Project(model, data, root / "cache", root / "out", manifest)
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    return command_line(capsys)
+
+
+def test_a_compile_ends_predicted_with_an_interval(project: Project) -> None:
+    latency = Manifest.read(project.out).latency
+    assert project.manifest.verdict == "predicted"
+    assert latency.table_kind == "modelled"
+    assert latency.speedup is not None
+    assert latency.speedup_ci95 is not None
+    low, high = latency.speedup_ci95
+    assert latency.speedup >= 1.5
+    assert low < latency.speedup < high
+    half = device_model("a100").half_width["width"]
+    assert math.log(high / latency.speedup) == pytest.approx(half)
+
+
+def test_nothing_is_passed_off_as_measured(project: Project) -> None:
+    latency = project.manifest.latency
+    times = (latency.reference_ms, latency.compiled_ms, latency.p90_ms, latency.p99_ms)
+    assert times == (None, None, None, None)
+    assert (latency.pairs, latency.prediction_error, latency.speedup_vs_best_dense) == (None,) * 3
+    assert any("nothing was measured" in note for note in latency.notes)
+    assert not any("default options" in note for note in latency.notes)
+    assert not (project.out / "samples.json").exists()
+    assert not any("timed" in file.kind for file in project.manifest.files)
+
+
+def test_quality_is_read_from_the_graph_and_levels_are_in_fp16(project: Project) -> None:
+    assert project.manifest.quality is not None
+    assert project.manifest.quality.compiled is not None
+    kept = [a.level for a in project.manifest.allocation if not a.level.removed]
+    assert {level.numeric for level in kept} <= {"fp16", "int8-static"}
+
+
+def test_a_predicted_verdict_is_a_failure_only_where_more_is_required() -> None:
+    assert verdict_exit_code("predicted", require=None) == 0
+    assert verdict_exit_code("predicted", require="validated") == 1
+
+
+def test_inspect_says_that_it_was_not_measured(run: Run, project: Project) -> None:
+    code, out, _ = run("inspect", str(project.out))
+    assert code == 0
+    assert "modelled, not measured" in out
+    assert "zipc validate" in out
+    assert "zipc bench" not in out
+
+
+def test_bench_and_check_name_validate(project: Project) -> None:
+    for attempt in (
+        lambda: bench(project.out),
+        lambda: check(project.out, project.out),
+    ):
+        with pytest.raises(UsageError, match=r"target 'a100'.*zipc validate .* --host"):
+            attempt()
+
+
+def test_profile_and_plan_answer_from_the_same_table(project: Project) -> None:
+    asked = request(project.model, project.data, None, project.cache, target="a100", speedup=1.5)
+    found = profile_model(asked, progress=Told())
+    assert found.from_cache
+    assert found.kind == "modelled"
+    assert json.loads(found.table_path.read_text())["kind"] == "modelled"
+    plan = plan_model(asked, progress=Told())
+    assert plan.predicted_speedup >= 1.5
+    assert plan.dense_ms == pytest.approx(found.dense_ms)
+
+
+NET = """
+import torch
+
+def net():
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(3, 16, 3, padding=1), torch.nn.ReLU(),
+        torch.nn.Conv2d(16, 40, 3, padding=1), torch.nn.ReLU(),
+        torch.nn.Conv2d(40, 16, 3, padding=1), torch.nn.ReLU(),
+        torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(16, 10),
+    )
+"""
+
+
+def test_channels_are_priced_on_the_grid_of_their_numeric(tmp_path: Path) -> None:
+    (tmp_path / "nets.py").write_text(NET)
+    sizes = (InputSpec("input", "float32", (2, 3, 8, 8)),)
+    asked = request(
+        Path(f"{tmp_path}/nets.py:net"),
+        *(None, None, tmp_path / "cache"),
+        target="orin",
+        input_shapes=sizes,
+        sequence_length=None,
+    )
+    found = profile_model(asked, progress=Told())
+    entries = json.loads(found.table_path.read_text())["entries"]
+    sites = [e for e in entries if not e["signature"].startswith("model")]
+    assert {e["level"]["numeric"] for e in sites if e["level"]["width"]} == {"fp16"}
+    assert {e["level"]["width"] % 8 for e in sites} == {0}
+
+
+def test_dry_run_knows_the_target(run: Run, project: Project) -> None:
+    code, out, _ = run(
+        *("compile", str(project.model), "--target", "orin:30w", "--speedup", "2x", "--dry-run"),
+        *("--data", str(project.data), "-o", str(project.out / "x"), "--format", "json"),
+    )
+    assert code == 0
+    assert json.loads(out)["target"]["sheet"]["multiprocessors"] == 8
+
+
+def test_runs_of_a_modelled_graph_are_all_the_same(project: Project) -> None:
+    device = open_device(load_target("a100"))
+    workload = project.manifest.workload
+    graphs = [
+        device.timer().load((project.out / name).read_bytes(), workload=workload)
+        for name in ("reference.onnx", "model.onnx")
+    ]
+    assert [g.run() for g in graphs] == [g.run() for g in graphs]
+    speedup = project.manifest.latency.speedup
+    assert graphs[0].run() / graphs[1].run() == pytest.approx(speedup)
+
+
+def test_a_slower_power_mode_is_slower(project: Project) -> None:
+    dense, workload = (project.out / "reference.onnx").read_bytes(), project.manifest.workload
+    names = ("orin", "orin:50w", "orin:30w")
+    times = [
+        open_device(load_target(name)).timer().load(dense, workload=workload).run()
+        for name in names
+    ]
+    assert times == sorted(times)
+
+
+def test_the_interval_is_wider_for_int8_and_for_what_is_not_anchored(project: Project) -> None:
+    dense, workload = (project.out / "reference.onnx").read_bytes(), project.manifest.workload
+    doubts = {
+        name: open_device(load_target(name)).doubt(dense, workload) for name in ("a100", "h100")
+    }
+    half = Allocation({"site": Level(32)}, 1.0, 0.0)
+    rounded = replace(half, levels={"site": Level(32, "int8-static")})
+    widths = []
+    for name, allocation in (("a100", half), ("a100", rounded), ("h100", half)):
+        doubt = doubts[name]
+        assert doubt is not None
+        timing = predicted_timing(ModelledGraph(2.0), ModelledGraph(1.0), allocation, doubt)
+        low, high = timing.ci95
+        assert low < timing.speedup == 2.0 < high
+        widths.append(high / low)
+    assert widths[0] < widths[1]
+    assert widths[0] ** 2 == pytest.approx(widths[2])
+
+
+class Priced(Prices):
+    """Prices of one site: 1 ms in floats, `dense_ms` in INT8."""
+
+    def ms(self, site: str, level: Level) -> float:
+        return self.dense_ms if level.numeric == "int8-static" else 1.0
+
+
+@pytest.mark.parametrize(("int8_ms", "offered"), [(0.6, True), (0.7, False), (1.1, False)])
+def test_a_numeric_is_offered_only_where_its_gain_is_beyond_doubt(
+    int8_ms: float, offered: bool
+) -> None:
+    prices = Priced.__new__(Priced)
+    prices.dense_ms = int8_ms
+    prices.doubt = Doubt({"width": 0.1, "int8": math.log(1.5), "2:4": 0.1}, anchored=True)
+    assert prices.gains("site", Level(8, "int8-static")) is offered
+    assert prices.gains("site", Level(8))
+    prices.doubt = None  # measured: the search decides
+    assert prices.gains("site", Level(8, "int8-static"))
