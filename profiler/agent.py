@@ -1,8 +1,8 @@
 """Times graphs on the machine it runs on, and says what that machine is.
 
 One file for this machine and for a board over ssh: it is sent as text to a Python of 3.8 or newer,
-needs nothing beside the standard library to start, and times with what it finds there: ONNX
-Runtime and numpy, or trtexec. Commands come on standard input, each a line of JSON followed by as
+needs nothing beside the standard library to start, and times with the ONNX Runtime and numpy it
+finds there. Commands come on standard input, each a line of JSON followed by as
 many bytes as it says; each is answered by one line of JSON.
 """
 
@@ -10,18 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import glob
-import hashlib
 import json
-import math
 import os
 import platform
-import random
 import re
-import shutil
 import subprocess
 import sys
-import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
@@ -49,10 +43,6 @@ THERMAL_FOLDER = Path("/sys/class/thermal")
 DEVFREQ_FOLDER = Path("/sys/class/devfreq")
 BOARD_MODEL = Path("/proc/device-tree/model")
 L4T_RELEASE = Path("/etc/nv_tegra_release")
-TRTEXEC = ("/usr/src/tensorrt/bin/trtexec", "/opt/tensorrt/bin/trtexec")  # where NVIDIA puts it
-OLDEST_TENSORRT = 10
-WARM_UP_MS = 500
-FEWEST_RUNS = 10  # of an invocation of trtexec
 
 
 class Failure(Exception):
@@ -66,53 +56,41 @@ class Failure(Exception):
 def serve(commands: BinaryIO, answers: BinaryIO) -> None:
     """Answer commands until there are no more."""
     _say(answers, {GREETING: platform.python_version()})
-    with contextlib.ExitStack() as held:
-        agent = Agent(held)
-        for line in iter(commands.readline, b""):
-            command = json.loads(line)
-            content = _read_exactly(commands, command["bytes"])
-            try:
-                answer = {"value": agent.answer(command, content)}
-            except Failure as failure:
-                answer = {"error": str(failure), "kind": failure.kind}
-            except OSError as error:
-                answer = {"error": _on_disk(error), "kind": "RemoteError"}
-            _say(answers, answer)
+    agent = Agent()
+    for line in iter(commands.readline, b""):
+        command = json.loads(line)
+        content = _read_exactly(commands, command["bytes"])
+        try:
+            answer = {"value": agent.answer(command, content)}
+        except Failure as failure:
+            answer = {"error": str(failure), "kind": failure.kind}
+        _say(answers, answer)
 
 
 class Agent:
-    """The graphs held between commands, and the folder of those that need files."""
+    """The graphs held between commands."""
 
-    def __init__(self, held: contextlib.ExitStack) -> None:
-        self._held = held
-        self._graphs: dict[int, Any] = {}
-        self._tensorrt: TensorRT | None = None
+    def __init__(self) -> None:
+        self._graphs: dict[int, Session] = {}
 
     def answer(self, command: dict[str, Any], content: bytes) -> Any:
         for dropped in command["drop"]:
             self._graphs.pop(dropped, None)
         what = command["do"]
         if what == "load":
-            self._graphs[command["graph"]] = self._load(command, content)
+            graph = Session(content, command["options"], command["inputs"])
+            self._graphs[command["graph"]] = graph
             return None
         if what == "run":
             return self._graphs[command["graph"]].run()
         if what == "series":
-            graphs = [self._graphs[number] for number in command["graphs"]]
-            series = graphs[0].series
-            return series(graphs, rounds=command["rounds"], untimed=command["untimed"])
+            runs = [self._graphs[number].run for number in command["graphs"]]
+            return alternate(runs, rounds=command["rounds"], untimed=command["untimed"])
         if what == "fingerprint":
             return fingerprint(command["runtime"])
         if what == "state":
             return state()
         raise Failure(f"There is no command {what!r}.", "RemoteError")
-
-    def _load(self, command: dict[str, Any], content: bytes) -> Any:
-        if command["runtime"] == "tensorrt":
-            if self._tensorrt is None:
-                self._tensorrt = TensorRT(self._held)
-            return self._tensorrt.load(content, command["inputs"])
-        return Session(content, command["options"], command["inputs"])
 
 
 class Session:
@@ -149,10 +127,6 @@ class Session:
                 f"ONNX Runtime {_version('onnxruntime')} cannot run the graph: {one_line(error)}. "
                 "A sequence may be longer than the graph takes: give a smaller --sequence-length."
             ) from None
-
-    @staticmethod
-    def series(graphs: Sequence[Session], *, rounds: int, untimed: int) -> list[list[float]]:
-        return alternate([g.run for g in graphs], rounds=rounds, untimed=untimed)
 
 
 def alternate(
@@ -223,19 +197,6 @@ def values(name: str, shape: Sequence[int], dtype: str, seed: int = 0) -> Any:
     return np.zeros(shape, kind)
 
 
-def integers(name: str, shape: Sequence[int]) -> list[int]:
-    """The same for an input of integers, without numpy; the ids are others."""
-    count, last = math.prod(shape), shape[-1] if shape else 1
-    if "mask" in name:
-        return [1] * count
-    if name == "position_ids":
-        return [i % last for i in range(count)]
-    if name.endswith("ids") and name != "token_type_ids":
-        rng = random.Random(0)
-        return [rng.randrange(1, MAX_ID) for _ in range(count)]
-    return [0] * count
-
-
 def one_line(error: object, *, longest: int = 300) -> str:
     """What a runtime says, without line breaks, and without the middle where it is long.
 
@@ -244,181 +205,6 @@ def one_line(error: object, *, longest: int = 300) -> str:
     text = " ".join(str(error).split()).rstrip(". ")
     half = longest // 2
     return text if len(text) <= longest else f"{text[:half]} … {text[-half:]}"
-
-
-class TensorRT:
-    """Builds engines with trtexec and times them in its own invocations, in turns."""
-
-    def __init__(self, held: contextlib.ExitStack) -> None:
-        self._program = _trtexec()
-        self.version = _trtexec_version(self._program)
-        if self.version < (OLDEST_TENSORRT, 0, 0):
-            raise Failure(
-                f"{self._program} is TensorRT {_dotted(self.version)}; zipc needs "
-                f"{OLDEST_TENSORRT} or newer there.",
-                "RemoteError",
-            )
-        _clear_leftovers()
-        folder = tempfile.mkdtemp(prefix=f"{GREETING}-{os.getpid()}-")
-        held.callback(shutil.rmtree, folder, ignore_errors=True)
-        self._folder = Path(folder)
-        # What TensorRT 11 does by default, asked of TensorRT 10: both time the kernels alone.
-        self.timing = (
-            ["--useCudaGraph", "--useSpinWait", "--noDataTransfers"] if self.version < (11,) else []
-        )
-        self._building = ["--stronglyTyped"] if self.version < (11,) else []
-
-    def load(self, model: bytes, inputs: dict[str, dict[str, Any]]) -> Engine:
-        """Build the engine of a graph; the same graph at the same shapes is built once."""
-        open_shapes = {n: i["shape"] for n, i in inputs.items() if i["open"]}
-        spec = ",".join(f"{n}:{'x'.join(map(str, s))}" for n, s in open_shapes.items())
-        shapes = [f"--shapes={spec}"] if spec else []
-        name = hashlib.sha256(model + spec.encode()).hexdigest()[:24]
-        engine = self._folder / f"{name}.engine"
-        if not engine.is_file():
-            source = self._folder / f"{name}.onnx"
-            source.write_bytes(model)
-            log = self.run(
-                f"--onnx={source}",
-                f"--saveEngine={engine}",
-                f"--timingCacheFile={self._folder / 'timing.cache'}",
-                "--sparsity=enable",
-                "--skipInference",
-                *self._building,
-                *shapes,
-            )
-            source.unlink()
-            if not engine.is_file():
-                raise Failure(f"trtexec wrote no engine: {_reason(log)}.", "RemoteError")
-        feeds = [f"{n}:{self._data(n, i)}" for n, i in inputs.items() if "float" not in i["dtype"]]
-        data = [f"--loadInputs={','.join(feeds)}"] if feeds else []
-        return Engine(self, [f"--loadEngine={engine}", *shapes, *data])
-
-    def run(self, *arguments: str) -> str:
-        """Run trtexec and return what it printed."""
-        done = subprocess.run(
-            [self._program, *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            cwd=str(self._folder),
-            check=False,
-        )
-        log = done.stdout.decode(errors="replace")
-        if done.returncode:
-            raise Failure(
-                f"TensorRT {_dotted(self.version)} refused the graph (trtexec ended with "
-                f"{done.returncode}): {_reason(log)}."
-            )
-        return log
-
-    def times(self, engine: Sequence[str], *, count: int) -> list[float]:
-        """GPU compute milliseconds of `count` consecutive inferences after a warm-up."""
-        exported = self._folder / "times.json"
-        with contextlib.suppress(FileNotFoundError):
-            exported.unlink()
-        log = self.run(
-            *engine,
-            f"--warmUp={WARM_UP_MS}",
-            "--duration=0",
-            f"--iterations={max(count, FEWEST_RUNS)}",
-            f"--exportTimes={exported}",
-            *self.timing,
-        )
-        try:
-            trace = json.loads(exported.read_bytes())
-            warm = [t for t in trace if t["startComputeMs"] >= WARM_UP_MS] or trace
-            found = [float(t["computeMs"]) for t in warm][-max(count, FEWEST_RUNS) :]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            told = f"trtexec gave no times ({error!r}): {_reason(log)}."
-            raise Failure(told, "RemoteError") from error
-        if len(found) < count:
-            raise Failure(f"trtexec gave {len(found)} times of {count}.", "RemoteError")
-        return found
-
-    def _data(self, name: str, wanted: dict[str, Any]) -> Path:
-        """A file of values for an integer input: left to trtexec, ids would be out of range."""
-        told = json.dumps([name, wanted]).encode()
-        path = self._folder / hashlib.sha256(told).hexdigest()[:24]
-        size = {"int64": 8, "int32": 4}.get(wanted["dtype"], 1)
-        path.write_bytes(
-            b"".join(i.to_bytes(size, "little") for i in integers(name, wanted["shape"]))
-        )
-        return path
-
-
-class Engine:
-    """An engine on disk. An invocation of trtexec takes seconds, so that it gives several runs."""
-
-    def __init__(self, tensorrt: TensorRT, arguments: Sequence[str]) -> None:
-        self._tensorrt = tensorrt
-        self._arguments = arguments
-        self._ready: list[float] = []
-
-    def run(self) -> float:
-        if not self._ready:
-            self._ready = self.times(FEWEST_RUNS)
-        return self._ready.pop(0)
-
-    def times(self, count: int) -> list[float]:
-        return self._tensorrt.times(self._arguments, count=count)
-
-    @staticmethod
-    def series(graphs: Sequence[Engine], *, rounds: int, untimed: int) -> list[list[float]]:
-        """Two turns of each graph, the second in opposite order; a warm-up is in each."""
-        first = (rounds + 1) // 2
-        samples = [g.times(first)[-first:] for g in graphs]
-        for index in reversed(range(len(graphs) if rounds > first else 0)):
-            samples[index] += graphs[index].times(rounds - first)[first - rounds :]
-        return samples
-
-
-def _trtexec() -> str:
-    found = shutil.which("trtexec") or next((p for p in TRTEXEC if os.access(p, os.X_OK)), None)
-    if found is None:
-        raise Failure(
-            f"There is no trtexec, neither on the PATH nor at {' or '.join(TRTEXEC)}. Install it "
-            "there: apt-get install libnvinfer-bin (on a Jetson: tensorrt).",
-            "RemoteError",
-        )
-    return found
-
-
-def _trtexec_version(program: str) -> tuple[int, int, int]:
-    """Major, minor, patch; trtexec prints them as `[TensorRT v100300]`, before 10 as `v8601`."""
-    try:
-        told = subprocess.run(
-            [program, "--help"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
-        ).stdout.decode(errors="replace")
-    except OSError as error:
-        raise Failure(f"{program} does not start: {error.strerror}.", "RemoteError") from error
-    found = re.search(r"\[TensorRT v(\d+)\]", told)
-    if found is None:
-        raise Failure(f"{program} does not say its version: {one_line(told)}.", "RemoteError")
-    number, step = int(found[1]), 100 if len(found[1]) > 5 else 10
-    if step == 10:
-        return number // 1000, number // 100 % 10, number // 10 % 10
-    return number // 10000, number // 100 % 100, number % 100
-
-
-def _dotted(version: Sequence[int]) -> str:
-    return ".".join(map(str, version))
-
-
-def _reason(log: str) -> str:
-    """What trtexec called an error, the first and the last of it; else its last line."""
-    lines = [line for line in log.splitlines() if line.strip()]
-    errors = [line.split("[E]", 1)[1].strip() for line in lines if "[E]" in line] or lines[-1:]
-    kept = errors if len(errors) < 3 else [errors[0], errors[-1]]
-    return one_line("; ".join(kept)) or "it printed nothing"
-
-
-def _clear_leftovers() -> None:
-    """Remove the folders of agents that were killed."""
-    for folder in glob.glob(os.path.join(tempfile.gettempdir(), f"{GREETING}-*-*")):
-        owner = os.path.basename(folder).split("-")[3]
-        if owner.isdigit() and not os.path.exists(f"/proc/{owner}"):
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def fingerprint(runtime: str) -> dict[str, Any]:
@@ -481,8 +267,6 @@ def _version(runtime: str) -> str:
     for distribution in DISTRIBUTIONS[runtime]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             return metadata.version(distribution)
-    if runtime == "tensorrt":
-        return _dotted(_trtexec_version(_trtexec()))
     raise Failure(
         f"Runtime '{runtime}' is not installed for {sys.executable}. Run: {sys.executable} -m "
         f"pip install {runtime}",
@@ -555,14 +339,6 @@ def _read(path: Path) -> str | None:
         return path.read_text().strip()
     except (OSError, UnicodeDecodeError):
         return None
-
-
-def _on_disk(error: OSError) -> str:
-    free = shutil.disk_usage(tempfile.gettempdir()).free / 1e6
-    return (
-        f"{error.strerror or error} ({error.filename or tempfile.gettempdir()}, {free:.0f} MB free "
-        "there). Free some space on it, or set TMPDIR to a larger disk."
-    )
 
 
 def _read_exactly(stream: BinaryIO, count: int) -> bytes:

@@ -81,8 +81,6 @@ class RemoteProcess(TimingProcess):
 
     def __init__(self, device: RemoteDevice) -> None:
         self._device = device
-        self.runtime = device.runtime
-        self.rounds_at_once = 40 if device.runtime == "tensorrt" else TimingProcess.rounds_at_once
         self._held: WeakKeyDictionary[ApartRunner, tuple[bytes, Workload]] = WeakKeyDictionary()
         self._first_ms: dict[int, float] = {}
         self._worst = SLOWER
@@ -92,16 +90,14 @@ class RemoteProcess(TimingProcess):
             raise RemoteError(explanation(device.host, lost)) from lost
 
     def load(self, model: bytes, *, workload: Workload) -> ApartRunner:
-        """Send a graph and load it there; with TensorRT, build its engine.
+        """Send a graph and load it there.
 
         Raises:
             ExportMismatch: the runtime there cannot load it.
-            RemoteError: the board failed for good, or lacks the runtime or the space.
+            RemoteError: the board failed for good, or lacks the runtime.
             UsageError: the workload does not say how large an input is.
         """
         runner = super().load(model, workload=workload)
-        if self.runtime == "tensorrt":
-            runner.session_options = {"trtexec": "kernels alone, CUDA graph, spin wait"}
         self._held[runner] = (model, workload)
         return runner
 

@@ -19,7 +19,7 @@ _OPERATORS: Mapping[type[ast.operator], Callable[[int, int], int]] = {
 
 
 def graph_inputs(model: bytes, workload: Workload) -> dict[str, dict[str, Any]]:
-    """The inputs of a serialised graph: shape, dtype, and whether it leaves an axis open.
+    """The inputs of a serialised graph: shape and dtype by name.
 
     Raises:
         ExportMismatch: it is not an ONNX graph.
@@ -43,7 +43,6 @@ def graph_inputs(model: bytes, workload: Workload) -> dict[str, dict[str, Any]]:
         found[node.name] = {
             "shape": list(shape_of(node.name, dims, workload)),
             "dtype": str(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)),
-            "open": any(isinstance(dim, str) for dim in dims),
         }
     return found
 
