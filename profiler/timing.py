@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import gc
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol, runtime_checkable
 
 from zipc.core.errors import NoisyMeasurement
 from zipc.core.types import Runner
+from zipc.profiler.agent import alternate, no_collection
 
 STEADY = 1.05  # largest spread of three consecutive warm runs
 SERIES = 8  # rounds asked for at once of runners in another process
@@ -42,9 +42,9 @@ def interleave(
     Raises:
         NoisyMeasurement: a runner returned something that is not a positive time.
     """
-    samples: list[list[float]] = [[] for _ in runners]
     first = runners[0]
     if isinstance(first, Elsewhere):
+        samples: list[list[float]] = [[] for _ in runners]
         for done in range(0, rounds, SERIES):
             count = min(SERIES, rounds - done)
             taken = first.series(runners, rounds=count, untimed=untimed)
@@ -54,16 +54,8 @@ def interleave(
                 if on_round is not None:
                     on_round()
         return samples
-    with _no_collection():
-        for number in range(rounds):
-            order = range(len(runners))
-            for index in order if number % 2 == 0 else reversed(order):
-                for _ in range(untimed):
-                    _timed(runners[index])
-                samples[index].append(_timed(runners[index]))
-            if on_round is not None:
-                on_round()
-    return samples
+    runs = [partial(_timed, runner) for runner in runners]
+    return alternate(runs, rounds=rounds, untimed=untimed, on_round=on_round)
 
 
 def warm_up(runner: Runner, *, max_runs: int = 50) -> list[float]:
@@ -73,7 +65,7 @@ def warm_up(runner: Runner, *, max_runs: int = 50) -> list[float]:
         NoisyMeasurement: the runner returned something that is not a positive time.
     """
     times: list[float] = []
-    with _no_collection():
+    with no_collection():
         while len(times) < max_runs:
             times.append(_timed(runner))
             if len(times) >= 3 and max(times[-3:]) <= STEADY * min(times[-3:]):
@@ -89,14 +81,3 @@ def _timed(runner: Runner) -> float:
             "The clock of this machine cannot be trusted; run again on another one."
         )
     return ms
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()

@@ -7,49 +7,42 @@ its dense reference, loaded early, does not suffer, so that the speedup comes ou
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import json
 import os
-import subprocess
 import sys
-import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any, BinaryIO
+from typing import Any
 
-from zipc.core.errors import ExportMismatch, NoisyMeasurement, UsageError
+from zipc.core.errors import ExportMismatch
 from zipc.core.types import Runner, Workload
-from zipc.profiler.runners.onnxruntime import OnnxRuntimeRunner, session_options
-from zipc.profiler.timing import interleave
-
-_MODULE = "zipc.profiler.runners.apart"
-_ERRORS = {error.__name__: error for error in (ExportMismatch, NoisyMeasurement, UsageError)}
+from zipc.profiler.link import Link, LinkLost, checked_time, checked_times
+from zipc.profiler.runners.inputs import graph_inputs
+from zipc.profiler.runners.onnxruntime import PROVIDERS, session_options
 
 
 class TimingProcess:
     """A process that holds graphs and times them one run at a time; it ends with this object."""
 
     def __init__(self) -> None:
-        paths = os.pathsep.join(os.path.abspath(p) for p in sys.path)
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", _MODULE],  # -P: no module of the user's folder
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": paths},
-            start_new_session=True,  # Ctrl-C is for the compile, which then ends this
-        )
+        self._loaded = 0
         self._dropped: list[int] = []
-        self.close = weakref.finalize(self, _end, self._process)
+        self._link = self._connect()
 
     def load(self, model: bytes, *, workload: Workload) -> ApartRunner:
         """Load a graph over there.
 
         Raises:
-            ExportMismatch: ONNX Runtime cannot load it, or the process died.
+            ExportMismatch: the runtime cannot load it, or the process died.
             UsageError: the workload does not say how large an input is.
         """
-        asked = {"load": len(model), "workload": dataclasses.asdict(workload)}
-        return ApartRunner(self, int(self.ask(asked, model)), session_options(workload))
+        self._loaded += 1
+        self.ask(self._loading(self._loaded, model, workload), model)
+        options = {**session_options(workload), "providers": list(PROVIDERS)}
+        return ApartRunner(self, self._loaded, options)
+
+    def series(self, graphs: Sequence[int], *, rounds: int, untimed: int) -> list[list[float]]:
+        """Time graphs by their numbers in turns."""
+        asked = {"do": "series", "graphs": list(graphs), "rounds": rounds, "untimed": untimed}
+        return checked_times(self.ask(asked), graphs=len(graphs), rounds=rounds)
 
     def drop(self, number: int) -> None:
         """Forget a graph with the next command."""
@@ -57,27 +50,27 @@ class TimingProcess:
 
     def ask(self, command: Mapping[str, Any], content: bytes = b"") -> Any:
         """One command and its answer; what was dropped since the last one is told with it."""
-        to, back = self._process.stdin, self._process.stdout
-        assert to is not None
-        assert back is not None
+        told, self._dropped = self._dropped, []
         try:
-            told, self._dropped = self._dropped, []
-            to.write(json.dumps({**command, "drop": told}).encode() + b"\n")
-            to.write(content)
-            to.flush()
-            line = back.readline()
-        except OSError:
-            line = b""
-        if not line:
-            code = self._process.wait()
+            return self._link.ask({**command, "drop": told}, content)
+        except LinkLost as lost:
             raise ExportMismatch(
-                f"The process that times graphs ended with exit code {code}. The machine may be "
-                "short of memory: close other programs and run the same command again."
-            )
-        answer = json.loads(line)
-        if "error" in answer:
-            raise _ERRORS[answer["kind"]](answer["error"])
-        return answer["value"]
+                f"The process that times graphs ended with exit code {lost.code}. The machine may "
+                "be short of memory: close other programs and run the same command again."
+                + (f" It said: {lost.told.splitlines()[-1]}" if lost.told else "")
+            ) from lost
+
+    def _loading(self, number: int, model: bytes, workload: Workload) -> dict[str, Any]:
+        return {
+            "do": "load",
+            "graph": number,
+            "options": session_options(workload),
+            "inputs": graph_inputs(model, workload),
+        }
+
+    def _connect(self) -> Link:
+        paths = os.pathsep.join(os.path.abspath(p) for p in sys.path)
+        return Link([], python=sys.executable, environment={"PYTHONPATH": paths})
 
 
 class ApartRunner:
@@ -85,12 +78,12 @@ class ApartRunner:
 
     def __init__(self, process: TimingProcess, number: int, options: Mapping[str, Any]) -> None:
         self._process = process
-        self._number = number
+        self.number = number
         self.session_options = dict(options)
 
     def run(self) -> float:
         """Do one inference and return its milliseconds."""
-        return float(self._process.ask({"run": self._number}))
+        return checked_time(self._process.ask({"do": "run", "graph": self.number}))
 
     def series(self, runners: Sequence[Runner], *, rounds: int, untimed: int) -> list[list[float]]:
         """Interleaved runs of graphs of this process, all of them over there."""
@@ -98,56 +91,8 @@ class ApartRunner:
         for runner in runners:
             if not isinstance(runner, ApartRunner) or runner._process is not self._process:
                 raise ValueError("Runners of different processes cannot be interleaved.")
-            numbers.append(runner._number)
-        command = {"series": numbers, "rounds": rounds, "untimed": untimed}
-        found: list[list[float]] = self._process.ask(command)
-        return found
+            numbers.append(runner.number)
+        return self._process.series(numbers, rounds=rounds, untimed=untimed)
 
     def __del__(self) -> None:
-        self._process.drop(self._number)
-
-
-def serve(commands: BinaryIO, answers: BinaryIO) -> None:
-    """Answer commands until there are no more."""
-    held: dict[int, OnnxRuntimeRunner] = {}
-    count = 0
-    while line := commands.readline():
-        command = json.loads(line)
-        model = commands.read(command.get("load", 0))
-        count += 1
-        try:
-            answer: dict[str, Any] = {"value": _answer(command, model, held, count)}
-        except tuple(_ERRORS.values()) as error:
-            answer = {"error": str(error), "kind": type(error).__name__}
-        answers.write(json.dumps(answer).encode() + b"\n")
-        answers.flush()
-
-
-def _answer(
-    command: Mapping[str, Any], model: bytes, held: dict[int, OnnxRuntimeRunner], number: int
-) -> Any:
-    for dropped in command["drop"]:
-        del held[dropped]
-    if "run" in command:
-        return held[command["run"]].run()
-    if "series" in command:
-        runners = [held[n] for n in command["series"]]
-        return interleave(runners, rounds=command["rounds"], untimed=command["untimed"])
-    fields = command["workload"]
-    shapes = {name: tuple(shape) for name, shape in fields["input_shapes"].items()}
-    workload = Workload(**{**fields, "input_shapes": shapes})
-    held[number] = OnnxRuntimeRunner(model, workload=workload)
-    return number
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    for pipe in (process.stdin, process.stdout):
-        if pipe is not None:
-            with contextlib.suppress(OSError):
-                pipe.close()
-    process.wait()
-
-
-if __name__ == "__main__":
-    with contextlib.suppress(BrokenPipeError, KeyboardInterrupt):
-        serve(sys.stdin.buffer, sys.stdout.buffer)
+        self._process.drop(self.number)

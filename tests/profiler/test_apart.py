@@ -82,14 +82,14 @@ def onnx_with_open_axis() -> bytes:
 def test_a_process_that_dies_is_said_to_have() -> None:
     apart = TimingProcess()
     runner = apart.load(graph(), workload=WORKLOAD)
-    os.kill(apart._process.pid, signal.SIGKILL)
+    os.kill(apart._link._process.pid, signal.SIGKILL)
     with pytest.raises(ExportMismatch, match="exit code -9"):
         runner.run()
 
 
 def test_the_process_ends_with_its_object() -> None:
     apart = TimingProcess()
-    process = apart._process
+    process = apart._link._process
     runner = apart.load(graph(), workload=WORKLOAD)
     del apart
     assert process.poll() is None  # the runner still needs it

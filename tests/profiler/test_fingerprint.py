@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from zipc.core.errors import UsageError
-from zipc.profiler import fingerprint as module
+from zipc.profiler import agent as module
 from zipc.profiler.fingerprint import device_fingerprint, device_state
 
 CPUINFO = """processor\t: 0
@@ -87,7 +87,7 @@ def test_a_runtime_that_is_unknown_or_absent_says_what_to_do(
 ) -> None:
     with pytest.raises(UsageError, match="Choose one of"):
         device_fingerprint(runtime="onnx-runtime")
-    monkeypatch.setitem(module.RUNTIME_DISTRIBUTIONS, "openvino", ("no-such-distribution",))
+    monkeypatch.setitem(module.DISTRIBUTIONS, "openvino", ("no-such-distribution",))
     with pytest.raises(UsageError, match="pip install openvino"):
         device_fingerprint(runtime="openvino")
 

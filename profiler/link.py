@@ -1,0 +1,221 @@
+"""A conversation with an agent (`agent.py`), here or at the far end of ssh.
+
+What comes back is not trusted: an answer is one bounded line of JSON of a known form, whose numbers
+are checked by whoever asked. Nothing of it is run, unpickled or used as a file name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import shlex
+import subprocess
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from zipc.core.errors import ExportMismatch, NoisyMeasurement, RemoteError, UsageError
+from zipc.profiler import agent
+
+MAX_ANSWER = 4 << 20  # bytes of a line: a long series of many graphs is a tenth of it
+MAX_BANNER = 64 << 10  # bytes a login may print before the agent speaks
+_KEPT = 8 << 10  # bytes of standard error that are kept
+_PATIENCE_S = 5.0  # for a process that was told to end
+_ERRORS = {
+    error.__name__: error for error in (ExportMismatch, NoisyMeasurement, RemoteError, UsageError)
+}
+
+
+class LinkLost(Exception):
+    """The process at the other end is gone; `code` is how it ended, `told` what it said last."""
+
+    def __init__(self, code: int, told: str) -> None:
+        super().__init__(f"exit code {code}: {told}")
+        self.code = code
+        self.told = told
+
+
+class BadAnswer(RemoteError):
+    """An answer that no agent gives."""
+
+
+class Link:
+    """Starts an agent by a command and asks it things; the process ends with this object.
+
+    Raises:
+        LinkLost: the command ended before the agent spoke.
+        BadAnswer: something else than the agent spoke.
+    """
+
+    def __init__(
+        self, prefix: Sequence[str], *, python: str, environment: Mapping[str, str] | None = None
+    ) -> None:
+        source = Path(agent.__file__).read_bytes()
+        start = [python, "-c", _bootstrap(len(source))]
+        # A remote shell reads its words once more.
+        words = [*prefix, shlex.join(start)] if prefix else start
+        self._process = subprocess.Popen(
+            words,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=None if environment is None else {**os.environ, **environment},
+            start_new_session=True,  # Ctrl-C is for the compile, which then ends this
+        )
+        self._told = bytearray()
+        self._reader = threading.Thread(target=_keep, args=(self._process, self._told), daemon=True)
+        self._reader.start()
+        self.close = weakref.finalize(self, _end, self._process)
+        self._send(source)
+        self.python_version = self._greeting()
+
+    def ask(self, command: Mapping[str, Any], content: bytes = b"") -> Any:
+        """Give a command and return the value answered.
+
+        Raises:
+            LinkLost: the connection or the agent ended.
+            BadAnswer: the answer is not one of an agent.
+            ExportMismatch, RemoteError, UsageError: the agent could not do it.
+        """
+        self._send(json.dumps({**command, "bytes": len(content)}).encode() + b"\n", content)
+        answer = _parsed(self._line(MAX_ANSWER))
+        if not isinstance(answer, dict) or answer.keys() not in ({"value"}, {"error", "kind"}):
+            raise BadAnswer(f"The agent answered {_shown(answer)}, which is no answer.")
+        if "error" in answer:
+            raise _ERRORS.get(str(answer["kind"]), RemoteError)(_shown(answer["error"], 2000))
+        return answer["value"]
+
+    def _greeting(self) -> str:
+        """Skip what a login prints, up to the agent's first line."""
+        skipped = 0
+        while skipped < MAX_BANNER:
+            line = self._line(MAX_BANNER)
+            if line.startswith(b'{"' + agent.GREETING.encode()):
+                return _shown(_parsed(line)[agent.GREETING], 40)
+            skipped += len(line)
+        raise BadAnswer("The other end prints and prints, and no agent answers.")
+
+    def _send(self, *parts: bytes) -> None:
+        stream = self._process.stdin
+        assert stream is not None
+        try:
+            for part in parts:
+                stream.write(part)
+            stream.flush()
+        except (OSError, ValueError):
+            raise self._lost() from None
+
+    def _line(self, longest: int) -> bytes:
+        stream = self._process.stdout
+        assert stream is not None
+        line = stream.readline(longest + 1)
+        if len(line) > longest:
+            raise BadAnswer(f"The other end sent a line of more than {longest} bytes.")
+        if not line.endswith(b"\n"):
+            raise self._lost()
+        return line
+
+    def _lost(self) -> LinkLost:
+        self.close()
+        self._reader.join(_PATIENCE_S)  # a connection that ssh shares may keep it open
+        return LinkLost(self._process.wait(), self._told.decode(errors="replace").strip())
+
+
+def checked_times(found: Any, *, graphs: int, rounds: int) -> list[list[float]]:
+    """The samples of a series, if they are that.
+
+    Raises:
+        BadAnswer: another number of them, or something that is not a positive time.
+    """
+    try:
+        if [len(samples) for samples in found] != [rounds] * graphs:
+            raise BadAnswer(f"The agent gave another number of times than {graphs} x {rounds}.")
+        return [[checked_time(ms) for ms in samples] for samples in found]
+    except TypeError:
+        raise BadAnswer(f"The agent answered {_shown(found)} instead of times.") from None
+
+
+def checked_time(ms: Any) -> float:
+    """Milliseconds, if they can be.
+
+    Raises:
+        BadAnswer: not a positive number.
+    """
+    if type(ms) not in (int, float) or not math.isfinite(ms) or ms <= 0:
+        raise BadAnswer(f"The agent measured {_shown(ms)} ms, which is no time.")
+    return float(ms)
+
+
+def checked_facts(found: Any) -> dict[str, Any]:
+    """A fingerprint or state: text, numbers and lists of them by name, without control characters.
+
+    Raises:
+        BadAnswer: something else.
+    """
+    if not isinstance(found, dict):
+        raise BadAnswer(f"The agent answered {_shown(found)} instead of what it is.")
+    return {_shown(name): _fact(value) for name, value in found.items()}
+
+
+def _fact(value: Any) -> Any:
+    if isinstance(value, str):
+        return _shown(value)
+    if isinstance(value, list):
+        return [_fact(item) for item in value]
+    if isinstance(value, dict):
+        return checked_facts(value)
+    if isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    raise BadAnswer(f"The agent says of itself {_shown(value)}.")
+
+
+def _bootstrap(size: int) -> str:
+    """A program for any Python that reads the agent's `size` bytes and becomes it.
+
+    Modules are not looked for in the current folder: a stray numpy.py there would be run.
+    """
+    return (
+        "import sys; sys.version_info < (3, 8) and sys.exit('Python %d.%d is too old' "
+        "% sys.version_info[:2]); sys.path[:] = [p for p in sys.path if p]; "
+        f"exec(compile(sys.stdin.buffer.read({size}), 'zipc-agent', 'exec'))"
+    )
+
+
+def _parsed(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        text = line.decode(errors="replace")
+        raise BadAnswer(f"The agent answered {_shown(text)}, which is not JSON.") from None
+
+
+def _shown(value: Any, longest: int = 200) -> str:
+    """What a stranger sent, safe to print on a terminal."""
+    text = str(value)[: 2 * longest]
+    return "".join(c if c.isprintable() else " " for c in text)[:longest].strip()
+
+
+def _keep(process: subprocess.Popen[bytes], kept: bytearray) -> None:
+    """Keep the end of what a process says on standard error."""
+    stream = process.stderr
+    assert stream is not None
+    with contextlib.suppress(OSError, ValueError), stream:
+        while chunk := stream.read1(_KEPT):  # type: ignore[attr-defined]
+            kept.extend(chunk)
+            del kept[:-_KEPT]
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            with contextlib.suppress(OSError):
+                pipe.close()
+    try:
+        process.wait(_PATIENCE_S)
+    except subprocess.TimeoutExpired:  # a dead network, or a build that nobody waits for
+        process.kill()
+        process.wait()

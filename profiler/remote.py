@@ -1,0 +1,237 @@
+"""Boards over ssh: the system's OpenSSH client starts an agent there, and graphs are timed by it.
+
+The user's own configuration, keys, jump hosts and host-key checking hold; `ZIPC_SSH` replaces the
+command (`ZIPC_SSH="ssh -F FILE"`), as GIT_SSH_COMMAND does for git.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from zipc.core.errors import NoisyMeasurement, RemoteError, UsageError
+from zipc.core.types import TableKind, Workload
+from zipc.profiler.link import Link, LinkLost, checked_facts
+from zipc.profiler.runners.apart import ApartRunner, TimingProcess
+
+SSH_OPTIONS = (
+    "-T",
+    *("-o", "BatchMode=yes"),  # an error, where ssh would ask for something
+    *("-o", "ConnectTimeout=20"),
+    *("-o", "ServerAliveInterval=15"),
+    *("-o", "ServerAliveCountMax=4"),
+    *("-o", "ClearAllForwardings=yes"),  # forwarded ports of the user's would be taken twice
+    *("-o", "RemoteCommand=none"),
+)
+PAUSES_S = (1.0, 5.0, 20.0)  # before each new try after a connection was lost
+WARM_RUNS = 3  # of a graph that was loaded again
+SLOWER, MUCH_SLOWER = 1.15, 2.0  # than at first: told, and given up
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """A board: where ssh finds it, and its Python."""
+
+    address: str  # anything ssh takes: user@board, an alias of the user's, ssh://user@board:2222
+    python: str = "python3"
+
+    def __post_init__(self) -> None:
+        if not self.address or self.address.startswith("-") or not self.address.isprintable():
+            raise UsageError(
+                f"--host {self.address!r} is no host. Write it as ssh does: user@board."
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteDevice:
+    """A board under one runtime; a `Device`. What went wrong but was mended is in `notes`."""
+
+    host: Host
+    runtime: str
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def kind(self) -> TableKind:
+        return "measured"
+
+    def fingerprint(self) -> dict[str, Any]:
+        asked = {"do": "fingerprint", "runtime": self.runtime}
+        return checked_facts(self.timer().ask(asked))
+
+    def state(self) -> dict[str, Any]:
+        return checked_facts(self.timer().ask({"do": "state"}))
+
+    def timer(self) -> RemoteProcess:
+        return RemoteProcess(self)
+
+
+class RemoteProcess(TimingProcess):
+    """An agent on a board. A lost connection is taken up again: graphs are sent once more, and what
+    was being timed is timed anew.
+
+    Raises:
+        RemoteError: the board cannot be reached, or has no usable Python.
+    """
+
+    def __init__(self, device: RemoteDevice) -> None:
+        self._device = device
+        self._held: WeakKeyDictionary[ApartRunner, tuple[bytes, Workload]] = WeakKeyDictionary()
+        self._first_ms: dict[int, float] = {}
+        self._worst = SLOWER
+        try:
+            super().__init__()
+        except LinkLost as lost:
+            raise RemoteError(explanation(device.host, lost)) from lost
+
+    def load(self, model: bytes, *, workload: Workload) -> ApartRunner:
+        """Send a graph and load it there.
+
+        Raises:
+            ExportMismatch: the runtime there cannot load it.
+            RemoteError: the board failed for good, or lacks the runtime.
+            UsageError: the workload does not say how large an input is.
+        """
+        runner = super().load(model, workload=workload)
+        self._held[runner] = (model, workload)
+        return runner
+
+    def series(self, graphs: Sequence[int], *, rounds: int, untimed: int) -> list[list[float]]:
+        samples = super().series(graphs, rounds=rounds, untimed=untimed)
+        self._watch(dict(zip(graphs, map(median, samples), strict=False)))
+        return samples
+
+    def ask(self, command: Mapping[str, Any], content: bytes = b"") -> Any:
+        told, self._dropped = self._dropped, []
+        asked = {**command, "drop": told}
+        try:
+            return self._link.ask(asked, content)
+        except LinkLost as lost:
+            return self._again(asked, content, lost)
+
+    def _again(self, asked: Mapping[str, Any], content: bytes, lost: LinkLost) -> Any:
+        """Connect anew and repeat a command: all of them may be."""
+        for pause in PAUSES_S:
+            if not _may_pass(lost):
+                break
+            time.sleep(pause)
+            try:
+                self._link = self._connect()
+                self._reload()
+                value = self._link.ask(asked, content)
+            except LinkLost as again:
+                lost = again
+                continue
+            self._device.notes.append(
+                f"the connection to {self._device.host.address} was lost and taken up again"
+            )
+            return value
+        raise RemoteError(explanation(self._device.host, lost)) from lost
+
+    def _reload(self) -> None:
+        for runner, (model, workload) in list(self._held.items()):
+            loading = self._loading(runner.number, model, workload)
+            self._link.ask({**loading, "drop": []}, model)
+            for _ in range(WARM_RUNS):
+                self._link.ask({"do": "run", "graph": runner.number, "drop": []})
+
+    def _connect(self) -> Link:
+        host = self._device.host
+        return Link([*ssh_command(), host.address], python=host.python)
+
+    def _watch(self, medians: Mapping[int, float]) -> None:
+        """Tell of a board that slows down; all graphs timed before must show it.
+
+        Prices are ratios to an anchor timed beside them and bear some of it.
+        """
+        slower = min(
+            (ms / self._first_ms[n] for n, ms in medians.items() if n in self._first_ms),
+            default=1.0,
+        )
+        for number, ms in medians.items():
+            self._first_ms.setdefault(number, ms)
+        if slower <= self._worst:
+            return
+        self._worst = slower
+        told = (
+            f"{self._device.host.address} became {slower:.2f} times slower while it was measured "
+            f"({_clocks(self._device.state())})"
+        )
+        if slower > MUCH_SLOWER:
+            raise NoisyMeasurement(
+                f"{told}. It may be too hot, or doing something else: cool it, choose a lower "
+                "power mode, and run the same command again; what was measured is kept."
+            )
+        self._device.notes.append(told)
+
+
+def ssh_command() -> list[str]:
+    """The words that start ssh.
+
+    Raises:
+        UsageError: `ZIPC_SSH` cannot be split into words.
+    """
+    try:
+        chosen = shlex.split(os.environ.get("ZIPC_SSH", "")) or ["ssh"]
+    except ValueError as error:
+        raise UsageError(f"ZIPC_SSH cannot be read: {error}.") from error
+    return [*chosen, *SSH_OPTIONS]
+
+
+def explanation(host: Host, lost: LinkLost) -> str:
+    """Say why there is no agent at a host, and what to do."""
+    said = lost.told.lower()
+    for sign, meaning in _SIGNS.items():
+        if sign in said:
+            return f"{host.address}: {meaning.format(host=host.address, python=host.python)}"
+    last = lost.told.splitlines()[-1][:300] if lost.told else "it said nothing"
+    if lost.code == 255:
+        return (
+            f"{host.address}: the connection ended ({last}). Try: ssh {host.address}; then run the "
+            "same command again: what was measured is kept."
+        )
+    return (
+        f"{host.address}: the agent ended with exit code {lost.code} ({last}). It may be short of "
+        "memory; run the same command again: what was measured is kept."
+    )
+
+
+def _may_pass(lost: LinkLost) -> bool:
+    """Whether a new try can help: the connection broke, or a signal ended the agent."""
+    return lost.code < 0 or lost.code >= 128
+
+
+def _clocks(state: Mapping[str, Any]) -> str:
+    heat = state.get("temperature_c") or {}
+    found = [f"{state[name]:.0f} MHz" for name in ("cpu_mhz", "gpu_mhz") if name in state]
+    found += [str(state["gpu"])] if "gpu" in state else []
+    found += [f"{max(heat.values()):.0f} °C"] if heat else []
+    return ", ".join(found) or "clocks cannot be read there"
+
+
+_SIGNS = {  # what ssh, a shell or a Python says, in small letters
+    "could not resolve hostname": "there is no such host. Check the name, or add it to the ssh "
+    "configuration.",
+    "host identification has changed": "its host key is not the one it had: another machine may "
+    "answer in its place. If it was set up anew, run: ssh-keygen -R {host}, then ssh {host} once.",
+    "host key verification failed": "its host key is not known here. Run ssh {host} once, compare "
+    "the key, and accept it.",
+    "permission denied": "it refuses the keys of this user. Run: ssh-copy-id {host} (no password "
+    "is asked for here), or name a key in the ssh configuration.",
+    "connection refused": "nothing answers at its ssh port. Start sshd there, or give the port in "
+    "the ssh configuration.",
+    "connection timed out": "it does not answer. Is it on, and in this network?",
+    "no route to host": "it cannot be reached. Is it on, and in this network?",
+    "is too old": "{python} there is older than 3.8. Name a newer one with --remote-python.",
+    "command not found": "there is no {python}. Install Python 3.8 or newer there, or name it "
+    "with --remote-python.",
+    "no such file or directory": "there is no {python}. Install Python 3.8 or newer there, or "
+    "name it with --remote-python.",
+    "not found": "there is no {python}. Install Python 3.8 or newer there, or name it with "
+    "--remote-python.",
+}

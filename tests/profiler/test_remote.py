@@ -1,0 +1,264 @@
+"""Boards over ssh, on a real sshd on loopback: runs, broken connections, changed keys."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from tests import loopback
+from zipc.core.errors import ExportMismatch, NoisyMeasurement, RemoteError, UsageError
+from zipc.core.types import Workload
+from zipc.profiler import remote
+from zipc.profiler.fingerprint import device_fingerprint
+from zipc.profiler.remote import Host, RemoteDevice, RemoteProcess
+from zipc.profiler.timing import interleave, warm_up
+
+WORKLOAD = Workload(batch_size=2, sequence_length=None, threads=1)
+BOARD = Host(loopback.ALIAS, sys.executable)
+
+
+def graph(axis: int | str = "batch") -> bytes:
+    shapes = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [axis, 3]) for n in ("x", "y")]
+    node = helper.make_node("Relu", ["x"], ["y"])
+    made = helper.make_graph([node], "relu", shapes[:1], shapes[1:])
+    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+    return bytes(model.SerializeToString())
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[loopback.Sshd]:
+    sshd = loopback.start(tmp_path_factory.mktemp("sshd"))
+    yield sshd
+    sshd.stop()
+
+
+@pytest.fixture(autouse=True)
+def through_loopback(server: loopback.Sshd, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZIPC_SSH", server.command)
+    monkeypatch.setattr(remote, "PAUSES_S", (0.0, 0.0))
+
+
+@pytest.fixture
+def device() -> RemoteDevice:
+    return RemoteDevice(BOARD, "onnxruntime")
+
+
+def test_graphs_are_timed_in_turns_over_there(device: RemoteDevice) -> None:
+    timer = device.timer()
+    runners = [timer.load(graph(), workload=WORKLOAD) for _ in range(2)]
+    assert all(warm_up(runner, max_runs=3) for runner in runners)
+    samples = interleave(runners, rounds=11)
+    assert [len(s) for s in samples] == [11, 11]
+    assert all(ms > 0 for s in samples for ms in s)
+    assert runners[0].session_options["intra_op_num_threads"] == 1
+
+
+def test_a_board_says_what_it_is_and_how_it_is(device: RemoteDevice) -> None:
+    assert device.fingerprint() == device_fingerprint(runtime="onnxruntime")
+    assert device.state()["load_average"]
+
+
+def test_a_login_that_prints_does_not_disturb(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, device: RemoteDevice
+) -> None:
+    folder = tmp_path_factory.mktemp("noisy")
+    chatty = 'ForceCommand echo Welcome; eval "$SSH_ORIGINAL_COMMAND"'
+    sshd = loopback.start(folder, settings=chatty)
+    monkeypatch.setenv("ZIPC_SSH", sshd.command)
+    try:
+        assert device.timer().load(graph(), workload=WORKLOAD).run() > 0
+    finally:
+        sshd.stop()
+
+
+def test_what_the_runtime_there_refuses_is_told_and_the_agent_goes_on(device: RemoteDevice) -> None:
+    timer = device.timer()
+    bad = onnx.load_from_string(graph())
+    bad.graph.node[0].op_type = "NoSuchOperator"
+    with pytest.raises(ExportMismatch, match="NoSuchOperator"):
+        timer.load(bad.SerializeToString(), workload=WORKLOAD)
+    assert timer.load(graph(), workload=WORKLOAD).run() > 0
+
+
+def test_a_broken_connection_is_taken_up_again_with_all_graphs(
+    server: loopback.Sshd, device: RemoteDevice
+) -> None:
+    timer = device.timer()
+    dropped, *runners = [timer.load(graph(), workload=WORKLOAD) for _ in range(3)]
+    del dropped
+    server.drop_connections()
+    assert [len(s) for s in interleave(runners, rounds=8)] == [8, 8]
+    assert timer.load(graph(), workload=WORKLOAD).run() > 0
+    assert device.notes == ["the connection to board was lost and taken up again"]
+
+
+def agent_of(server: loopback.Sshd) -> int:
+    found = [
+        pid
+        for pid in loopback.descendants(server.process.pid)
+        if b"zipc-agent" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        and os.readlink(f"/proc/{pid}/exe") == os.path.realpath(sys.executable)
+    ]
+    return found[-1]
+
+
+def test_a_killed_agent_is_started_again(server: loopback.Sshd, device: RemoteDevice) -> None:
+    runner = device.timer().load(graph(), workload=WORKLOAD)
+    os.kill(agent_of(server), signal.SIGKILL)
+    assert runner.run() > 0
+    assert device.notes
+
+
+def test_a_board_that_stays_away_is_an_error_that_says_what_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: RemoteDevice
+) -> None:
+    sshd = loopback.start(tmp_path)
+    monkeypatch.setenv("ZIPC_SSH", sshd.command)
+    runner = device.timer().load(graph(), workload=WORKLOAD)
+    sshd.stop()
+    for pid in _sessions(sshd):
+        os.kill(pid, signal.SIGKILL)
+    with pytest.raises(RemoteError, match="nothing answers at its ssh port"):
+        runner.run()
+
+
+def _sessions(sshd: loopback.Sshd) -> list[int]:
+    """Sessions outlive the server that began them."""
+    mark = str(sshd.folder / "config").encode()
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if mark in entry.read_bytes():
+                found.append(int(entry.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+def test_the_agent_ends_with_its_object(server: loopback.Sshd, device: RemoteDevice) -> None:
+    timer = device.timer()
+    pid = agent_of(server)
+    timer._link.close()
+    assert not Path(f"/proc/{pid}").exists() or agent_gone(pid)
+
+
+def agent_gone(pid: int) -> bool:
+    """sshd reaps it a moment after the client has ended."""
+    import time
+
+    for _ in range(100):
+        if not Path(f"/proc/{pid}").exists():
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def write_config(server: loopback.Sshd, path: Path, **changes: str) -> str:
+    """The client's configuration with some lines changed, as a command."""
+    lines = (server.folder / "config").read_text().splitlines()
+    kept = [line for line in lines if line.split()[0] not in changes]
+    path.write_text("\n".join([*kept, *(f" {name} {value}" for name, value in changes.items())]))
+    return f"ssh -F {path}"
+
+
+def test_an_unknown_host_is_said_to_be_unknown() -> None:
+    with pytest.raises(RemoteError, match="there is no such host"):
+        RemoteDevice(Host("no-such-board.invalid"), "onnxruntime").timer()
+
+
+def test_a_refused_key_names_the_way_to_get_in(
+    server: loopback.Sshd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: RemoteDevice
+) -> None:
+    loopback.new_key(tmp_path / "other")
+    changed = write_config(server, tmp_path / "config", IdentityFile=str(tmp_path / "other"))
+    monkeypatch.setenv("ZIPC_SSH", changed)
+    with pytest.raises(RemoteError, match="ssh-copy-id board"):
+        device.timer()
+
+
+def test_a_changed_host_key_is_refused_and_an_unknown_one_too(
+    server: loopback.Sshd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: RemoteDevice
+) -> None:
+    loopback.new_key(tmp_path / "other")
+    (tmp_path / "other.pub").rename(tmp_path / "host.pub")
+    loopback.know(tmp_path, server.port)
+    known = write_config(server, tmp_path / "config", UserKnownHostsFile=str(tmp_path / "known"))
+    monkeypatch.setenv("ZIPC_SSH", known)
+    with pytest.raises(RemoteError, match="ssh-keygen -R board"):
+        device.timer()
+    (tmp_path / "known").write_text("")
+    with pytest.raises(RemoteError, match="not known here"):
+        device.timer()
+
+
+def test_a_missing_python_and_a_missing_runtime_are_told_apart() -> None:
+    with pytest.raises(RemoteError, match="there is no /no/python3"):
+        RemoteDevice(Host(loopback.ALIAS, "/no/python3"), "onnxruntime").timer()
+    with pytest.raises(RemoteError, match="there is no python3-of-nobody"):
+        RemoteDevice(Host(loopback.ALIAS, "python3-of-nobody"), "onnxruntime").timer()
+
+
+def test_a_python_without_onnx_runtime_says_how_to_get_it(tmp_path: Path) -> None:
+    bare = tmp_path / "python with space"
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S -I "$@"\n')
+    bare.chmod(0o755)
+    timer = RemoteDevice(Host(loopback.ALIAS, str(bare)), "onnxruntime").timer()
+    with pytest.raises(RemoteError, match="pip install onnxruntime"):
+        timer.load(graph(), workload=WORKLOAD)
+
+
+def test_an_old_python_is_said_to_be_too_old(tmp_path: Path) -> None:
+    old = tmp_path / "python3.6"
+    old.write_text(
+        f"#!{sys.executable} -S\nimport sys\nsys.version_info = (3, 6)\nexec(sys.argv[2])\n"
+    )
+    old.chmod(0o755)
+    with pytest.raises(RemoteError, match=r"older than 3\.8"):
+        RemoteDevice(Host(loopback.ALIAS, str(old)), "onnxruntime").timer()
+
+
+@pytest.mark.parametrize("address", ["", "-oProxyCommand=touch x", "a\nb"])
+def test_a_host_that_would_be_an_option_is_refused(address: str) -> None:
+    with pytest.raises(UsageError, match="user@board"):
+        Host(address)
+
+
+def test_an_unreadable_command_for_ssh_is_refused(
+    monkeypatch: pytest.MonkeyPatch, device: RemoteDevice
+) -> None:
+    monkeypatch.setenv("ZIPC_SSH", "ssh 'unclosed")
+    with pytest.raises(UsageError, match="ZIPC_SSH"):
+        device.timer()
+
+
+def test_a_board_that_slows_down_is_told_and_given_up_when_much(
+    device: RemoteDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    factor = [1.0]
+    answer = RemoteProcess.ask
+
+    def ask(self: RemoteProcess, command, content=b""):
+        if command["do"] == "series":
+            return [[number * factor[0]] * command["rounds"] for number in command["graphs"]]
+        return answer(self, command, content)
+
+    monkeypatch.setattr(RemoteProcess, "ask", ask)
+    timer = device.timer()
+    anchor, first, second = (timer.load(graph(), workload=WORKLOAD) for _ in range(3))
+    interleave([anchor, first], rounds=4)
+    factor[0] = 1.1
+    interleave([anchor, first], rounds=4)
+    assert device.notes == []
+    factor[0] = 1.3
+    interleave([anchor, second], rounds=4)
+    assert "board became 1.30 times slower" in device.notes[0]
+    factor[0] = 2.5
+    with pytest.raises(NoisyMeasurement, match="cool it"):
+        interleave([anchor, first], rounds=4)
