@@ -60,6 +60,9 @@ class RemoteDevice:
     def kind(self) -> TableKind:
         return "measured"
 
+    def doubt(self, dense: bytes, workload: Workload) -> None:
+        return None
+
     def fingerprint(self) -> dict[str, Any]:
         asked = {"do": "fingerprint", "runtime": self.runtime}
         return checked_facts(self.timer().ask(asked))

@@ -15,7 +15,7 @@ from zipc.core.errors import CorruptFile, UsageError
 from zipc.core.files import read_json
 from zipc.core.types import PairedTiming, Progress, Runner, Silent, VerdictName, Workload
 from zipc.core.workload import read_workload, workload_document
-from zipc.profiler.runners.onnxruntime import OnnxRuntimeRunner
+from zipc.profiler.device import Device, LocalDevice
 from zipc.profiler.timing import interleave, warm_up
 
 MIN_PAIRS = 16  # fewer give no interval
@@ -148,16 +148,18 @@ def bench(
     pairs: int | None = None,
     progress: Progress | None = None,
     threads: int | None = None,
+    device: Device | None = None,
 ) -> BenchResult:
     """Measure OUT/model.onnx against OUT/reference.onnx again and judge the manifest's promise.
 
     The promise is the requested speedup; where a latency was requested, that latency; where
-    neither was, the lower end of the recorded interval.
+    neither was, the lower end of the recorded interval. Without a `device`, it is this machine.
 
     Raises:
         UsageError: a file of the folder is missing.
         CorruptFile: the manifest is truncated or lacks a field.
         NoisyMeasurement: the clock gave something that is not a positive time.
+        RemoteError: the device cannot be reached, or lacks what it needs.
     """
     manifest = _manifest(out)
     path = out / "manifest.json"
@@ -165,8 +167,11 @@ def bench(
     recorded = _recorded(manifest, path=path)
     refuse_predicted(manifest, out)
     _promise(manifest, reference_ms=1.0, path=path)  # fails before minutes of measuring
-    reference = OnnxRuntimeRunner(out / "reference.onnx", workload=workload)
-    candidate = OnnxRuntimeRunner(out / "model.onnx", workload=workload)
+    timer = (device or LocalDevice("onnxruntime")).timer()
+    reference, candidate = (
+        timer.load((out / name).read_bytes(), workload=workload)
+        for name in ("reference.onnx", "model.onnx")
+    )
     if pairs is None:
         pairs = default_pairs(float(np.median(warm_up(reference, max_runs=10)[-3:])))
     timing = paired_speedup(reference, candidate, pairs=pairs, progress=progress)
@@ -191,8 +196,8 @@ def refuse_predicted(manifest: Any, out: Path) -> None:
     if manifest.get("verdict") == "predicted" or _table_kind(manifest) == "modelled":
         raise UsageError(
             f"{out} was made for target '{manifest.get('target')}', which is not this machine: "
-            "times taken here say nothing about it. Measure it there: "
-            f"zipc validate {out} --host USER@BOARD"
+            f"times taken here say nothing about it. Time {out}/model.onnx and "
+            f"{out}/reference.onnx there, with trtexec --fp16."
         )
 
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from tests import loopback
 from zipc.core.errors import CorruptFile, NoisyMeasurement, UsageError
 from zipc.core.types import PairedTiming
+from zipc.profiler.device import LocalDevice
+from zipc.profiler.remote import Host, RemoteDevice
 from zipc.proof import (
     bench,
     default_pairs,
@@ -179,10 +184,16 @@ def _folder(path: Path, **request: float) -> Path:
     return path
 
 
-def _scripted(path: Path, **_: object) -> Fake:
-    runner = Fake(20.0 if path.name == "reference.onnx" else 10.0, noise=0.01, seed=5)
-    runner.session_options = {}
-    return runner
+class Scripted(LocalDevice):
+    """A device on which the larger graph takes twice as long; its own timer."""
+
+    def timer(self) -> Any:
+        return self
+
+    def load(self, model: bytes, **_: object) -> Fake:
+        runner = Fake(20.0 if len(model) > 100_000 else 10.0, noise=0.01, seed=5)
+        runner.session_options = {}
+        return runner
 
 
 @pytest.mark.parametrize(
@@ -197,12 +208,10 @@ def _scripted(path: Path, **_: object) -> Fake:
 )
 def test_bench_judges_the_promise_of_the_manifest(
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     request_: dict[str, float],
     holds: bool,
 ):
-    monkeypatch.setattr("zipc.proof.OnnxRuntimeRunner", _scripted)
-    result = bench(_folder(tmp_path, **request_), pairs=40)
+    result = bench(_folder(tmp_path, **request_), pairs=40, device=Scripted("onnxruntime"))
     assert result.timing.speedup == pytest.approx(2.0, rel=0.05)
     assert result.holds is holds
     assert result.exit_code == (0 if holds else 1)
@@ -237,3 +246,16 @@ def test_bench_refuses_a_missing_folder_and_a_damaged_manifest(tmp_path: Path):
         (folder / "manifest.json").write_text(text)
         with pytest.raises(CorruptFile):
             bench(folder)
+
+
+def test_bench_on_a_board_times_both_graphs_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "sshd").mkdir()
+    sshd = loopback.start(tmp_path / "sshd")
+    try:
+        monkeypatch.setenv("ZIPC_SSH", sshd.command)
+        board = RemoteDevice(Host(loopback.ALIAS, sys.executable), "onnxruntime")
+        result = bench(_folder(tmp_path, speedup=1.01), pairs=20, device=board)
+    finally:
+        sshd.stop()
+    assert len(result.timing.reference_ms) == len(result.timing.candidate_ms) == 20
+    assert min(result.timing.reference_ms + result.timing.candidate_ms) > 0

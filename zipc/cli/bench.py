@@ -1,4 +1,4 @@
-"""`zipc bench`: repeat the proof of a finished compile, here."""
+"""`zipc bench`: repeat the proof of a finished compile, here or on a board."""
 
 from __future__ import annotations
 
@@ -26,18 +26,29 @@ def bench_verb(
     max_time: Annotated[
         str | None, typer.Option("--max-time", help="Measure about this long, e.g. 30s.")
     ] = None,
+    host: Annotated[
+        str | None,
+        typer.Option("--host", help="Measure on this board, named as ssh names it: user@board."),
+    ] = None,
+    host_python: Annotated[
+        str, typer.Option("--host-python", help="The board's Python that has ONNX Runtime.")
+    ] = "python3",
     format: FormatFlag = "table",
 ) -> None:
     """Measure OUT/model.onnx against OUT/reference.onnx again: exit 0 when the promise holds."""
 
     def body(progress: Progress) -> Outcome:
         from zipc import proof
+        from zipc.profiler.remote import Host, RemoteDevice
 
         manifest = Manifest.read(out)
         pairs = None
         if max_time is not None:
             pairs = pairs_within(parse_seconds(max_time, "--max-time"), manifest)
-        result = proof.bench(out, pairs=pairs, progress=progress)
+        device = None if host is None else RemoteDevice(Host(host, host_python), "onnxruntime")
+        result = proof.bench(out, pairs=pairs, progress=progress, device=device)
+        for note in () if device is None else device.notes:
+            progress.info(note)
         document = result.to_json()
         return Outcome(document, lambda console: show_fields(console, document), result.exit_code)
 

@@ -80,13 +80,12 @@ def examine_target(name: str) -> tuple[Finding, ...]:
     worst = max(held.median_error for held in model.held_out)
     anchored = [k for k in ("attention", "other") if model.anchored(split_mode(name)[0], k)]
     told = f"published latencies of this device: {', '.join(anchored) or 'none (unanchored)'}"
-    there = f"zipc validate OUT --host USER@BOARD, where trtexec is (sm {sheet.compute_capability})"
+    there = f"time OUT/model.onnx where trtexec is (compute capability {sheet.compute_capability})"
     return (
         Finding("compile, plan", "ok", f"{name}: from a modelled table; verdict 'predicted'"),
         Finding("model", "ok", f"off by {worst:.0%} on the worst source left out (median); {told}"),
         _tool("trtexec", "builds and times engines", there),
         _tool("nvidia-smi", "tells of an NVIDIA driver", there),
-        _tool("ssh", "reaches boards", "install an OpenSSH client"),
     )
 
 

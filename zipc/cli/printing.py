@@ -233,7 +233,7 @@ def _next_commands(manifest: Manifest, out: Path) -> Iterable[str]:
         more = ", or allow more with --numerics auto" if floats else ""
         yield f"zipc inspect {out}  (ask for less{more})"
     if manifest.latency.table_kind == "modelled":
-        yield f"zipc validate {out} --host USER@BOARD"
+        yield f"trtexec --fp16 --onnx={out}/model.onnx  (on the device)"
     else:
         if any(file.path == "reference.onnx" for file in manifest.files):
             yield f"zipc bench {out}"
