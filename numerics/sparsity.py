@@ -54,7 +54,7 @@ def sparsify(
     if channels % of:
         raise UsageError(
             f"{where} has {channels} input channels, which do not divide into groups of {of}: "
-            f"{pattern} is not for it. Leave it out with --exclude, or give --pattern none."
+            f"{pattern} is not for it. Leave it dense."
         )
     for values, what in ((weight, "weights"), (gram, "calibration input")):
         if not bool(torch.isfinite(values.sum())):  # NaN and infinity survive a sum

@@ -104,7 +104,7 @@ class Session:
         except ImportError as error:
             raise Failure(
                 f"{sys.executable} has no ONNX Runtime ({error}). Run there: {sys.executable} "
-                "-m pip install onnxruntime; or name a Python that has it with --remote-python.",
+                "-m pip install onnxruntime; or name a Python that has it with --host-python.",
                 "RemoteError",
             ) from error
         except Exception as error:  # ONNX Runtime's errors share no base
@@ -119,9 +119,7 @@ class Session:
     def run(self) -> float:
         """Do one inference and return its milliseconds."""
         try:
-            start = perf_counter_ns()
-            self._session.run(None, self._feeds)
-            return (perf_counter_ns() - start) / 1e6
+            return one_inference(self._session, self._feeds)
         except Exception as error:  # ONNX Runtime's errors share no base
             raise Failure(
                 f"ONNX Runtime {_version('onnxruntime')} cannot run the graph: {one_line(error)}. "
@@ -178,6 +176,13 @@ def open_session(model: Any, options: Mapping[str, Any]) -> Any:
         else:
             setattr(opened, key, value)
     return ort.InferenceSession(model, opened, providers=PROVIDERS)
+
+
+def one_inference(session: Any, feeds: Mapping[str, Any]) -> float:
+    """Run a session once; milliseconds."""
+    start = perf_counter_ns()
+    session.run(None, feeds)
+    return (perf_counter_ns() - start) / 1e6
 
 
 def values(name: str, shape: Sequence[int], dtype: str, seed: int = 0) -> Any:

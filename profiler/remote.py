@@ -230,11 +230,11 @@ _SIGNS = {  # what ssh, a shell or a Python says, in small letters
     "the ssh configuration.",
     "connection timed out": "it does not answer. Is it on, and in this network?",
     "no route to host": "it cannot be reached. Is it on, and in this network?",
-    "is too old": "{python} there is older than 3.8. Name a newer one with --remote-python.",
+    "is too old": "{python} there is older than 3.8. Name a newer one with --host-python.",
     "command not found": "there is no {python}. Install Python 3.8 or newer there, or name it "
-    "with --remote-python.",
+    "with --host-python.",
     "no such file or directory": "there is no {python}. Install Python 3.8 or newer there, or "
-    "name it with --remote-python.",
+    "name it with --host-python.",
     "not found": "there is no {python}. Install Python 3.8 or newer there, or name it with "
-    "--remote-python.",
+    "--host-python.",
 }

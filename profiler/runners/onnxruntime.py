@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from time import perf_counter_ns
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ import onnxruntime as ort
 
 from zipc.core.errors import ExportMismatch, UsageError
 from zipc.core.types import Workload
-from zipc.profiler.agent import PROVIDERS, one_line, open_session, values
+from zipc.profiler.agent import PROVIDERS, one_inference, one_line, open_session, values
 from zipc.profiler.runners.inputs import shape_of
 
 _DTYPES: Mapping[str, str] = {
@@ -61,9 +60,7 @@ class OnnxRuntimeRunner:
     def run(self) -> float:
         """Do one inference and return its milliseconds."""
         try:
-            start = perf_counter_ns()
-            self._session.run(None, self._feeds)
-            return (perf_counter_ns() - start) / 1e6
+            return one_inference(self._session, self._feeds)
         except Exception as error:  # ONNX Runtime's errors share no base
             raise self._cannot_run(error) from error
 

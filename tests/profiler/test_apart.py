@@ -9,22 +9,12 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper
 
+from tests.relu_graph import WORKLOAD, graph
 from zipc.core.errors import ExportMismatch, UsageError
 from zipc.core.types import Workload
 from zipc.profiler.runners.apart import TimingProcess
 from zipc.profiler.timing import interleave
-
-WORKLOAD = Workload(batch_size=2, sequence_length=None, threads=1)
-
-
-def graph(axis: int | str = "batch") -> bytes:
-    shapes = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [axis, 3]) for n in ("x", "y")]
-    node = helper.make_node("Relu", ["x"], ["y"])
-    made = helper.make_graph([node], "relu", shapes[:1], shapes[1:])
-    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
-    return bytes(model.SerializeToString())
 
 
 def test_graphs_are_loaded_timed_and_dropped() -> None:

@@ -10,26 +10,16 @@ from pathlib import Path
 
 import onnx
 import pytest
-from onnx import TensorProto, helper
 
 from tests import loopback
+from tests.relu_graph import WORKLOAD, graph
 from zipc.core.errors import ExportMismatch, NoisyMeasurement, RemoteError, UsageError
-from zipc.core.types import Workload
 from zipc.profiler import remote
 from zipc.profiler.fingerprint import device_fingerprint
 from zipc.profiler.remote import Host, RemoteDevice, RemoteProcess
 from zipc.profiler.timing import interleave, warm_up
 
-WORKLOAD = Workload(batch_size=2, sequence_length=None, threads=1)
 BOARD = Host(loopback.ALIAS, sys.executable)
-
-
-def graph(axis: int | str = "batch") -> bytes:
-    shapes = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [axis, 3]) for n in ("x", "y")]
-    node = helper.make_node("Relu", ["x"], ["y"])
-    made = helper.make_graph([node], "relu", shapes[:1], shapes[1:])
-    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
-    return bytes(model.SerializeToString())
 
 
 @pytest.fixture(scope="module")
