@@ -85,6 +85,15 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     ),
     "llama": ("LlamaForCausalLM", GROUPED, []),
     "llama-decode": ("LlamaForCausalLM", GROUPED, ["--phase", "decode", "--past-length", "63"]),
+    "llama-512-decode": (
+        "LlamaForCausalLM",
+        GROUPED
+        | {
+            "hidden_size": 512,
+            "intermediate_size": 1408,
+        },
+        ["--phase", "decode", "--past-length", "63"],
+    ),
     "gpt2-decode": (
         "GPT2LMHeadModel",
         {"vocab_size": 500, "n_embd": 256, "n_layer": 4, "n_head": 8, "n_positions": 130},

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from zipc.build import Built, build, build_floats, in_integers
 from zipc.candidates import Candidates
-from zipc.core.errors import TargetUnreachable
+from zipc.core.errors import ExportMismatch, TargetUnreachable
 from zipc.core.files import fingerprint
 from zipc.core.memory import release, trim
 from zipc.core.request import Request
@@ -123,12 +123,22 @@ def _best_ranges(
     request: Request,
     progress: Progress,
 ) -> Built:
-    """The network in INT8 under the ranges that cost least on the confirming rows."""
+    """The network in INT8 under the ranges that cost least on the confirming rows.
+
+    Raises:
+        ExportMismatch: no way of choosing ranges is possible.
+    """
     progress.stage("INT8 ranges", len(RANGES))
     found: list[tuple[float, str, Built]] = []
+    refused: dict[str, ExportMismatch] = {}
     for ranges in RANGES:
         way = replace(body, ranges=ranges)
-        built = in_integers(prepared, floats, way, workload=request.workload)
+        try:
+            built = in_integers(prepared, floats, way, workload=request.workload)
+        except ExportMismatch as error:  # a constant activation has no histogram
+            refused[ranges] = error
+            candidates.notes.append(f"INT8 ranges by {ranges} are not possible: {error}")
+            continue
         runner = OnnxRuntimeRunner(built.model, workload=request.workload)
 
         def outputs(
@@ -139,6 +149,8 @@ def _best_ranges(
 
         found.append((candidates.confirm.judge(outputs), ranges, built))
         progress.advance(1, ranges)
+    if not found:
+        raise refused[RANGES[0]]
     loss, ranges, built = min(found, key=lambda entry: entry[0])
     told = ", ".join(f"{name} {value:.5f}" for value, name, _ in found)
     candidates.notes.append(f"INT8 ranges by {ranges}; oracle: {told}")

@@ -107,6 +107,30 @@ def test_where_int8_alone_is_fast_enough_nothing_is_removed(compiled: Path) -> N
     assert any("INT8 ranges by" in note for note in manifest.latency.notes)
 
 
+@pytest.mark.parametrize("possible", [("minmax",), ()])
+def test_ranges_that_are_not_possible_are_told_and_others_taken(
+    project: Path, monkeypatch: pytest.MonkeyPatch, possible: tuple[str, ...]
+) -> None:
+    fake_clock(monkeypatch)
+    small_effort(monkeypatch)
+    emit = IntegerBody.emit
+
+    def without_histogram(self: IntegerBody, model: bytes, *, part: bool = False) -> bytes:
+        if self.batches and self.ranges not in possible:
+            raise ExportMismatch("Too many bins for data range.")
+        return emit(self, model, part=part)
+
+    monkeypatch.setattr(IntegerBody, "emit", without_histogram)
+    made = asked(project, f"ranges{len(possible)}", speedup=1.5)
+    if not possible:
+        with pytest.raises(ExportMismatch, match="Too many bins"):
+            compile_model(made, progress=Told())
+        return
+    notes = compile_model(made, progress=Told()).latency.notes
+    assert "INT8 ranges by percentile are not possible: Too many bins for data range." in notes
+    assert any(note.startswith("INT8 ranges by minmax; oracle") for note in notes)
+
+
 def test_every_convolution_runs_on_integers(compiled: Path) -> None:
     model = onnx.load(compiled / "model.onnx")
     onnx.checker.check_model(model)
