@@ -2,11 +2,11 @@
 
     python benchmarks/bench_roofline.py [--write]
 
-Every source is predicted from a fit to the others; of 2:4 figures it is what they gain on the dense ones
-beside them. The method is checked where truth is at hand:
-on the sites of benchmarks/results/gpu_sites.json, measured on an H200: every third width, a whole
-network and a batch size are predicted from the rest, and all sites with the fractions of the A100,
-which is what a device without anchors gets. `--write` replaces latency_tables/modelled.json.
+Every source is predicted from a fit to the others; its 2:4 figures count by what they gain on the
+dense ones beside them. The method is checked where truth is at hand: on the sites of
+benchmarks/results/gpu_sites.json, measured on an H200: every third width, a whole network and a
+batch size are predicted from the rest, and all sites with the fractions of the A100, which is what
+a device without anchors gets. `--write` replaces latency_tables/modelled.json.
 """
 
 from __future__ import annotations
