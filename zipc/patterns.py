@@ -8,7 +8,6 @@ from dataclasses import replace
 from zipc.core.request import Request
 from zipc.core.types import Ladder, Level, Pattern, Site, Target
 from zipc.prepare import Prepared
-from zipc.pruner.graph.cuts import Cuts
 from zipc.pruner.sparse import refusal
 
 SPARSE: Pattern = "2:4"
@@ -28,13 +27,15 @@ def sparse_level(prepared: Prepared, site: Site, level: Level) -> Level | None:
 
 def refusals(prepared: Prepared, site: Site, level: Level) -> dict[str, str | None]:
     """By map of a site: why sparse kernels do not take it at a level, or None."""
-    cuts, calls = Cuts([site]), prepared.calls
+    calls, weights = prepared.calls, prepared.weights
     integer = level.within(prepared.numeric).numeric.startswith("int8")
     found = {}
     for module in site.maps:
         call = calls[module]
-        dense = prepared.weights[call.weight].shape
-        shape = cuts.shape(call.weight, dense, {site.name: level.width})
+        shape = list(weights[call.weight].shape)
+        for piece in site.slices:
+            if piece.parameter == call.weight:
+                shape[piece.dim] -= sum(map(len, piece.index[level.width :]))
         found[module] = refusal(call, shape, integer=integer)
     return found
 
