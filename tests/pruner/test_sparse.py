@@ -49,10 +49,13 @@ class Chain(nn.Module):
         super().__init__()
         self.first = nn.Conv2d(3, 32, 3, padding=1)
         self.second = nn.Conv2d(32, 32, 3, padding=1)
+        self.third = nn.Conv2d(32, 32, 3, padding=1)
         self.last = nn.Conv2d(32, 16, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.last(F.relu(self.second(F.relu(self.first(x)))))
+        for conv in (self.first, self.second, self.third):
+            x = F.relu(conv(x))
+        return self.last(x)
 
 
 def tokens() -> list[dict[str, Tensor]]:
@@ -187,7 +190,7 @@ def test_the_repair_keeps_the_pattern_and_comes_nearer(
     states = propagate(case.executor, levels, allocation, data)
     assert all(is_sparse(s, case.calls[m]) == (m != "first") for m, s in states.maps.items())
     before = lost(case, levels.variant(allocation), data)
-    assert lost(case, variant_of(allocation, states), data) < 0.95 * before
+    assert lost(case, variant_of(allocation, states), data) < 0.83 * before
 
 
 def test_a_sparse_and_rounded_model_is_repaired_too() -> None:
