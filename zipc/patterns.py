@@ -70,25 +70,24 @@ def notes_on(
         return []
     if target.only_dense is not None:
         return [f"2:4 is not offered: {target.only_dense}"]
-    gains: dict[str, float] = {}
-    reasons: dict[str, str] = {}
+    gains: list[float] = []
+    reasons: list[str] = []
     for name, site in prepared.sites.items():
         whole = Level(site.units)
         sparse = sparse_level(prepared, site, whole)
         if sparse is None:
-            held = next(r for r in refusals(prepared, site, whole).values() if r is not None)
-            reasons[name] = held
+            found = refusals(prepared, site, whole)
+            reasons.append(next(f"{m}: {why}" for m, why in found.items() if why is not None))
         else:
-            gains[name] = ms(name, whole) / ms(name, sparse)
-    offered = {n for n, ld in ladders.items() if any(r.level.pattern == SPARSE for r in ld.rungs)}
+            gains.append(ms(name, whole) / ms(name, sparse))
+    offered = sum(any(r.level.pattern == SPARSE for r in ld.rungs) for ld in ladders.values())
     notes = []
     if gains:
-        told = f"2:4 is offered at {len(offered)} of {len(ladders)} sites"
-        told += f": a whole site gains {min(gains.values()):.2f}x to {max(gains.values()):.2f}x"
+        told = f"2:4 is offered at {offered} of {len(ladders)} sites"
+        told += f": a whole site gains {min(gains):.2f}x to {max(gains):.2f}x"
         if doubted is not None:
             told += f" by the model, whose error is a factor of {doubted:.2f}"
         notes.append(told)
     if reasons:
-        name, reason = next(iter(reasons.items()))
-        notes.append(f"2:4 is not for {len(reasons)} sites whole: in {name}, {reason}")
+        notes.append(f"no sparse kernel takes {len(reasons)} sites whole, for one {reasons[0]}")
     return notes

@@ -24,8 +24,8 @@ from zipc.manifest import Manifest
 from zipc.model_source import load_source
 from zipc.numerics.pattern import conforms
 from zipc.numerics.sparsity import sparsify
-from zipc.patterns import asked_for
-from zipc.pipeline import Clock, _set_up, compile_model, plan_model
+from zipc.patterns import asked_for, notes_on
+from zipc.pipeline import Clock, Setup, _set_up, compile_model, plan_model
 from zipc.pricing import Prices
 from zipc.targets import load_target, shipped_files
 
@@ -193,12 +193,32 @@ def test_patterns_a_target_cannot_have_are_refused(
         load_target(str(file))
 
 
-def test_a_loss_is_that_of_the_mask(root: Path) -> None:
-    """The oracle on a level equals the oracle on weights brought to the pattern by hand."""
+@pytest.fixture(scope="module")
+def setup(root: Path) -> Setup:
     asked = request(
         root / "model", root / "pairs.csv", None, root / "cache", target="a100", pattern="2:4"
     )
-    setup = _set_up(asked, Clock(Told()))
+    return _set_up(asked, Clock(Told()))
+
+
+def test_sites_that_no_kernel_takes_are_told_with_a_reason(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zipc.patterns.refusal", lambda *_, **__: "10 are too few")
+    (note,) = notes_on(
+        setup.prepared,
+        setup.target,
+        setup.request,
+        setup.candidates.ladders,
+        ms=setup.prices.ms,
+        doubted=None,
+    )
+    assert "takes 4 sites whole" in note
+    assert "query: 10 are too few" in note
+
+
+def test_a_loss_is_that_of_the_mask(root: Path, setup: Setup) -> None:
+    """The oracle on a level equals the oracle on weights brought to the pattern by hand."""
     candidates, prepared = setup.candidates, setup.prepared
     site = next(s for s in prepared.structure.sites if s.kind == "ffn")
     found = candidates.scorer.score(Allocation({site.name: Level(site.units, "fp32", "2:4")}, 0, 0))
