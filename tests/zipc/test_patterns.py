@@ -120,6 +120,20 @@ def test_where_it_cannot_pay_it_is_not_offered_and_the_report_says_so(
     assert "a factor of 1.18" in note
 
 
+def test_where_it_pays_beyond_doubt_the_search_takes_it(root: Path) -> None:
+    """An A100 so slow that arithmetic is all that counts."""
+    text = shipped_files()["a100"].read_text().replace("fp16_tflops = 312", "fp16_tflops = 0.02")
+    (root / "slow.toml").write_text(f'name = "a100"\n{text}')
+    asked = {"target": str(root / "slow.toml"), "speedup": None, "prune": False}
+    plan = plan_model(
+        request(root / "model", root / "pairs.csv", None, root / "slow-cache", **asked),
+        progress=Told(),
+    )
+    assert {lv.pattern for lv in plan.allocation.levels.values()} == {"2:4"}
+    assert plan.predicted_speedup > 1.1
+    assert any("2:4 is offered at 4 of 4 sites" in note for note in plan.notes)
+
+
 def test_integers_keep_the_zeros(root: Path) -> None:
     text = shipped_files()["a100"].read_text().replace('["fp16"]', '["fp16", "int8-static"]')
     (root / "mine.toml").write_text(text)
