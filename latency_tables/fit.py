@@ -121,9 +121,8 @@ def fit(laid: Sequence[Measured]) -> Fractions:
 
     def residuals(logs: Array) -> Array:
         fractions = Fractions(*np.exp(logs).tolist())
-        errors = [s.residuals(fractions) for s in laid]
-        errors = [e / math.sqrt(len(e)) for e in errors]
-        return np.concatenate([*errors, PULL * (logs - start) / math.sqrt(len(logs))])
+        scaled = [e / math.sqrt(len(e)) for e in (s.residuals(fractions) for s in laid)]
+        return np.concatenate([*scaled, PULL * (logs - start) / math.sqrt(len(logs))])
 
     found = least_squares(
         residuals,
