@@ -84,12 +84,24 @@ class Laid:
         ]
         self.begin = np.cumsum([0, *map(len, networks[:-1])])
         self.kernels = Kernels([k for network in networks for k in network], sheet)
+        self.sparse = np.array([figure[4] != "dense" for figure in source.figures])
+        place = {figure[:-1]: i for i, figure in enumerate(source.figures)}
+        self.beside = [place.get((*f[:4], "dense"), i) for i, f in enumerate(source.figures)]
 
     def log_errors(self, fractions: Fractions) -> Array:
         """log(predicted / published) of every figure."""
         found = np.add.reduceat(self.kernels.milliseconds(fractions), self.begin)
         errors: Array = np.log(found / self.ms)
         return errors
+
+    def residuals(self, fractions: Fractions) -> Array:
+        """The same, but of a 2:4 figure the error of what it gains on the dense one beside it.
+
+        That is what a sparse figure tells; its latency is off by as much as the dense one.
+        """
+        errors = self.log_errors(fractions)
+        dense = np.where(np.arange(len(errors)) == self.beside, 0.0, errors[self.beside])
+        return errors - dense
 
 
 def lay_out(sources: Sequence[Source], sheets: Mapping[str, SpecSheet]) -> list[Laid]:
@@ -100,9 +112,7 @@ def lay_out(sources: Sequence[Source], sheets: Mapping[str, SpecSheet]) -> list[
 class Measured(Protocol):
     """Latencies to fit to."""
 
-    ms: Array
-
-    def log_errors(self, fractions: Fractions) -> Array: ...
+    def residuals(self, fractions: Fractions) -> Array: ...
 
 
 def fit(laid: Sequence[Measured]) -> Fractions:
@@ -111,8 +121,8 @@ def fit(laid: Sequence[Measured]) -> Fractions:
 
     def residuals(logs: Array) -> Array:
         fractions = Fractions(*np.exp(logs).tolist())
-        errors = [s.log_errors(fractions) / math.sqrt(len(s.ms)) for s in laid]
-        return np.concatenate([*errors, PULL * (logs - start) / math.sqrt(len(logs))])
+        scaled = [e / math.sqrt(len(e)) for e in (s.residuals(fractions) for s in laid)]
+        return np.concatenate([*scaled, PULL * (logs - start) / math.sqrt(len(logs))])
 
     found = least_squares(
         residuals,
@@ -127,7 +137,8 @@ def fit(laid: Sequence[Measured]) -> Fractions:
 
 @dataclass(frozen=True, slots=True)
 class HeldOut:
-    """What a fit to the other sources says of one: relative errors, and log-errors of ratios."""
+    """What a fit to the other sources says of one: relative errors of its dense figures, and
+    log-errors of ratios of all."""
 
     source: str
     figures: int
@@ -142,11 +153,11 @@ def hold_out(laid: Sequence[Laid]) -> tuple[HeldOut, ...]:
     for index, left in enumerate(laid):
         rest = [*laid[:index], *laid[index + 1 :]]
         errors = left.log_errors(fit(rest))
-        relative = np.abs(np.exp(errors) - 1)
+        relative = np.abs(np.exp(errors[~left.sparse]) - 1)
         found.append(
             HeldOut(
                 left.source.name,
-                len(errors),
+                len(relative),
                 float(np.median(relative)),
                 float(relative.max()),
                 ratio_errors(left.source.figures, errors),

@@ -44,7 +44,8 @@ def quantize_weight(
 ) -> QuantizedWeight:
     """Round (out, in) to S8 in [-limit, limit]; with `gram` (in, in) feed rounding errors forward.
 
-    `limit` is 63 on processors whose U8 x S8 dot product saturates in 16 bits (no VNNI).
+    `limit` is 63 on processors whose U8 x S8 dot product saturates in 16 bits (no VNNI). What is 0
+    stays 0: a sparsity pattern survives.
     """
     W = weight.to(torch.float32)  # (out, in)
     scale = W.abs().amax(dim=1).clamp_min(1e-12) / limit if W.shape[1] else W.new_ones(len(W))
@@ -52,6 +53,7 @@ def quantize_weight(
         values = (W / scale[:, None]).round().clamp(-limit, limit)
         return QuantizedWeight(values.to(torch.int8), scale)
     upper = inverse_factor(gram, damp)  # (in, in), U with U'U = H^-1
+    zero = W == 0
     W = W.clone()
     values = torch.zeros_like(W)
     block = 64
@@ -60,6 +62,7 @@ def quantize_weight(
         errors = torch.zeros(W.shape[0], stop - start)
         for j in range(start, stop):
             q = (W[:, j] / scale).round().clamp(-limit, limit)
+            q.masked_fill_(zero[:, j], 0.0)
             values[:, j] = q
             error = (W[:, j] - q * scale) / upper[j, j]
             W[:, j:stop] -= error[:, None] * upper[j, j:stop][None]

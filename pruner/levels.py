@@ -1,19 +1,20 @@
-"""What an allocation does to the weights of every map: slice, refit, round. Computed once, kept.
+"""What an allocation does to the weights of every map: slice, refit, thin out, round; then kept.
 
 A map may read the units of several sites and give those of others. Its columns are refitted for
-all that is missing among its inputs together; its rows are then cut, which no refit depends on.
+all that is missing among its inputs together, and brought to a pattern; its rows are then cut, on
+which neither depends.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from zipc.core.types import Allocation, Level, Site
+from zipc.core.types import Allocation, Level, Pattern, Site
 from zipc.numerics.int8 import (
     DYNAMIC,
     STATIC,
@@ -32,6 +33,7 @@ from zipc.pruner.graph.interpret import Variant
 from zipc.pruner.graph.trace import MapCall
 from zipc.pruner.maps import bias_of_rows, matrices, own_layout
 from zipc.pruner.obs import Sweep
+from zipc.pruner.sparse import refusal, to_pattern
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,12 @@ class MapState:
     numeric: str = "fp32"
     integer: QuantizedWeight | None = None
     activation: ActivationRange | None = None
+    pattern: Pattern = "dense"
+
+    @property
+    def differs(self) -> bool:
+        """Whether it is more than its weights cut and fitted: thinned out or rounded."""
+        return self.integer is not None or self.pattern != "dense"
 
     def seen(self, x: Tensor) -> Tensor:
         """The input as the product sees it: rounded where the numeric rounds."""
@@ -84,8 +92,10 @@ class Levels:
         sweeps: Mapping[str, Sweep],
         *,
         weight_limit: int = 127,
+        floats: str = "fp32",
         compensator: str = "least_squares",
     ) -> None:
+        """`floats` is what a level in fp32 runs in on the target."""
         self.sites = sites
         self.calls = calls
         self.weights = weights
@@ -93,6 +103,7 @@ class Levels:
         self.sweeps = sweeps
         self.cuts = Cuts(sites.values())
         self._limit = weight_limit
+        self._floats = floats
         self._compensate = COMPENSATORS[compensator]
         self._touching = {
             m: dict.fromkeys([*self.cuts.sites_of(c.weight), *self.cuts.sites_of(c.bias or "")])
@@ -101,6 +112,7 @@ class Levels:
         owned = {p for c in calls.values() for p in (c.weight, c.bias)}
         self._others = [p for p in self.cuts.pieces if p not in owned]
         self._ranges: dict[str, ActivationRange] = {}  # of what several maps read
+        self._sparse: dict[str, tuple[Tensor, Tensor | None]] = {}  # of maps with all their inputs
         self._cache: OrderedDict[Key, MapState | Tensor] = OrderedDict()
         dense = sum(_nbytes(weights[c.weight]) for m, c in calls.items() if self._touching[m])
         self._cache_bytes = max(CACHE_BYTES, CACHE_MODELS * dense)
@@ -114,6 +126,7 @@ class Levels:
     def forget(self) -> None:
         """Drop the weights held in memory; they are made again when asked for."""
         self._cache.clear()
+        self._sparse.clear()
         self._held = 0
 
     def states(self, allocation: Allocation, *, feedback: bool = False) -> States:
@@ -189,12 +202,10 @@ class Levels:
             self._held -= _nbytes(old)
         return made
 
-    def numeric(self, module: str, levels: tuple[tuple[str, Level], ...]) -> str:
-        """The numeric of a map: that of the site it produces, else of the one it consumes."""
-        if self.calls[module].convolution:
-            return "fp32"
+    def _followed(self, module: str, levels: tuple[tuple[str, Level], ...]) -> Level:
+        """Whose numeric and pattern a map has: the site it produces, else the one it consumes."""
         own = [lv for n, lv in levels if module in self.sites[n].producers]
-        return (own or [lv for _, lv in levels])[0].numeric
+        return (own or [lv for _, lv in levels])[0]
 
     def _kept_units(self, levels: tuple[tuple[str, Level], ...]) -> dict[str, tuple[int, ...]]:
         return {n: self.kept(n, lv.width) for n, lv in levels if lv.width < self.sites[n].units}
@@ -208,8 +219,15 @@ class Levels:
         kept = self._kept_units(levels)
         inputs = self.cuts.stays(call.weight, call.in_dim, weight.shape[call.in_dim], kept)
         outputs = self.cuts.stays(call.weight, call.out_dim, weight.shape[call.out_dim], kept)
+        level = self._followed(module, levels)
+        shape = list(weight.shape)
+        shape[call.in_dim], shape[call.out_dim] = len(inputs), len(outputs)
+        integer = level.within(self._floats).numeric.startswith("int8")
+        pattern = "dense" if refusal(call, shape, integer=integer) else level.pattern
         if len(inputs) < weight.shape[call.in_dim]:
             weight, bias = self._refitted(call, weight, bias, inputs)
+        if pattern != "dense":
+            weight, bias = self._thinned(call, weight, bias, inputs)
         if bias is not None and len(outputs) < len(bias) == weight.shape[call.out_dim]:
             bias = bias[outputs]
         elif bias is not None and call.bias is not None:
@@ -218,9 +236,9 @@ class Levels:
             assert bias is not None
             return bias
         weight = weight.index_select(call.out_dim, outputs)
-        numeric = self.numeric(module, levels)
+        numeric = "fp32" if call.convolution else level.numeric
         if numeric == "fp32":
-            return MapState(weight, bias)
+            return MapState(weight, bias, pattern=pattern)
         held = self.stats[module]
         activation = None
         if numeric == STATIC and len(inputs) < held.sample.shape[1]:
@@ -228,7 +246,8 @@ class Levels:
         elif numeric == STATIC:
             activation = self._shared_range(call)
         gram = held.gram[0][inputs][:, inputs] if feedback else None
-        return self.rounded(call, weight, bias, activation=activation, gram=gram)
+        made = self.rounded(call, weight, bias, activation=activation, gram=gram)
+        return replace(made, pattern=pattern)
 
     def _shared_range(self, call: MapCall) -> ActivationRange:
         """A range for all linear maps that read what `call` reads: they share its rounding."""
@@ -247,7 +266,7 @@ class Levels:
     ) -> tuple[Tensor, Tensor]:
         """Columns fitted to stand in for those that are gone."""
         held = self.stats[call.module]
-        columns = (inputs[:, None] * call.kernel + torch.arange(call.kernel)).flatten()
+        columns = _columns(call, inputs)
         parts, shifts = [], []
         for W, gram, total in zip(
             matrices(call, weight), held.gram, held.total, strict=True
@@ -259,6 +278,27 @@ class Levels:
         shift = bias_of_rows(call, torch.stack(shifts), weight).to(weight.dtype)
         fitted = own_layout(call, torch.stack(parts), weight)
         return fitted, shift if bias is None else bias + shift
+
+    def _thinned(
+        self, call: MapCall, weight: Tensor, bias: Tensor | None, inputs: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """All rows in the 2:4 pattern, fitted to the inputs that are left."""
+        held = self.stats[call.module]
+        columns = _columns(call, inputs)
+        whole = len(columns) == held.gram.shape[-1]
+        if whole and call.module in self._sparse:
+            return self._sparse[call.module]
+        made = to_pattern(
+            call,
+            weight,
+            bias,
+            gram=held.gram[:, columns][:, :, columns],
+            total=held.total[:, columns],
+            count=held.count,
+        )
+        if whole:
+            self._sparse[call.module] = made
+        return made
 
     def rounded(
         self,
@@ -277,6 +317,11 @@ class Levels:
         stands_for = own_layout(call, integer.dequantized()[None], weight)
         numeric = DYNAMIC if activation is None else STATIC
         return MapState(stands_for, bias, numeric, integer, activation)
+
+
+def _columns(call: MapCall, inputs: Tensor) -> Tensor:
+    """Columns of a map's matrix that the channels `inputs` own."""
+    return (inputs[:, None] * call.kernel + torch.arange(call.kernel)).flatten()
 
 
 def _nbytes(made: MapState | Tensor) -> int:

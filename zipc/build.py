@@ -16,6 +16,7 @@ from zipc.core.errors import ExportMismatch
 from zipc.core.types import Allocation, Workload
 from zipc.exporters.onnx_export import check_parity
 from zipc.exporters.shapes import SizeOf
+from zipc.exporters.sparse_weights import sparse_weights
 from zipc.exporters.specialise import Edit, Int8Weights, count_integer_kernels, specialise
 from zipc.integer_body import IntegerBody
 from zipc.numerics.int8 import STATIC
@@ -41,6 +42,7 @@ class Built:
     model: bytes
     parity: float
     integer_products: int
+    sparse_weights: int  # in the 2:4 pattern, as asked for
 
 
 def dense_model(prepared: Prepared) -> bytes:
@@ -84,6 +86,15 @@ def build_floats(
                 f"ONNX Runtime runs {found} of {integers} integer products of the graph as "
                 "integers: the rest would be slower than fp32. Use --numerics fp32."
             )
+    sparse = sum(state.pattern != "dense" for state in states.maps.values())
+    if sparse:
+        weights = sparse_weights(onnx.load_from_string(model), folder=Path())
+        found = sum(weight.conforms for weight in weights)
+        if found < sparse:
+            raise ExportMismatch(
+                f"{found} of {sparse} weights are in the 2:4 pattern in the graph: sparse kernels "
+                "would not take the rest. Use --pattern none."
+            )
     example = prepared.example(batch=1, length=32, widths=allocation.widths)
     expected, _ = prepared.executor.run(example, variant_of(allocation, states))
     runner = OnnxRuntimeRunner(model, workload=workload)
@@ -94,7 +105,7 @@ def build_floats(
         bound=INT8_BOUND if integers else FP32_BOUND,
         what="the compiled ONNX graph against its torch simulation",
     )
-    return Built(allocation, states, model, parity, integers)
+    return Built(allocation, states, model, parity, integers, sparse)
 
 
 def in_integers(

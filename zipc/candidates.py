@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +16,10 @@ from torch import Tensor
 from zipc.core.errors import UsageError
 from zipc.core.files import fingerprint
 from zipc.core.request import Request
-from zipc.core.types import Ladder, Level, Progress, Rung, Site, Target
+from zipc.core.types import Difference, Ladder, Level, Progress, Rung, Site, Target
 from zipc.effort import Effort
 from zipc.numerics.int8 import DYNAMIC, FULL, REDUCED, STATIC
+from zipc.patterns import SPARSE, asked_for, notes_on, offers_sparse, sparse_level
 from zipc.prepare import Prepared
 from zipc.pricing import Prices, suits
 from zipc.pruner.allocate.scorer import Scorer
@@ -67,6 +69,7 @@ def gather(
 
     calibration = calibrating(effort.calibration_texts)
     repair = calibrating(effort.repair_texts)
+    sparse = offers_sparse(target, request)
     key = fingerprint(
         prepared.key,
         samples.sha256,
@@ -75,9 +78,10 @@ def gather(
         request.seed,
         request.include,
         request.exclude,
+        *([SPARSE] if sparse else []),
     )
     stats, sweeps = _evidence(
-        prepared, calibration, key, request, cache, progress, unit=samples.unit
+        prepared, calibration, key, request, cache, progress, unit=samples.unit, every=sparse
     )
     levels = Levels(
         prepared.sites,
@@ -86,6 +90,7 @@ def gather(
         stats,
         sweeps,
         weight_limit=weight_limit(prices.table.fingerprint),
+        floats=prepared.numeric,
     )
     progress.stage("oracle on dense")
 
@@ -111,6 +116,8 @@ def gather(
         name: _ladder(name, prepared, prices, sweeps[name], target, request, numerics)
         for name in prepared.sites
     }
+    doubt = None if prices.doubt is None else math.exp(prices.doubt.reach(["2:4"]))
+    notes += notes_on(prepared, target, request, ladders, ms=prices.ms, doubted=doubt)
     return Candidates(levels, ladders, first, second, repair, notes, key)
 
 
@@ -132,13 +139,14 @@ def _evidence(
     progress: Progress,
     *,
     unit: str,
+    every: bool,
 ) -> tuple[dict[str, InputStats], dict[str, Sweep]]:
     modules = list(
         dict.fromkeys(
             m
             for s in prepared.structure.sites
             for m in s.maps
-            if not prepared.calls[m].convolution or m in {c.module for c in s.consumers}
+            if every or not prepared.calls[m].convolution or m in {c.module for c in s.consumers}
         )
     )
     folder = cache.get("evidence", key)
@@ -271,13 +279,20 @@ def _ladder(
     widths = widths_of(site, step=target.width_step) if request.prune else [site.units]
     if not prepared.on_integers(site):
         numerics = ("fp32",)
+    levels = [lv for w in widths for lv in ([Level(w, n) for n in numerics] if w else [Level(0)])]
+    if offers_sparse(target, request):
+        sparse = (sparse_level(prepared, site, lv) for lv in levels)
+        levels += [lv for lv in sparse if lv is not None]
+    asked: list[Difference] = ["int8"] if request.numerics != "auto" else []
+    asked += ["2:4"] if request.pattern != "auto" else []
     levels = [
         level
-        for width in widths
-        for level in ([Level(0)] if width == 0 else [Level(width, n) for n in numerics])
+        for level in levels
         if suits(level.within(prepared.numeric), site, target)
-        and (prices.gains(name, level) or request.numerics != "auto")
+        and prices.gains(name, level, asked=asked)
     ]
+    if request.pattern == SPARSE:
+        levels = asked_for(levels, units=site.units)
     rungs = [Rung(lv, prices.ms(name, lv), sweep.errors[site.units - lv.width]) for lv in levels]
     return Ladder(name, sweep.order, tuple(rungs))
 

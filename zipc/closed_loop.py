@@ -332,8 +332,9 @@ class ClosedLoop:
     def key(self) -> str:
         """What a solution depends on: the evidence, the table and the goal."""
         table, asked = self.prices.table.model_dump(mode="json"), self.request
-        goal = [asked.speedup, asked.latency_ms, asked.prune, asked.numerics, asked.effort]
-        return fingerprint(self.candidates.key, table, goal, asked.metric, asked.evaluator)
+        goal = [asked.speedup, asked.latency_ms, asked.prune, asked.numerics, asked.pattern]
+        how = [asked.effort, asked.metric, asked.evaluator]
+        return fingerprint(self.candidates.key, table, goal, *how)
 
     def find(self, target: float | None) -> Found:
         """The best allocation that measures at least `target`, with its final weights.
@@ -403,7 +404,7 @@ class ClosedLoop:
             if self.accept[0] <= over <= self.accept[1]:
                 break
             if over > self.accept[1] and all(
-                lv.width == self.prepared.sites[n].units and lv.numeric == "fp32"
+                lv.width == self.prepared.sites[n].units and not lv.differs
                 for n, lv in allocation.levels.items()
             ):
                 break  # nothing is left to give back

@@ -294,7 +294,7 @@ def profile_model(request: Request, *, progress: Progress) -> ProfileResult:
     with _one_thread():
         clock = Clock(progress)
         target = load_target(request.target)
-        request.check(reference_numeric=target.reference_numeric)
+        request.check(target)
         source, request = _load(request, clock)
         _, prices = _price(source, request, target, open_device(target), clock)
         fitted = prices.table.correction
@@ -328,7 +328,7 @@ def _set_up(request: Request, progress: Progress) -> Setup:
     kind_of(request)
     if request.recover != "none":
         raise UsageError(f"--recover {request.recover} is not available; the only choice is none.")
-    request.check(reference_numeric=target.reference_numeric)
+    request.check(target)
     effort = effort_of(request.effort)
     cache = _cache(request)
     source, request = _load(request, progress)

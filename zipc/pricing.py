@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from zipc.core.errors import TableMissing
 from zipc.core.files import fingerprint as short_hash
 from zipc.core.request import Request
-from zipc.core.types import Level, Progress, Site, Target, Workload
+from zipc.core.types import Difference, Level, Progress, Site, Target, Workload
 from zipc.exporters.graph import OnnxGraph
 from zipc.exporters.site_graph import extract
 from zipc.exporters.specialise import EMISSION, Edit, Int8Weights, specialise
@@ -25,6 +25,7 @@ from zipc.latency_tables.modelled import Doubt
 from zipc.latency_tables.store import TableStore, differences
 from zipc.latency_tables.table import Entry, LatencyTable
 from zipc.numerics.int8 import STATIC, quantize_weight
+from zipc.patterns import SPARSE, sparse_level
 from zipc.prepare import Prepared
 from zipc.profiler.device import Device, GraphTimer
 from zipc.profiler.sweep import PricedGraph, sweep
@@ -33,6 +34,7 @@ from zipc.pruner.graph.cuts import Cuts
 from zipc.pruner.graph.sites import sizes_at
 from zipc.pruner.ladder import widths_of
 from zipc.pruner.maps import matrices
+from zipc.pruner.sparse import halved, refusal
 
 WHOLE, NARROWEST = "model", "model-narrowest"  # stand in a table at the level of width 1
 MIN_SHARE = 0.05
@@ -68,17 +70,21 @@ class Prices:
         dense = self.dense_prices[site]
         return (dense - self.share * (dense - alone)) * self.calls[site]
 
-    def gains(self, site: str, level: Level) -> bool:
-        """Whether a numeric or pattern is faster than plain floats beyond doubt.
+    def gains(self, site: str, level: Level, *, asked: Collection[Difference] = ()) -> bool:
+        """Whether a level is faster beyond doubt than without its numeric, and than without its
+        pattern, those `asked` for excepted.
 
         What was measured is left to the search; of a model's prices the interval of the gain must
         exclude 1.
         """
-        kinds = level.differs
-        if self.doubt is None or level.removed or not kinds:
+        if self.doubt is None:
             return True
-        gain = self.ms(site, Level(level.width)) / self.ms(site, level)
-        return math.log(gain) > self.doubt.reach(kinds)
+        ms = self.ms(site, level)
+        return all(
+            math.log(self.ms(site, level.without(kind)) / ms) > self.doubt.reach([kind])
+            for kind in level.differs
+            if kind not in asked
+        )
 
     def ratio(self, allocation_ms: float) -> float:
         """Latency relative to dense that a sum of prices means for the whole model."""
@@ -99,6 +105,9 @@ def offered_levels(prepared: Prepared, site: Site, target: Target) -> list[Level
     if prepared.body is not None:
         numerics = [prepared.numeric]
     levels = [Level(w, n) for n in numerics for w in widths if w]
+    if SPARSE in target.patterns:
+        sparse = (sparse_level(prepared, site, lv) for lv in levels)
+        levels += [lv for lv in sparse if lv is not None]
     removed = [Level(0)] if site.removable else []
     return [*removed, *(lv for lv in levels if suits(lv, site, target))]
 
@@ -342,7 +351,7 @@ def _whole(prepared: Prepared, levels: Mapping[str, Level]) -> bytes:
 
 
 def _builder(part: OnnxGraph, site: Site, level: Level, prepared: Prepared) -> Callable[[], bytes]:
-    cut = Level(level.width) if level.numeric == prepared.numeric else level
+    cut = replace(level, numeric="fp32") if level.numeric == prepared.numeric else level
 
     def build() -> bytes:
         kept = {site.name: tuple(range(level.width))}
@@ -370,6 +379,11 @@ def plain_edit(
                 shape = cuts.shape(call.weight, weights[call.weight].shape, widths_in(levels))
                 removed[consumer.module] = np.zeros(shape[call.out_dim], dtype=np.float32)
             continue
+        integer = level.within(prepared.numeric).numeric.startswith("int8")
+        for module in site.maps if level.pattern != "dense" else ():
+            call, name = calls[module], calls[module].weight
+            if refusal(call, tensors[name].shape, integer=integer) is None:
+                tensors[name] = halved(call, torch.from_numpy(tensors[name])).numpy()
         if level.numeric == "fp32":
             continue
         for module in site.maps:

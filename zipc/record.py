@@ -90,6 +90,8 @@ def make_manifest(
     solution = found.solution
     if solution.unreachable:
         notes.append(solution.unreachable)
+    if found.built.sparse_weights:
+        notes.append(f"{found.built.sparse_weights} weights of model.onnx are in the 2:4 pattern")
     notes.append(f"{solution.searched} candidates scored; {len(solution.looks)} builds looked at")
     return Manifest(
         target=target.name,

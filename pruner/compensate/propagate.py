@@ -4,12 +4,12 @@ The ladder's weights are fitted to the dense model's activations. In the compile
 of a site already carry the errors of everything before it. Going through the sites in order, each
 consumer is fitted once more, by ridge regression from the inputs it will really see (pruned,
 rounded) to the value that makes the residual sum what it is in the dense model. Closed form, no
-labels, no gradients.
+labels, no gradients. Sparsity patterns and rounding come after it, from the same inputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -25,6 +25,7 @@ from zipc.pruner.graph.trace import MapCall, Program, op_name
 from zipc.pruner.levels import Levels, MapState, States, variant_of
 from zipc.pruner.maps import bias_of_rows, input_rows, matrices, output_rows, own_layout
 from zipc.pruner.products import linear, second_moment
+from zipc.pruner.sparse import to_pattern
 from zipc.pruner.workers import side_by_side
 
 T = TypeVar("T")
@@ -129,7 +130,7 @@ def propagate(
         elif consumer not in done and executor.needs(where.total, run.variant()):
             run.small.reach(executor.first_effect(site), run.variant())
             run.dense.reach(min(s.at for s in sums[i:] if s is not None), Variant())
-            _repair(run, site, level, where, ridge)
+            _repair(run, site, level, where, ridge, done)
             done.add(consumer)
         if on_site is not None:
             on_site(site.name)
@@ -225,17 +226,19 @@ class _Run:
         return data_rows(call, x, mask, limit=limit, generator=generator)
 
 
-def _repair(run: _Run, site: Site, level: Level, where: _Sum, ridge: float) -> None:
-    """Fit the consumer of a site."""
+def _repair(
+    run: _Run, site: Site, level: Level, where: _Sum, ridge: float, done: Collection[str]
+) -> None:
+    """Fit the consumer of a site; its producers but those `done`, which are fitted already."""
     consumer = site.consumers[0].module
     call = run.call(consumer)
     if consumer in run.states.constants:
         run.states.constants[consumer] = _mean_error(run, call, where)
         return
-    if level.numeric != "fp32":
-        _round_producers(run, site)
+    if level.differs:
+        _finish_producers(run, site, done)
     rounder = run.states.maps[consumer]
-    base = _unrounded(run, consumer)
+    base = _plain(run, consumer)
     matrix = matrices(call, base.weight)[0]
     outputs = run.levels.outputs(consumer, run.allocation)
 
@@ -251,15 +254,13 @@ def _repair(run: _Run, site: Site, level: Level, where: _Sum, ridge: float) -> N
     weight = own_layout(call, (matrix.double() + change).float()[None], base.weight)
     shift = bias_of_rows(call, shift[None], base.weight)
     bias = shift if base.bias is None else base.bias.double() + shift
-    if rounder.integer is None:
-        run.states.maps[consumer] = MapState(weight, bias.float())
-        return
-    at = _range([matrices(call, weight)[0]], rounder.numeric, moments)
-    run.states.maps[consumer] = _rounded(run, call, weight, bias, at, moments)
+    fitted = _thinned(call, MapState(weight, bias, pattern=rounder.pattern), moments)
+    at = _range([matrices(call, fitted.weight)[0]], rounder.numeric, moments)
+    run.states.maps[consumer] = _rounded(run, call, fitted, rounder.numeric, at, moments)
 
 
-def _unrounded(run: _Run, module: str) -> MapState:
-    """The weights of a map at its widths, in fp32."""
+def _plain(run: _Run, module: str) -> MapState:
+    """The weights of a map at its widths, dense and in fp32."""
     plain = {n: Level(lv.width) for n, lv in run.allocation.levels.items()}
     names = run.levels.touching(module)
     made = run.levels.map_state(module, tuple((n, plain[n]) for n in names if n in plain))
@@ -267,10 +268,10 @@ def _unrounded(run: _Run, module: str) -> MapState:
     return made
 
 
-def _round_producers(run: _Run, site: Site) -> None:
-    """Round the producers with error feedback from the inputs they will really see."""
-    maps = {m: run.states.maps[m] for m in site.producers if m in run.states.maps}
-    held = {m: state for m, state in maps.items() if state.integer is not None}
+def _finish_producers(run: _Run, site: Site, done: Collection[str]) -> None:
+    """Thin out and round the producers from the inputs they will really see."""
+    maps = {m: run.states.maps[m] for m in site.producers if m in run.states.maps and m not in done}
+    held = {m: s for m, s in maps.items() if s.differs and run.call(m).groups == 1}
     calls = {m: run.call(m) for m in held}
     same: dict[tuple[str, ActivationRange | None], list[str]] = {}  # read the very same numbers
     for module, state in held.items():
@@ -288,21 +289,14 @@ def _round_producers(run: _Run, site: Site) -> None:
 
     moments = _summed(run.each(of_batch))
     for group in groups:
-        plain = {m: _unrounded(run, m) for m in group}
-        at = _range(
-            [matrices(calls[m], plain[m].weight)[0] for m in group],
-            held[group[0]].numeric,
-            moments[group[0]],
-        )
-        for module in group:
-            run.states.maps[module] = _rounded(
-                run,
-                calls[module],
-                plain[module].weight,
-                plain[module].bias,
-                at,
-                moments[group[0]],
-            )
+        seen, numeric = moments[group[0]], held[group[0]].numeric
+        fitted = {
+            m: _thinned(calls[m], replace(_plain(run, m), pattern=held[m].pattern), seen)
+            for m in group
+        }
+        at = _range([matrices(calls[m], s.weight)[0] for m, s in fitted.items()], numeric, seen)
+        for module, state in fitted.items():
+            run.states.maps[module] = _rounded(run, calls[module], state, numeric, at, seen)
 
 
 def _summed(parts: Iterable[dict[str, _Moments]]) -> dict[str, _Moments]:
@@ -324,27 +318,46 @@ def _range(weights: Sequence[Tensor], numeric: str, moments: _Moments) -> Activa
     return calibrate(torch.cat(moments.samples), torch.cat(list(weights)))
 
 
+def _thinned(call: MapCall, state: MapState, moments: _Moments) -> MapState:
+    """A map in the pattern it is to have, from the inputs it sees."""
+    if state.pattern == "dense":
+        return state
+    weight, bias = to_pattern(
+        call,
+        state.weight,
+        state.bias,
+        gram=moments.gram[None],
+        total=moments.total[None],
+        count=moments.count,
+    )
+    return replace(state, weight=weight, bias=bias)
+
+
 def _rounded(
     run: _Run,
     call: MapCall,
-    weight: Tensor,
-    bias: Tensor | None,
+    state: MapState,
+    numeric: str,
     activation: ActivationRange | None,
     moments: _Moments,
 ) -> MapState:
-    """Round a weight, and let the bias make up for the mean of what rounding changes."""
-    state = run.levels.rounded(
+    """Round a weight if its numeric does; the bias makes up for the mean of what that changes."""
+    bias = state.bias
+    if numeric == "fp32":
+        return replace(state, bias=None if bias is None else bias.float())
+    made = run.levels.rounded(
         call,
-        weight,
+        state.weight,
         None if bias is None else bias.float(),
         activation=activation,
         gram=moments.gram.double(),
     )
+    made = replace(made, pattern=state.pattern)
     if bias is None:
-        return state
+        return made
     mean = moments.total / moments.count
-    lost = matrices(call, weight)[0].double() - matrices(call, state.weight)[0].double()
-    return replace(state, bias=(bias.double() + lost @ mean).float())
+    lost = matrices(call, state.weight)[0].double() - matrices(call, made.weight)[0].double()
+    return replace(made, bias=(bias.double() + lost @ mean).float())
 
 
 def _mean_error(run: _Run, call: MapCall, where: _Sum) -> Tensor:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from zipc.core.errors import CorruptFile, UsageError
-from zipc.core.types import SpecSheet
+from zipc.core.types import Pattern, SpecSheet
 from zipc.latency_tables import fit as fitting
 from zipc.latency_tables.fit import Laid, Source, fit, half_widths, hold_out, read_sources
 from zipc.latency_tables.modelled import Doubt, device_model, fitted, network_kind
@@ -142,8 +145,9 @@ def test_networks_of_attention_are_told_from_others() -> None:
     assert {name for name, kind in kinds.items() if kind == "attention"} == attention
 
 
-def source(name: str, *, slower: float = 1.0) -> Source:
-    figures = [("bert-base", b, 128, p, "dense", 1.0) for b in (1, 8, 32) for p in ("fp16", "int8")]
+def source(name: str, *, slower: float = 1.0, patterns: Sequence[Pattern] = ("dense",)) -> Source:
+    kinds = product((1, 8, 32), ("fp16", "int8"), patterns)
+    figures = [("bert-base", b, 128, precision, pattern, 1.0) for b, precision, pattern in kinds]
     made = Source(
         name=name, target="a100", tag="P", style="whole", title="t", url="u", figures=figures
     )
@@ -157,6 +161,17 @@ def test_a_fit_finds_what_made_the_figures() -> None:
     assert np.abs(np.concatenate([s.log_errors(fit(laid)) for s in laid])).max() < 0.05
     for held in hold_out(laid):
         assert held.worst_error < 0.05
+
+
+def test_a_sparse_figure_counts_by_what_it_gains() -> None:
+    """At other clocks the dense figures are off, what 2:4 gains is not."""
+    laid = Laid(source("a", slower=1.5, patterns=("dense", "2:4")), SHEET)
+    off = laid.residuals(FRACTIONS)
+    assert off[~laid.sparse] == pytest.approx(-math.log(1.5))
+    assert off[laid.sparse] == pytest.approx(0.0, abs=1e-9)
+    faster = laid.residuals(replace(FRACTIONS, sparse=2.0))
+    assert faster[laid.sparse].min() < -0.01
+    assert hold_out([laid, laid])[0].figures == sum(~laid.sparse)
 
 
 def test_a_source_at_other_clocks_has_an_error_but_its_ratios_have_not() -> None:

@@ -163,12 +163,16 @@ def test_levels_that_are_slower_and_no_better_are_not_offered() -> None:
     assert problem.levels == [[Level(0), Level(2)]]
 
 
+EXTRA = {(): 0.0, ("int8",): 0.25, ("2:4",): 0.5, ("int8", "2:4"): 0.6}
+
+
 def test_losses_of_levels_are_probed_alone_and_rise_as_units_go() -> None:
     from tests.tiny_models import case
 
     site = case("bert").sites[1]
     levels = [
         *(Level(w, n) for w in range(1, site.units + 1) for n in ("fp32", "int8-dynamic")),
+        *(Level(w, n, "2:4") for w in (4, 8) for n in ("fp32", "int8-dynamic")),
         Level(0),
     ]
     errors = {lv: 1 - (lv.width / site.units) ** 2 for lv in levels}
@@ -180,12 +184,12 @@ def test_losses_of_levels_are_probed_alone_and_rise_as_units_go() -> None:
     def score(a: Allocation) -> float:
         (level,) = a.levels.values()
         asked.append(level)
-        return 2 * errors[level] + (0.25 if level.numeric != "fp32" else 0.0)
+        return 2 * errors[level] + EXTRA[level.differs]
 
     found = site_losses({site.name: site}, {site.name: ladder}, score=score, on_probe=lambda: None)[
         site.name
     ]
     assert len(asked) <= probe_count({site.name: ladder})
     for level, loss in found.items():  # linear in the ladder's error, so interpolation is exact
-        extra = 0.25 if level.numeric != "fp32" else 0.0
-        assert loss == pytest.approx(2 * errors[level] + extra)
+        assert loss == pytest.approx(2 * errors[level] + EXTRA[level.differs])
+    assert Level(site.units, "fp32", "2:4") not in asked  # it is not offered there

@@ -22,7 +22,7 @@ def dry_run(request: Request) -> Outcome:
             each other.
     """
     target = load_target(request.target)
-    request.check(reference_numeric=target.reference_numeric)
+    request.check(target)
     data = None if request.data is None else _describe_data(request)
     asked = {k: _plain(v) for k, v in dataclasses.asdict(request).items()}
     asked["input_shapes"] = [str(spec) for spec in request.input_shapes]

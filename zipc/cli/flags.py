@@ -17,6 +17,7 @@ from zipc.core.request import Request
 from zipc.core.shapes import parse_input_shapes
 
 Numerics = Literal["auto", "fp32", "fp16", "int8", "int8-dynamic", "int8-static"]
+PatternChoice = Literal["auto", "2:4", "none"]
 _WORKLOAD, _SEARCH, _DATA, _RUN = "Workload", "Search", "Reading the data", "Running"
 Phase = Literal["prefill", "decode"]
 Effort = Literal["quick", "default", "extensive"]
@@ -230,6 +231,15 @@ class SearchFlags(ModelFlags):
             rich_help_panel=_DATA,
         ),
     ] = None
+    pattern: Annotated[
+        PatternChoice,
+        typer.Option(
+            "--pattern",
+            help="2:4 weights, for sparse tensor cores: where the search finds that they pay, "
+            "at every site that can have them, or nowhere.",
+            rich_help_panel=_SEARCH,
+        ),
+    ] = "auto"
     no_prune: Annotated[
         bool,
         typer.Option(
@@ -267,6 +277,7 @@ class SearchFlags(ModelFlags):
             "evaluator": self.evaluator,
             "text_columns": tuple(self.text_column or ()),
             "label_column": self.label_column,
+            "pattern": self.pattern,
             "prune": not self.no_prune,
             "recover": self.recover,
             "allow_table_mismatch": self.allow_table_mismatch,

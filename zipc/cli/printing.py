@@ -233,7 +233,9 @@ def _next_commands(manifest: Manifest, out: Path) -> Iterable[str]:
         more = ", or allow more with --numerics auto" if floats else ""
         yield f"zipc inspect {out}  (ask for less{more})"
     if manifest.latency.table_kind == "modelled":
-        yield f"trtexec --fp16 --onnx={out}/model.onnx  (on the device)"
+        sparse = any(a.level.pattern == "2:4" for a in manifest.allocation)
+        flags = "--fp16 --sparsity=enable" if sparse else "--fp16"
+        yield f"trtexec {flags} --onnx={out}/model.onnx  (on the device)"
     else:
         if any(file.path == "reference.onnx" for file in manifest.files):
             yield f"zipc bench {out}"
@@ -287,6 +289,7 @@ def _value(value: Any) -> str:
 _FLAGS: Mapping[str, str] = {  # those whose value is their text
     "data": "--data",
     "numerics": "--numerics",
+    "pattern": "--pattern",
     "metric": "--metric",
     "evaluator": "--eval",
     "text_columns": "--text-column",

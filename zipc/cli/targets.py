@@ -100,6 +100,7 @@ def _described(name: str) -> dict[str, Any]:
     held = dataclasses.asdict(load_target(name))
     return held | {
         "numerics": list(held["numerics"]),
+        "patterns": list(held["patterns"]),
         "modes": list(power_modes(path)),
         "file": str(path),
         "shipped": path in shipped_files().values(),
@@ -108,7 +109,7 @@ def _described(name: str) -> dict[str, Any]:
 
 def _show_list(console: Console, rows: list[dict[str, Any]]) -> None:
     table = Table(box=None, pad_edge=False)
-    for column in ("name", "runtime", "numerics", "width step", "from", "description"):
+    for column in ("name", "runtime", "numerics", "patterns", "width step", "from", "description"):
         table.add_column(column, overflow="fold")
     for row in rows:
         if row["error"] is None:
@@ -116,6 +117,7 @@ def _show_list(console: Console, rows: list[dict[str, Any]]) -> None:
                 escape(row["name"]),
                 escape(row["runtime"]),
                 ", ".join(row["numerics"]),
+                ", ".join(row["patterns"]),
                 str(row["width_step"]),
                 "zipc" if row["shipped"] else escape(row["file"]),
                 escape(row["description"]),

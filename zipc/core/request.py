@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from zipc.core.errors import UsageError
-from zipc.core.types import InputSpec, Workload
+from zipc.core.types import InputSpec, Target, Workload
+
+PATTERNS = ("auto", "2:4", "none")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +23,7 @@ class Request:
     speedup: float | None = None
     latency_ms: float | None = None
     numerics: str = "auto"  # auto | fp32 | int8 | int8-dynamic | int8-static
+    pattern: str = "auto"  # auto | 2:4 | none
     prune: bool = True
     metric: str | None = None
     evaluator: str | None = None  # path/to/file.py:function
@@ -42,12 +45,21 @@ class Request:
     allow_table_mismatch: bool = False
     require: str | None = None  # "validated": a predicted verdict is a failure too
 
-    def check(self, *, reference_numeric: str) -> None:
+    def check(self, target: Target) -> None:
         """Refuse what cannot be meant, before anything is loaded.
 
         Raises:
-            UsageError: two wishes contradict each other.
+            UsageError: two wishes contradict each other, or the target cannot grant one.
         """
+        if self.pattern not in PATTERNS:
+            raise UsageError(
+                f"--pattern {self.pattern} is not known. Choose from: {', '.join(PATTERNS)}."
+            )
+        if self.pattern == "2:4" and target.only_dense is not None:
+            raise UsageError(
+                f"--pattern 2:4 gains nothing on target '{target.name}': {target.only_dense}. "
+                "Leave it out, or choose a GPU of NVIDIA's Ampere or later, as in --target a100."
+            )
         if self.past_length is not None and self.phase != "decode":
             raise UsageError("--past-length is of a decode step: give --phase decode with it.")
         if self.phase == "decode" and self.sequence_length not in (None, 1):
@@ -55,7 +67,8 @@ class Request:
                 "A decode step reads one token: leave --sequence-length out. How many tokens came "
                 "before is given with --past-length."
             )
-        if not self.prune and self.numerics == reference_numeric:
+        same = self.numerics == target.reference_numeric and self.pattern != "2:4"
+        if not self.prune and same:
             raise UsageError(
                 f"--no-prune with --numerics {self.numerics} leaves the model as it is. Drop one."
             )

@@ -43,12 +43,24 @@ class Target:
     runtime: str
     numerics: tuple[Numeric, ...]
     reference_numeric: Numeric = "fp32"
+    patterns: tuple[Pattern, ...] = ("dense",)
     width_step: int = 32  # finest FFN width grid offered; the table decides what of it pays
     connection: str = "local"
     description: str = ""
     width_grid: Mapping[str, int] = field(default_factory=dict, hash=False)
     sheet: SpecSheet | None = None  # of a device that may be absent: its latency is modelled
     mode: str = ""  # power mode
+
+    @property
+    def only_dense(self) -> str | None:
+        """Why weights are not made 2:4 here; None where they may be."""
+        if "2:4" in self.patterns:
+            return None
+        if self.sheet is None:
+            return f"the kernels of {self.runtime} multiply zeros like any other number"
+        if not self.sheet.sparse:
+            return f"compute capability {self.sheet.compute_capability} has no sparse tensor cores"
+        return "the file of the target does not list it under patterns"
 
     def on_grid(self, level: Level) -> bool:
         """Whether the width suits its numeric and pattern: others are padded, or far slower."""
@@ -149,6 +161,10 @@ class Level:
         """In what, beside its width, it differs from plain floats."""
         numeric: tuple[Difference, ...] = ("int8",) if self.numeric.startswith("int8") else ()
         return (*numeric, "2:4") if self.pattern == "2:4" else numeric
+
+    def without(self, kind: Difference) -> Level:
+        """The same but for one of the things it `differs` in."""
+        return replace(self, pattern="dense") if kind == "2:4" else replace(self, numeric="fp32")
 
     def within(self, numeric: Numeric) -> Level:
         """The same in a network that runs in `numeric` as a whole, if the level is in fp32."""

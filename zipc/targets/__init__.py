@@ -153,6 +153,13 @@ def _parse(text: str, *, where: str, default_name: str, mode: str) -> Target:
             f"{where}: a [sheet] with the figures of the device belongs to the runtime tensorrt, "
             "and to no other. `zipc targets show a100` names the file to begin from."
         )
+    if "dense" not in target.patterns:
+        raise UsageError(f'{where}: patterns must contain "dense".')
+    if "2:4" in target.patterns and not (target.sheet and target.sheet.sparse):
+        raise UsageError(
+            f"{where}: 2:4 needs the runtime tensorrt and a [sheet] with sparse = true. "
+            "Leave it out of patterns."
+        )
     figures = {} if target.sheet is None else dataclasses.asdict(target.sheet)
     numbers = {k: v for k, v in figures.items() if isinstance(v, int | float) and k != "sparse"}
     wrong = [key for key, value in numbers.items() if not 0 < value < math.inf]
