@@ -123,8 +123,8 @@ def propagate(
     done: set[str] = set()
     for i, (site, where) in enumerate(zip(sites, sums, strict=True)):
         level = allocation.levels[site.name]
-        consumer = site.consumers[0].module
-        if where is None:
+        consumer = site.consumers[0].module if site.consumers else None
+        if where is None or consumer is None:
             run.feed_back(site.maps)
         elif consumer not in done and executor.needs(where.total, run.variant()):
             run.small.reach(executor.first_effect(site), run.variant())

@@ -78,7 +78,7 @@ SITES: dict[str, str] = {
     "llama-mqa": "h4+ f12+ h4+ f12+",
     "qwen2": "h2+ f12+ h2+ f12+",
     "mistral": "h2+ f12+ h2+ f12+",
-    "mixtral": "h2+ f12+ f12+ f12+ f12+ h2+ f12+ f12+ f12+ f12+",
+    "mixtral": "h2+ e4 f12+ f12+ f12+ f12+ h2+ e4 f12+ f12+ f12+ f12+",
     "t5": "h4+ f12+ f12+ h4+ h4+ f12+ h4+ f12+",
     "t5-gated": "h4+ f12+ f12+ h4+ h4+ f12+ h4+ f12+",
     "vit": "h4+ f12+ h4+ f12+",
