@@ -43,8 +43,8 @@ class Edit:
 
     `tensors`: new float values in torch layout; `removed`: module path of a linear map that loses
     its whole input -> what it outputs, (out,); `int8`: module path -> integer weights; `size_of`:
-    the new size of an axis of a traced node's result; `picks`: traced slice of one index -> the index
-    it takes from now on; `silent`: of the removed maps those that leave the sums they stand in.
+    the new size of an axis of a traced node's result; `picks`: traced slice of one index -> the
+    index it takes from now on; `silent`: removed maps that leave the sums they stand in.
     """
 
     tensors: Mapping[str, FloatArray] = field(default_factory=dict)

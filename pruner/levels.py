@@ -70,9 +70,7 @@ CACHE_MODELS = 3  # this many times the dense weights of all sites, so that a se
 
 def variant_of(allocation: Allocation, states: States) -> Variant:
     """What the executor needs to run the model with these weights."""
-    return Variant(
-        states.maps, states.constants, allocation.widths, states.tensors, states.picks
-    )
+    return Variant(states.maps, states.constants, allocation.widths, states.tensors, states.picks)
 
 
 Key = tuple[str, tuple[tuple[str, Level], ...], bool]

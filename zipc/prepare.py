@@ -62,9 +62,9 @@ class Prepared:
         return {c.module: c for c in reversed(self.program.maps)}
 
     def on_integers(self, site: Site) -> bool:
-        """Whether all maps of a site have integer kernels here: linear maps do."""
+        """Whether all maps of a site have integer kernels here: linear maps do, but for routers."""
         maps = site.maps
-        return not any(self.calls[m].convolution for m in maps)
+        return site.kind != "experts" and not any(self.calls[m].convolution for m in maps)
 
     @property
     def numeric(self) -> str:

@@ -126,7 +126,7 @@ def propagate(
         consumer = site.consumers[0].module if site.consumers else None
         if where is None or consumer is None:
             run.feed_back(site.maps)
-        elif consumer not in done and executor.needs(where.total, run.variant()):
+        elif consumer not in (*done, *run.states.silent) and executor.needs(where.total, run.variant()):
             run.small.reach(executor.first_effect(site), run.variant())
             run.dense.reach(min(s.at for s in sums[i:] if s is not None), Variant())
             _repair(run, site, level, where, ridge)

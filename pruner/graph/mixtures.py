@@ -21,7 +21,7 @@ from zipc.pruner.graph.rules import Axes, argument
 from zipc.pruner.graph.trace import MapCall, op_name
 
 _COPIES = frozenset(
-    "to _to_copy float clone alias detach contiguous view reshape _unsafe_view dropout".split()
+    "to _to_copy float clone alias detach contiguous view reshape _unsafe_view dropout slice".split()
 )
 _SCORES = _COPIES | {"softmax", "_softmax", "log_softmax", "sigmoid"}  # keep what is chosen last
 _ZERO_BY_ALL = _COPIES | {"mul", "multiply", "neg", "permute", "transpose", "unsqueeze", "squeeze"}
@@ -69,9 +69,7 @@ def nested(site: Site, sites: Iterable[Site]) -> tuple[tuple[str, ...], ...]:
     )
 
 
-def settled(
-    sites: Mapping[str, Site], levels: Mapping[str, Level], kept: Kept
-) -> dict[str, Level]:
+def settled(sites: Mapping[str, Site], levels: Mapping[str, Level], kept: Kept) -> dict[str, Level]:
     """The levels with all that lies inside of experts that are gone dense: it saves nothing."""
     gone = rerouted((sites[n] for n in levels), kept)
     return {
@@ -124,8 +122,9 @@ def _carriers(axes: Axes, atom: Atom, router: MapCall) -> tuple[set[str], set[st
             continue
         if sources & scores and op in _SCORES and _along(axes, node, atom):
             scores.add(node.name)
-        elif op == "scatter" and op_name(node.args[0]) in _ZEROS:  # type: ignore[arg-type]
-            shares.add(node.name)
+        elif op == "scatter":
+            if op_name(node.args[0]) in _ZEROS:  # type: ignore[arg-type]
+                shares.add(node.name)
         elif sources & shares and op in _COPIES:
             shares.add(node.name)
     return scores, shares

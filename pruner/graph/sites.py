@@ -323,7 +323,9 @@ def _mixture(
 ) -> Site:
     units, (found, count) = int(atom.size), mixture
     tensors = dict(program.tensors.values())
-    inside = [n for e in found[:1] for n in tensors if any(n.startswith(f"{m}.") for m in e.modules)]
+    inside = [
+        n for e in found[:1] for n in tensors if any(n.startswith(f"{m}.") for m in e.modules)
+    ]
     shapes = sorted(tuple(tensors[n].shape) for n in inside)
     return Site(
         name=router.module,

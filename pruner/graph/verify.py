@@ -57,7 +57,7 @@ def _separating(sites: Sequence[Site]) -> Iterator[Sequence[Site]]:
 
 
 def _kept(sites: Sequence[Site], units: Callable[[Site], Sequence[int]]) -> Kept:
-    """The units named, and as many others as have to stay; sites that lose nothing are not in it."""
+    """The units named, and as many more as must stay; sites that lose nothing are left out."""
     found = {}
     for site in sites:
         named = units(site)

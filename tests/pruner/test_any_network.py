@@ -37,6 +37,7 @@ from zipc.exporters.site_graph import extract
 from zipc.exporters.specialise import specialise
 from zipc.pruner.compensate.propagate import propagate
 from zipc.pruner.evidence import collect
+from zipc.pruner.experts import sweep_experts
 from zipc.pruner.graph.interpret import Variant
 from zipc.pruner.graph.sites import sizes_at
 from zipc.pruner.ladder import sweep_site
@@ -79,6 +80,7 @@ SITES: dict[str, str] = {
     "qwen2": "h2+ f12+ h2+ f12+",
     "mistral": "h2+ f12+ h2+ f12+",
     "mixtral": "h2+ e4 f12+ f12+ f12+ f12+ h2+ e4 f12+ f12+ f12+ f12+",
+    "qwen2-moe": "h2+ f8+ e5 f6+ f6+ f6+ f6+ f6+ h2+ f8+ e5 f6+ f6+ f6+ f6+ f6+",
     "t5": "h4+ f12+ f12+ h4+ h4+ f12+ h4+ f12+",
     "t5-gated": "h4+ f12+ f12+ h4+ h4+ f12+ h4+ f12+",
     "vit": "h4+ f12+ h4+ f12+",
@@ -176,7 +178,12 @@ def test_repaired_weights_are_the_same_in_torch_onnx_runtime_and_a_checkpoint(na
     data = [feeds_of(ZOO[name], torch.float32, batch=4, seed=s) for s in range(2)]
     sites = {s.name: s for s in made.sites if s.kind != "width"}  # others are not searched
     stats = collect(made.executor, data, modules=[c.module for c in made.program.maps])
-    sweeps = {n: sweep_site(s, made.weights, stats, made.calls) for n, s in sites.items()}
+    sweeps = {
+        n: sweep_experts(made.executor, s, data)
+        if s.experts
+        else sweep_site(s, made.weights, stats, made.calls)
+        for n, s in sites.items()
+    }
     levels = Levels(sites, made.calls, made.weights, stats, sweeps)
     for seed in range(3):
         widths = {n: len(k) for n, k in random_kept(made, seed).items() if n in sites}
