@@ -159,10 +159,6 @@ class Levels:
         """Names of the sites that cut a map."""
         return list(self._touching[module])
 
-    def gives_units(self, module: str) -> bool:
-        """Whether a map gives units of some site, so that its rows may be cut."""
-        return any(module in self.sites[n].producers for n in self._touching[module])
-
     def outputs(self, module: str, allocation: Allocation) -> Tensor:
         """Which of its dense outputs a map still gives."""
         call = self.calls[module]

@@ -26,7 +26,7 @@ from zipc.model_source import SourceModel, trace_source
 from zipc.numerics.int8 import STATIC
 from zipc.profiler.runners.onnxruntime import OnnxRuntimeRunner
 from zipc.pruner.graph.interpret import Executor, Variant
-from zipc.pruner.graph.sites import EXCLUDED, Structure, extent_size, find_sites, without
+from zipc.pruner.graph.sites import EXCLUDED, Structure, extent_size, find_sites
 from zipc.pruner.graph.trace import MapCall, Program
 from zipc.pruner.graph.verify import verify
 from zipc.sources.common import Cache
@@ -115,8 +115,7 @@ def prepare(
             f"{source.notes[-1]}. Give {source.max_length} or less."
         )
     example = source.example()
-    found = discover(source, program, include=request.include, exclude=request.exclude)
-    structure = _searched(found)
+    structure = discover(source, program, include=request.include, exclude=request.exclude)
     if not structure.sites:
         names = [a.path for a in structure.left_alone if a.reason == EXCLUDED]
         if names:
@@ -163,12 +162,6 @@ def discover(
     """The sites of a traced model that its own code follows, the residual width among them."""
     structure = find_sites(program, include=include, exclude=exclude)
     return verify(source.module, program, structure, source.example(cached=False))
-
-
-def _searched(structure: Structure) -> Structure:
-    """The sites a search may change. The residual width reprices all others: it stays."""
-    reason = "the residual width is not searched: it would change the price of every other site"
-    return without(structure, {s.name: reason for s in structure.sites if s.kind == "width"})
 
 
 def _check(prepared: Prepared, request: Request) -> float:

@@ -240,11 +240,19 @@ def price(
         s.name: table.price(signatures[s.name], Level(s.units, prepared.numeric))
         for s in prepared.structure.sites
     }
-    inside = {
-        s.name: sum(
-            dense_prices[n] * calls[n]
-            for names in nested(s, prepared.structure.sites)
-            for n in names
+    fastest = {
+        s.name: s.calls
+        * min(table.price(signatures[s.name], lv) for lv in offered_levels(prepared, s, target))
+        for s in prepared.structure.sites
+    }
+    inside = {  # what is priced as sites of their own is not counted in the mixture again
+        s.name: min(
+            fastest[s.name],
+            sum(
+                dense_prices[n] * calls[n]
+                for names in nested(s, prepared.structure.sites)
+                for n in names
+            ),
         )
         for s in prepared.structure.sites
         if s.experts
@@ -252,12 +260,8 @@ def price(
     sites = sum(
         dense_prices[s.name] * s.calls - inside.get(s.name, 0.0) for s in prepared.structure.sites
     )
-    least = [  # a mixture is not counted twice: as its own site, and as the sites in its experts
-        s.calls
-        * min(table.price(signatures[s.name], lv) for lv in offered_levels(prepared, s, target))
-        if not s.experts
-        else dense_prices[s.name] * s.calls - inside[s.name]
-        for s in prepared.structure.sites
+    least = [
+        dense_prices[n] * calls[n] - inside[n] if n in inside else ms for n, ms in fastest.items()
     ]
     fixed_ms = whole_ms - sites
     share = 1.0

@@ -21,7 +21,7 @@ from zipc.pruner.graph.rules import Axes, argument
 from zipc.pruner.graph.trace import MapCall, op_name
 
 _COPIES = frozenset(
-    "to _to_copy float clone alias detach contiguous view reshape _unsafe_view dropout slice".split()
+    "to _to_copy float clone alias detach contiguous view reshape _unsafe_view slice".split()
 )
 _SCORES = _COPIES | {"softmax", "_softmax", "log_softmax", "sigmoid"}  # keep what is chosen last
 _ZERO_BY_ALL = _COPIES | {"mul", "multiply", "neg", "permute", "transpose", "unsqueeze", "squeeze"}

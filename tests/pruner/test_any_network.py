@@ -160,8 +160,6 @@ def test_every_site_is_priced_on_a_graph_with_all_that_it_cuts(name: str) -> Non
     """Cut out with its surroundings, a site can lose a unit, or all, and the rest still runs."""
     made, graph = single(name)
     for site in made.sites:
-        if site.kind == "width":  # not searched
-            continue
         cut = {piece.parameter for piece in site.slices} & set(graph.weights)
         part = extract(graph, site)
         assert cut <= set(part.weights)
@@ -176,7 +174,7 @@ def test_every_site_is_priced_on_a_graph_with_all_that_it_cuts(name: str) -> Non
 def test_repaired_weights_are_the_same_in_torch_onnx_runtime_and_a_checkpoint(name: str) -> None:
     made, graph = single(name)
     data = [feeds_of(ZOO[name], torch.float32, batch=4, seed=s) for s in range(2)]
-    sites = {s.name: s for s in made.sites if s.kind != "width"}  # others are not searched
+    sites = {s.name: s for s in made.sites}
     stats = collect(made.executor, data, modules=[c.module for c in made.program.maps])
     sweeps = {
         n: sweep_experts(made.executor, s, data)
@@ -186,7 +184,7 @@ def test_repaired_weights_are_the_same_in_torch_onnx_runtime_and_a_checkpoint(na
     }
     levels = Levels(sites, made.calls, made.weights, stats, sweeps)
     for seed in range(3):
-        widths = {n: len(k) for n, k in random_kept(made, seed).items() if n in sites}
+        widths = {n: len(k) for n, k in random_kept(made, seed).items()}
         allocation = Allocation({n: Level(w) for n, w in widths.items()}, 0.0, 0.0)
         states = propagate(made.executor, levels, allocation, data)
         want, _ = made.executor.run(made.example, variant_of(allocation, states))
