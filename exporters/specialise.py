@@ -74,7 +74,7 @@ def specialise(dense: OnnxGraph, edit: Edit, *, part: bool = False) -> OnnxGraph
     for name, index in edit.picks.items():
         _pick_(graph, name, index)
     for module, constant in edit.removed.items():
-        _remove_(graph, module, constant, silent=module in edit.silent)
+        _remove_(graph, module, constant, edit)
     drop_empty_inputs_(graph)
     rounding = _Rounding(graph)
     for module, weights in edit.int8.items():
@@ -99,10 +99,10 @@ def _add_bias_(graph: OnnxGraph, name: str, value: FloatArray) -> None:
         call.output[0] = inner
 
 
-def _remove_(graph: OnnxGraph, module: str, constant: FloatArray, *, silent: bool) -> None:
+def _remove_(graph: OnnxGraph, module: str, constant: FloatArray, edit: Edit) -> None:
     """Replace a map (with its bias) by its constant output; what fed it becomes dead.
 
-    A silent one goes from the sums it stands in: its constant is zero.
+    A silent one leaves the sums it stands in: its constant is zero.
     """
     for number, call in enumerate(graph.map_nodes(module + ".weight")):
         name = f"{module}.constant{number or ''}"
@@ -122,13 +122,13 @@ def _remove_(graph: OnnxGraph, module: str, constant: FloatArray, *, silent: boo
         users = consumers.get(output, [])
         if output not in graph.outputs() and all(_broadcasts(graph, u, output) for u in users):
             for user in users:
-                if silent:
+                if module in edit.silent:
                     _skip_(graph, user, output)
                 else:
                     user.input[list(user.input).index(output)] = name
         else:
             graph.nodes = [n for n in graph.nodes if n is not last]
-            _expand_(graph, name, output, like=call.input[0])
+            _expand_(graph, name, output, like=call.input[0], size_of=edit.size_of)
 
 
 def _pick_(graph: OnnxGraph, name: str, index: int) -> None:
@@ -173,23 +173,31 @@ def _broadcasts(graph: OnnxGraph, user: NodeProto, value: str) -> bool:
     return others[0] not in graph.arrays and graph.shapes.get(others[0], []) == full
 
 
-def _expand_(graph: OnnxGraph, constant: str, output: str, *, like: str) -> None:
-    """Repeat a constant along the leading dimensions of `like`, or of what has them earlier.
+def _expand_(
+    graph: OnnxGraph, constant: str, output: str, *, like: str, size_of: SizeOf | None
+) -> None:
+    """Repeat a constant over the other dimensions of `output`.
 
-    The output of a convolution is repeated over its positions.
+    They are read off the inputs of the graph, or, where they cannot be, off `like` or what has them
+    earlier.
     """
-    if graph.arrays[constant].ndim > 1:
-        sizes = Sizes(graph)
-        target = [sizes.of(size) for size in graph.shapes[output]]
-        target[1] = len(graph.arrays[constant])
-        known = [t for t in target if t is not None]
-        if len(known) < len(target):
-            raise ExportMismatch(f"the shape of {output} is unknown in the exported graph")
+    axis = len(graph.shapes[output]) - 1 if graph.arrays[constant].ndim == 1 else 1
+    sizes, traced = Sizes(graph), {v: n for n, v in reversed(graph.results.items())}.get(output)
+    target = [sizes.of(size) for size in graph.shapes[output]]
+    target[axis] = len(graph.arrays[constant])
+    for place in range(len(target)):
+        new = size_of(traced, place) if size_of is not None and traced is not None else None
+        if new is not None and place != axis:
+            target[place] = new
+    known = [t for t in target if t is not None]
+    if len(known) == len(target):
         repeat = node("Expand", [constant, ""], [output])
         graph.nodes.append(repeat)
         write_target_(graph, repeat, known)
         return
-    leading = graph.shapes.get(output, [None])[:-1]
+    if axis != len(target) - 1:
+        raise ExportMismatch(f"the shape of {output} is unknown in the exported graph")
+    leading = graph.shapes[output][:-1]
     values = [
         *(i.name for i in graph.proto.graph.input),
         *(o for n in graph.nodes for o in n.output),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -296,12 +296,40 @@ def all_zeroed(made: Case, kept: Kept, feeds: Mapping[str, Tensor]) -> list[Tens
 
             target = made.module.get_submodule(consumer.module)
             handles.append(target.register_forward_pre_hook(clear))
+        for norm, index in _norms(made, site, gone):
+            handles.append(norm.register_forward_hook(_normed_without(norm, index)))
     try:
         with _MinusInfinity({made.module.get_parameter(n): g for n, g in unreachable.items()}):
             return made.chosen(made.module(**feeds))
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _norms(made: Case, site: Site, gone: Sequence[int]) -> Iterator[tuple[nn.Module, list[int]]]:
+    """The norms over the units of a site, and which of their values are gone."""
+    for piece in site.slices if site.normed and gone else ():
+        path, _, leaf = piece.parameter.rpartition(".")
+        norm = made.module.get_submodule(path)
+        if leaf == "weight" and "Norm" in type(norm).__name__:
+            yield norm, [i for u in gone for i in piece.index[u]]
+
+
+def _normed_without(norm: nn.Module, gone: Sequence[int]) -> Callable[..., Tensor]:
+    """A hook under which a norm runs over what is left, and gives zeros for the rest."""
+    kept = torch.tensor([i for i in range(len(norm.weight)) if i not in set(gone)])
+    narrow = copy.deepcopy(norm)
+    for name, value in norm.named_parameters():
+        setattr(narrow, name, nn.Parameter(value[kept], requires_grad=False))
+    if isinstance(norm, nn.LayerNorm):
+        narrow.normalized_shape = (len(kept),)
+    dim = 1 if getattr(norm, "data_format", "") == "channels_first" else -1
+
+    def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        made = narrow(args[0].index_select(dim, kept))
+        return torch.zeros_like(output).index_copy(dim, kept, made)
+
+    return hook
 
 
 class _MinusInfinity(TorchFunctionMode):

@@ -26,7 +26,7 @@ from zipc.model_source import SourceModel, trace_source
 from zipc.numerics.int8 import STATIC
 from zipc.profiler.runners.onnxruntime import OnnxRuntimeRunner
 from zipc.pruner.graph.interpret import Executor, Variant
-from zipc.pruner.graph.sites import EXCLUDED, Structure, extent_size, find_sites
+from zipc.pruner.graph.sites import EXCLUDED, Structure, extent_size, find_sites, without
 from zipc.pruner.graph.trace import MapCall, Program
 from zipc.pruner.graph.verify import verify
 from zipc.sources.common import Cache
@@ -115,7 +115,8 @@ def prepare(
             f"{source.notes[-1]}. Give {source.max_length} or less."
         )
     example = source.example()
-    structure = discover(source, program, include=request.include, exclude=request.exclude)
+    found = discover(source, program, include=request.include, exclude=request.exclude)
+    structure = _searched(found)
     if not structure.sites:
         names = [a.path for a in structure.left_alone if a.reason == EXCLUDED]
         if names:
@@ -162,6 +163,13 @@ def discover(
     """The sites of a traced model that its own code follows, the residual width among them."""
     structure = find_sites(program, include=include, exclude=exclude)
     return verify(source.module, program, structure, source.example(cached=False))
+
+
+def _searched(structure: Structure) -> Structure:
+    """The sites a search may change. A width that norms run over stays: a unit of it is in every
+    layer, and with what it carries goes its part of every mean and variance."""
+    reason = "norms run over this residual width: it is shown, and cut exactly, but not searched"
+    return without(structure, {s.name: reason for s in structure.sites if s.normed})
 
 
 def _check(prepared: Prepared, request: Request) -> float:

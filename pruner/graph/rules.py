@@ -30,7 +30,7 @@ from zipc.pruner.graph.axes import (
 from zipc.pruner.graph.trace import MAP_MODULES, MapCall, Program, op_name
 
 Result = list[Dim] | list[list[Dim]]  # of a tensor, or of each of several
-RESIDUAL, HEADS, GROUPED = "residual", "heads", "grouped"
+RESIDUAL, HEADS, GROUPED, NORMED = "residual", "heads", "grouped", "normed"
 CREATED = {"zeros": 0, "ones": 0, "full": 0, "new_ones": 1, "new_zeros": 1, "new_full": 1}
 
 
@@ -348,7 +348,7 @@ def _layer_norm(axes: Axes, node: fx.Node) -> list[Dim]:
     for source in node.args[2:4]:
         for own, dim in zip(axes.dims(source), normed, strict=False):
             unify(own, dim, where=node.name)
-    pin(normed, "a normalisation runs over it (the residual width)")
+    mark(normed, NORMED)
     return dims
 
 
@@ -492,7 +492,7 @@ def _slice(axes: Axes, node: fx.Node) -> list[Dim]:
     if shape_of(source)[at] != shape_of(node)[at]:
         size, start = shape_of(source)[at], argument(node, 2, "start")
         if shape_of(node)[at] == 1 and isinstance(size, int) and isinstance(start, int):
-            tie([dims[at]], f"it is taken apart ({node.name})")
+            tie([dims[at]], f"a part of it is sliced out ({node.name})")
             axes.picks[node.name] = start % size
             dims[at] = [Atom(1)]
             return dims
@@ -512,11 +512,23 @@ def _reduce(axes: Axes, node: fx.Node) -> list[Dim]:
     if not all(isinstance(i, int) for i in indices):
         return _unknown(axes, node)
     gone = {int(i) % len(dims) for i in indices}
-    pin([dims[i] for i in gone], f"it is reduced ({node.name})")
+    if _is_mean_square(node, source) and gone == {len(dims) - 1}:
+        mark([dims[-1]], NORMED)
+    else:
+        pin([dims[i] for i in gone], f"it is reduced ({node.name})")
     kept = [d for i, d in enumerate(dims) if i not in gone]
     if len(kept) == len(shape_of(node)):
         return kept
     return [[Atom(1)] if i in gone else d for i, d in enumerate(dims)]
+
+
+def _is_mean_square(node: fx.Node, source: fx.Node) -> bool:
+    """Whether a mean is that of an RMS normalisation: of squares, for `rsqrt(mean + eps)` alone."""
+    if op_name(node) != "mean" or op_name(source) != "pow" or source.args[1] != 2:
+        return False
+    return all(
+        op_name(u) == "add" and all(op_name(v) == "rsqrt" for v in u.users) for u in node.users
+    )
 
 
 def _positions(axes: Axes, node: fx.Node) -> list[Dim]:

@@ -11,7 +11,7 @@ import numpy as np
 from zipc.core.types import Consumer, Expert, Index, Kind, LeftAlone, Site, Slice
 from zipc.pruner.graph.axes import Atom, Dim, flatten, leaves, owners, pin, repeats
 from zipc.pruner.graph.mixtures import experts
-from zipc.pruner.graph.rules import HEADS, RESIDUAL, Axes
+from zipc.pruner.graph.rules import HEADS, NORMED, RESIDUAL, Axes
 from zipc.pruner.graph.trace import MapCall, Program, op_name
 
 EXCLUDED = "excluded by --include/--exclude"
@@ -122,6 +122,8 @@ def find_sites(
                 sites.append((position[produced[0].node], site, atom))
                 continue
         reasons = [*atom.pins, *atom.ties]
+        if NORMED in atom.roles and RESIDUAL not in atom.roles:
+            reasons.append("a normalisation runs over it")
         if reasons:
             for call in produced:
                 pinned.setdefault(call.module, reasons[0])
@@ -306,6 +308,7 @@ def _site(
         producers=producers,
         signature=f"{kind}-{units}-{shapes}-x{runs}",
         calls=runs,
+        normed=NORMED in atom.roles,
         removable=kind != "width"
         and all(bool((u.own >= 0).all()) for u in contracted)
         and all(calls[u.parameter].groups == 1 for u in contracted)

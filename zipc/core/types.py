@@ -215,13 +215,14 @@ class Site:
     signature: str  # equal for sites that cost the same at equal levels
     calls: int = 1  # how often the shared modules run in one forward pass
     removable: bool = True  # its consumers read nothing else: without units they are constants
+    normed: bool = False  # norms run over the units: their statistics are those of what is left
     experts: tuple[Expert, ...] = ()  # by unit, where units are experts
     chosen: int = 0  # experts that every token is sent to: no fewer can be left
 
     @property
     def least(self) -> int:
-        """Fewest units that may be left."""
-        return self.chosen if self.experts else int(not self.removable)
+        """Fewest units that may be left; a norm over one value would give the same for all."""
+        return max(self.chosen, 2 * self.normed, int(not self.removable))
 
     @property
     def maps(self) -> tuple[str, ...]:
