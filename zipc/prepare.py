@@ -166,9 +166,15 @@ def discover(
 
 
 def _searched(structure: Structure) -> Structure:
-    """The sites a search may change. A width that norms run over stays: a unit of it is in every
-    layer, and with what it carries goes its part of every mean and variance."""
-    reason = "norms run over this residual width: it is shown, and cut exactly, but not searched"
+    """The sites a search may change.
+
+    A residual width that norms run over stays: a unit of it is read in every layer, and its part of
+    every mean and variance goes with it (`benchmarks/bench_residual_width.py` has what that costs).
+    """
+    reason = (
+        "norms run over this residual width: narrower blocks cost less at equal speed, so it is not "
+        "searched"
+    )
     return without(structure, {s.name: reason for s in structure.sites if s.normed})
 
 
