@@ -172,8 +172,8 @@ def _searched(structure: Structure) -> Structure:
     every mean and variance goes with it (`benchmarks/bench_residual_width.py` has what that costs).
     """
     reason = (
-        "norms run over this residual width: narrower blocks cost less at equal speed, so it is not "
-        "searched"
+        "norms run over this residual width: it is not searched, since narrower blocks cost less "
+        "at equal multiply-adds"
     )
     return without(structure, {s.name: reason for s in structure.sites if s.normed})
 
