@@ -19,7 +19,8 @@ def extract(graph: OnnxGraph, site: Site) -> OnnxGraph:
 
     They are the first call of the producing maps, all that carries the units from there on, and the
     first call of the consumers, with the residual sum and the normalisation that follow those,
-    where there are such. What lies between the parts of a site that spans layers is left out.
+    where there are such; of a mixture, its experts up to their last maps in place of consumers.
+    What lies between the parts of a site that spans layers is left out.
 
     Batch and sequence stay symbolic, as in the artifact: with concrete shapes ONNX Runtime fuses
     differently, and the price would be that of another graph. Values that come from elsewhere (an
@@ -27,7 +28,8 @@ def extract(graph: OnnxGraph, site: Site) -> OnnxGraph:
     whole, and what sends tokens to an expert from the tokens. The result can be specialised like
     the whole graph.
     """
-    consumed = [_first_call(graph, consumer.module) for consumer in site.consumers]
+    ends = [end for expert in site.experts for end in expert.ends]
+    consumed = [_first_call(graph, m) for m in (*(c.module for c in site.consumers), *ends)]
     tails = [_tail(graph, node.output[0]) for node in consumed]
     inside = _carriers(graph, site, end={node.output[0] for node in consumed}).union(*tails)
     inside |= routes(graph, consumed)
@@ -94,7 +96,13 @@ def _carriers(graph: OnnxGraph, site: Site, *, end: set[str]) -> set[str]:
     Other tensors may carry them too: a bias per head on the scores, say.
     """
     maps = site.maps
-    begin = [output for m in site.producers for output in _first_call(graph, m).output]
+    inside = tuple(f"{module}." for expert in site.experts for module in expert.modules)
+    experts = [
+        n for name in graph.weights if name.startswith(inside) for n in graph.map_nodes(name)
+    ]
+    begin = [
+        o for n in (*(_first_call(graph, m) for m in site.producers), *experts) for o in n.output
+    ]
     for piece in site.slices:
         name = piece.parameter
         if name.rpartition(".")[0] not in maps and name in graph.weights:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,13 +43,16 @@ class Edit:
 
     `tensors`: new float values in torch layout; `removed`: module path of a linear map that loses
     its whole input -> what it outputs, (out,); `int8`: module path -> integer weights; `size_of`:
-    the new size of an axis of a traced node's result.
+    the new size of an axis of a traced node's result; `picks`: traced slice of one index -> the
+    index it takes from now on; `silent`: removed maps that leave the sums they stand in.
     """
 
     tensors: Mapping[str, FloatArray] = field(default_factory=dict)
     removed: Mapping[str, FloatArray] = field(default_factory=dict)
     int8: Mapping[str, Int8Weights] = field(default_factory=dict)
     size_of: SizeOf | None = None
+    picks: Mapping[str, int] = field(default_factory=dict)
+    silent: Collection[str] = ()
 
 
 def specialise(dense: OnnxGraph, edit: Edit, *, part: bool = False) -> OnnxGraph:
@@ -68,8 +71,10 @@ def specialise(dense: OnnxGraph, edit: Edit, *, part: bool = False) -> OnnxGraph
             raise ExportMismatch(f"{name} cannot be changed: it is not in the exported graph")
     if edit.size_of is not None:
         resize_(graph, edit.size_of)
+    for name, index in edit.picks.items():
+        _pick_(graph, name, index)
     for module, constant in edit.removed.items():
-        _remove_(graph, module, constant)
+        _remove_(graph, module, constant, edit)
     drop_empty_inputs_(graph)
     rounding = _Rounding(graph)
     for module, weights in edit.int8.items():
@@ -94,8 +99,11 @@ def _add_bias_(graph: OnnxGraph, name: str, value: FloatArray) -> None:
         call.output[0] = inner
 
 
-def _remove_(graph: OnnxGraph, module: str, constant: FloatArray) -> None:
-    """Replace a map (with its bias) by its constant output; what fed it becomes dead."""
+def _remove_(graph: OnnxGraph, module: str, constant: FloatArray, edit: Edit) -> None:
+    """Replace a map (with its bias) by its constant output; what fed it becomes dead.
+
+    A silent one leaves the sums it stands in: its constant is zero.
+    """
     for number, call in enumerate(graph.map_nodes(module + ".weight")):
         name = f"{module}.constant{number or ''}"
         value = constant
@@ -114,10 +122,37 @@ def _remove_(graph: OnnxGraph, module: str, constant: FloatArray) -> None:
         users = consumers.get(output, [])
         if output not in graph.outputs() and all(_broadcasts(graph, u, output) for u in users):
             for user in users:
-                user.input[list(user.input).index(output)] = name
+                if module in edit.silent:
+                    _skip_(graph, user, output)
+                else:
+                    user.input[list(user.input).index(output)] = name
         else:
             graph.nodes = [n for n in graph.nodes if n is not last]
-            _expand_(graph, name, output, like=call.input[0])
+            _expand_(graph, name, output, like=call.input[0], size_of=edit.size_of)
+
+
+def _pick_(graph: OnnxGraph, name: str, index: int) -> None:
+    """Let a slice of one index take another one."""
+    made = graph.results.get(name)
+    cut = next((n for n in graph.nodes if made in n.output), None)
+    if cut is None:
+        return  # not in this part of the graph
+    if cut.op_type != "Slice":
+        raise ExportMismatch(f"{name} is no Slice in the exported graph, but {cut.op_type}")
+    cut.input[1], cut.input[2] = constant_(graph, [index]), constant_(graph, [index + 1])
+
+
+def _skip_(graph: OnnxGraph, total: NodeProto, term: str) -> None:
+    """Write a sum of two without one of its terms."""
+    rest = next(i for i in total.input if i != term)
+    graph.nodes = [n for n in graph.nodes if n is not total]
+    if total.output[0] in graph.outputs():
+        graph.nodes.append(node("Identity", [rest], [total.output[0]]))
+        return
+    for user in graph.nodes:
+        for place, name in enumerate(user.input):
+            if name == total.output[0]:
+                user.input[place] = rest
 
 
 def _normalised(graph: OnnxGraph, norm: NodeProto, value: FloatArray) -> FloatArray:
@@ -138,23 +173,31 @@ def _broadcasts(graph: OnnxGraph, user: NodeProto, value: str) -> bool:
     return others[0] not in graph.arrays and graph.shapes.get(others[0], []) == full
 
 
-def _expand_(graph: OnnxGraph, constant: str, output: str, *, like: str) -> None:
-    """Repeat a constant along the leading dimensions of `like`, or of what has them earlier.
+def _expand_(
+    graph: OnnxGraph, constant: str, output: str, *, like: str, size_of: SizeOf | None
+) -> None:
+    """Repeat a constant over the other dimensions of `output`.
 
-    The output of a convolution is repeated over its positions.
+    They are read off the inputs of the graph, or, where they cannot be, off `like` or what has them
+    earlier.
     """
-    if graph.arrays[constant].ndim > 1:
-        sizes = Sizes(graph)
-        target = [sizes.of(size) for size in graph.shapes[output]]
-        target[1] = len(graph.arrays[constant])
-        known = [t for t in target if t is not None]
-        if len(known) < len(target):
-            raise ExportMismatch(f"the shape of {output} is unknown in the exported graph")
+    axis = len(graph.shapes[output]) - 1 if graph.arrays[constant].ndim == 1 else 1
+    sizes, traced = Sizes(graph), {v: n for n, v in reversed(graph.results.items())}.get(output)
+    target = [sizes.of(size) for size in graph.shapes[output]]
+    target[axis] = len(graph.arrays[constant])
+    for place in range(len(target)):
+        new = size_of(traced, place) if size_of is not None and traced is not None else None
+        if new is not None and place != axis:
+            target[place] = new
+    known = [t for t in target if t is not None]
+    if len(known) == len(target):
         repeat = node("Expand", [constant, ""], [output])
         graph.nodes.append(repeat)
         write_target_(graph, repeat, known)
         return
-    leading = graph.shapes.get(output, [None])[:-1]
+    if axis != len(target) - 1:
+        raise ExportMismatch(f"the shape of {output} is unknown in the exported graph")
+    leading = graph.shapes[output][:-1]
     values = [
         *(i.name for i in graph.proto.graph.input),
         *(o for n in graph.nodes for o in n.output),

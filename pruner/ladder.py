@@ -76,9 +76,8 @@ def widths_of(site: Site, *, step: int) -> list[int]:
 
     Every head count; other units on a grid of `step`, finer for narrow sites.
     """
-    least = 0 if site.removable else 1
     if site.kind == "heads" or site.units <= 32:
-        return list(range(least, site.units + 1))
+        return list(range(site.least, site.units + 1))
     while step > 8 and site.units // step < 16:
         step //= 2
-    return sorted({*range(least * step, site.units, step), site.units})
+    return [w for w in range(0, site.units, step) if w >= site.least] + [site.units]

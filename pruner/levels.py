@@ -30,6 +30,7 @@ from zipc.pruner.compensate.least_squares import center
 from zipc.pruner.evidence import InputStats
 from zipc.pruner.graph.cuts import Cuts
 from zipc.pruner.graph.interpret import Variant
+from zipc.pruner.graph.mixtures import rerouted
 from zipc.pruner.graph.trace import MapCall
 from zipc.pruner.maps import bias_of_rows, matrices, own_layout
 from zipc.pruner.obs import Sweep
@@ -66,6 +67,9 @@ class States:
     maps: dict[str, MapState] = field(default_factory=dict)
     constants: dict[str, Tensor] = field(default_factory=dict)  # consumer -> bias when removed
     tensors: dict[str, Tensor] = field(default_factory=dict)  # cut tensors of other modules
+    picks: Mapping[str, int] = field(default_factory=dict)  # see `Variant`
+    dropped: tuple[str, ...] = ()  # paths of modules that are gone, and
+    silent: tuple[str, ...] = ()  # their maps whose zeros are added to the rest
 
 
 CACHE_BYTES = 2 << 26  # levels kept in memory: at least this, and
@@ -74,7 +78,7 @@ CACHE_MODELS = 3  # this many times the dense weights of all sites, so that a se
 
 def variant_of(allocation: Allocation, states: States) -> Variant:
     """What the executor needs to run the model with these weights."""
-    return Variant(states.maps, states.constants, allocation.widths, states.tensors)
+    return Variant(states.maps, states.constants, allocation.widths, states.tensors, states.picks)
 
 
 Key = tuple[str, tuple[tuple[str, Level], ...], bool]
@@ -131,7 +135,15 @@ class Levels:
 
     def states(self, allocation: Allocation, *, feedback: bool = False) -> States:
         """All weights under an allocation; `feedback` rounds with error feedback, slower."""
-        found = States()
+        kept = self._kept_units(
+            tuple((n, lv) for n, lv in allocation.levels.items() if not lv.removed)
+        )
+        routes = rerouted((self.sites[n] for n in kept), kept)
+        found = States(picks=routes.picks, dropped=routes.modules, silent=routes.ends)
+        for module in routes.ends:
+            weight = self.weights[self.calls[module].weight]
+            outputs = self.outputs(module, allocation)
+            found.constants[module] = weight.new_zeros(len(outputs))
         for module, names in self._touching.items():
             levels = tuple(
                 (n, level)
@@ -139,16 +151,13 @@ class Levels:
                 if (level := allocation.levels.get(n)) is not None
                 and not (level.removed and self._passes_on(module, n))
             )
-            if not levels or self.idle(module, allocation):
+            if not levels or self.idle(module, allocation) or routes.gone(module):
                 continue
             made = self.map_state(module, levels, feedback=feedback)
             if isinstance(made, MapState):
                 found.maps[module] = made
             else:
                 found.constants[module] = made
-        kept = self._kept_units(
-            tuple((n, lv) for n, lv in allocation.levels.items() if not lv.removed)
-        )
         for name in self._others:
             cut = self.cuts.cut(self.weights[name], name, kept)
             if cut.shape != self.weights[name].shape:
@@ -162,10 +171,6 @@ class Levels:
     def touching(self, module: str) -> list[str]:
         """Names of the sites that cut a map."""
         return list(self._touching[module])
-
-    def gives_units(self, module: str) -> bool:
-        """Whether a map gives units of some site, so that its rows may be cut."""
-        return any(module in self.sites[n].producers for n in self._touching[module])
 
     def outputs(self, module: str, allocation: Allocation) -> Tensor:
         """Which of its dense outputs a map still gives."""

@@ -18,15 +18,14 @@ from tests.tiny_models import (
     edit_of,
     everything,
     random_kept,
-    sliced,
     surgered,
     traced,
+    variant_of,
 )
 from tests.zoo import LONGEST, Family
 from zipc.exporters.graph import OnnxGraph
 from zipc.exporters.onnx_export import export_dense
 from zipc.exporters.specialise import specialise
-from zipc.pruner.graph.interpret import Variant
 
 Feeds = dict[str, Tensor]
 EXACT = 1e-10
@@ -92,10 +91,7 @@ def by_surgery(made: Case, kept: Kept, feeds: Mapping[str, Tensor]) -> list[Tens
 
 @torch.no_grad()
 def by_program(made: Case, kept: Kept, feeds: Mapping[str, Tensor]) -> list[Tensor]:
-    tensors, constants = sliced(made, kept)
-    widths = {name: len(units) for name, units in kept.items()}
-    variant = Variant(tensors=tensors, constants=constants, widths=widths)
-    return made.executor.run(feeds, variant)[0]
+    return made.executor.run(feeds, variant_of(made, kept))[0]
 
 
 def prove_in_torch(made: Case, kept: Kept, feeds: Feeds, bound: float = EXACT) -> list[Tensor]:

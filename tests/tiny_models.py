@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from zipc.core.types import Site
@@ -20,7 +21,8 @@ from zipc.exporters.specialise import Edit, Int8Weights
 from zipc.model_source import register_attention
 from zipc.pruner.graph import surgery
 from zipc.pruner.graph.cuts import Cuts
-from zipc.pruner.graph.interpret import Executor
+from zipc.pruner.graph.interpret import Executor, Variant
+from zipc.pruner.graph.mixtures import rerouted
 from zipc.pruner.graph.sites import Structure, find_sites, sizes_at
 from zipc.pruner.graph.trace import Dynamic, MapCall, Program, trace
 from zipc.pruner.graph.verify import verify
@@ -211,17 +213,35 @@ def sliced(made: Case, kept: Kept) -> tuple[dict[str, Tensor], dict[str, Tensor]
                 zeros = weight.new_zeros(weight.shape[call.out_dim])
                 bias = call.bias and tensors.get(call.bias, weights[call.bias])
                 constants[consumer.module] = zeros if bias is None else bias
+    for module in rerouted(made.sites, kept).ends:
+        weight = tensors.get(calls[module].weight, weights[calls[module].weight])
+        constants[module] = weight.new_zeros(weight.shape[calls[module].out_dim])
     return tensors, constants
+
+
+def variant_of(made: Case, kept: Kept) -> Variant:
+    """The same cut for the executor."""
+    tensors, constants = sliced(made, kept)
+    widths = {name: len(units) for name, units in kept.items()}
+    return Variant(
+        tensors=tensors,
+        constants=constants,
+        widths=widths,
+        picks=rerouted(made.sites, kept).picks,
+    )
 
 
 def edit_of(made: Case, kept: Kept, int8: Mapping[str, Int8Weights] | None = None) -> Edit:
     """The same cut as an edit of the ONNX graph."""
     tensors, constants = sliced(made, kept)
+    routes = rerouted(made.sites, kept)
     return Edit(
         {n: t.numpy() for n, t in tensors.items()},
         {n: t.numpy() for n, t in constants.items()},
         int8 or {},
         sizes_at(made.structure, {n: len(k) for n, k in kept.items()}),
+        routes.picks,
+        routes.ends,
     )
 
 
@@ -229,7 +249,12 @@ def surgered(made: Case, kept: Kept, numerics: Mapping[str, str] | None = None) 
     """The module with only `kept` units, rebuilt from its structure document."""
     widths = {name: len(units) for name, units in kept.items()}
     document = surgery.describe(
-        made.module, made.program, made.structure, widths=widths, numerics=numerics or {}
+        made.module,
+        made.program,
+        made.structure,
+        widths=widths,
+        numerics=numerics or {},
+        dropped=rerouted(made.sites, kept).modules,
     )
     module = copy.deepcopy(made.module)
     surgery.apply_structure_(module, document)
@@ -250,8 +275,11 @@ def all_zeroed(made: Case, kept: Kept, feeds: Mapping[str, Tensor]) -> list[Tens
     """All outputs of the dense module when consumers see zeros for every unit not kept."""
     calls = made.calls
     handles = []
+    unreachable: dict[str, list[int]] = {}
     for site in made.sites:
         gone = [u for u in range(site.units) if u not in set(kept[site.name])]
+        if site.kind == "experts" and gone:
+            unreachable[calls[site.producers[0]].weight] = gone
         for consumer in site.consumers:
             call = calls[consumer.module]
             channels = [c for u in gone for c in consumer.index[u]]
@@ -268,11 +296,56 @@ def all_zeroed(made: Case, kept: Kept, feeds: Mapping[str, Tensor]) -> list[Tens
 
             target = made.module.get_submodule(consumer.module)
             handles.append(target.register_forward_pre_hook(clear))
+        for norm, index in _norms(made, site, gone):
+            handles.append(norm.register_forward_hook(_normed_without(norm, index)))
     try:
-        return made.chosen(made.module(**feeds))
+        with _MinusInfinity({made.module.get_parameter(n): g for n, g in unreachable.items()}):
+            return made.chosen(made.module(**feeds))
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _norms(made: Case, site: Site, gone: Sequence[int]) -> Iterator[tuple[nn.Module, list[int]]]:
+    """The norms over the units of a site, and which of their values are gone."""
+    for piece in site.slices if site.normed and gone else ():
+        path, _, leaf = piece.parameter.rpartition(".")
+        norm = made.module.get_submodule(path)
+        if leaf == "weight" and "Norm" in type(norm).__name__:
+            yield norm, [i for u in gone for i in piece.index[u]]
+
+
+def _normed_without(norm: nn.Module, gone: Sequence[int]) -> Callable[..., Tensor]:
+    """A hook under which a norm runs over what is left, and gives zeros for the rest."""
+    kept = torch.tensor([i for i in range(len(norm.weight)) if i not in set(gone)])
+    narrow = copy.deepcopy(norm)
+    for name, value in norm.named_parameters():
+        setattr(narrow, name, nn.Parameter(value[kept], requires_grad=False))
+    if isinstance(norm, nn.LayerNorm):
+        narrow.normalized_shape = (len(kept),)
+    dim = 1 if getattr(norm, "data_format", "") == "channels_first" else -1
+
+    def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        made = narrow(args[0].index_select(dim, kept))
+        return torch.zeros_like(output).index_copy(dim, kept, made)
+
+    return hook
+
+
+class _MinusInfinity(TorchFunctionMode):
+    """Experts that no token chooses: their logits, by the weight they are computed with."""
+
+    def __init__(self, gone: Mapping[Tensor, Sequence[int]]) -> None:
+        super().__init__()
+        self.gone = {id(weight): torch.tensor(units) for weight, units in gone.items()}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is nn.functional.linear and id(args[1]) in self.gone:
+            return result.index_fill(-1, self.gone[id(args[1])], -torch.inf)
+        return result
 
 
 def everything(made: Case) -> dict[str, list[int]]:
@@ -284,7 +357,7 @@ def random_kept(made: Case, seed: int, *, removed: bool = True) -> dict[str, lis
     generator = torch.Generator().manual_seed(seed)
     kept = {}
     for i, site in enumerate(made.sites):
-        low = 0 if removed and site.removable and (i + seed) % 3 == 0 else 1
+        low = 0 if removed and site.removable and (i + seed) % 3 == 0 else max(1, site.least)
         high = 1 if low == 0 else site.units + 1
         width = int(torch.randint(low, high, (), generator=generator))
         kept[site.name] = sorted(torch.randperm(site.units, generator=generator)[:width].tolist())

@@ -201,17 +201,20 @@ def shrunk(
         widths=allocation.widths,
         numerics={m: s.numeric for m, s in states.maps.items() if s.integer is not None},
         biased=[m for m, s in states.maps.items() if s.bias is not None and not calls[m].bias],
+        dropped=states.dropped,
     )
     tensors = {n: t.detach() for n, t in module.state_dict().items()}
     for path in (*states.maps, *document["stubs"]):
         for leaf in ("weight", "bias"):
             tensors.pop(f"{path}.{leaf}", None)
     tensors |= states.tensors
-    for path, constant in states.constants.items():
-        tensors[f"{path}.bias"] = constant
+    for path in document["stubs"]:
+        if path in states.constants:
+            tensors[f"{path}.bias"] = states.constants[path]
     for path, state in states.maps.items():
         tensors |= _map_tensors(path, state)
-    return document, tensors
+    gone = tuple(f"{path}." for path in states.dropped)
+    return document, {n: t for n, t in tensors.items() if not n.startswith(gone)}
 
 
 def rebuild(
@@ -241,7 +244,7 @@ def edit_of(states: States, size_of: SizeOf) -> Edit:
             None if at is None else (at.scale, at.zero_point),
         )
     removed = {m: c.numpy() for m, c in states.constants.items()}
-    return Edit(tensors, removed, integers, size_of)
+    return Edit(tensors, removed, integers, size_of, states.picks, states.silent)
 
 
 def _map_tensors(path: str, state: MapState) -> dict[str, Tensor]:

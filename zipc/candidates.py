@@ -24,6 +24,7 @@ from zipc.prepare import Prepared
 from zipc.pricing import Prices, suits
 from zipc.pruner.allocate.scorer import Scorer
 from zipc.pruner.evidence import InputStats, collect
+from zipc.pruner.experts import sweep_experts
 from zipc.pruner.ladder import sweep_site, widths_of
 from zipc.pruner.levels import Levels
 from zipc.pruner.obs import Sweep
@@ -177,6 +178,8 @@ def _evidence(
     sites, weights = prepared.structure.sites, prepared.weights
 
     def order(site: Site) -> Sweep:
+        if site.kind == "experts":
+            return sweep_experts(prepared.executor, site, batches)
         return sweep_site(site, weights, stats, prepared.calls, seed=request.seed)
 
     sweeps = {}

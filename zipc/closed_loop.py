@@ -32,6 +32,7 @@ from zipc.proof import paired_speedup, paired_timing
 from zipc.pruner.allocate.search import Problem, SearchState, build_problem, search
 from zipc.pruner.allocate.sensitivity import probe_count, site_losses
 from zipc.pruner.compensate.propagate import propagate
+from zipc.pruner.graph.mixtures import nested
 from zipc.stage_cache import StageCache
 
 AIM = 1.03  # the lower end of the verdict's interval must clear the target, not its middle
@@ -190,8 +191,13 @@ def make_problem(
         }
         cache.put(JUDGED, key, {LOSSES: json.dumps(pairs).encode()})
         progress.done()
+    sites = prepared.structure.sites
     return build_problem(
-        candidates.ladders, losses, fixed_ms=prices.fixed_ms, dense_ms=prices.dense_ms
+        candidates.ladders,
+        losses,
+        fixed_ms=prices.fixed_ms,
+        dense_ms=prices.dense_ms,
+        nested={s.name: nested(s, sites) for s in sites if s.experts},
     )
 
 

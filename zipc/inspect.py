@@ -153,7 +153,9 @@ def _measured(
 def _site(
     site: Site, sizes: dict[str, int], step: int, parameters: int, share: float | None
 ) -> dict[str, Any]:
-    own = sum(sizes[name] for name in {s.parameter for s in site.slices})
+    inside = tuple(f"{module}." for expert in site.experts for module in expert.modules)
+    held = {s.parameter for s in site.slices}.union(n for n in sizes if n.startswith(inside))
+    own = sum(sizes[name] for name in held)
     return {
         "name": site.name,
         "kind": site.kind,

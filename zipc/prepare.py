@@ -62,9 +62,9 @@ class Prepared:
         return {c.module: c for c in reversed(self.program.maps)}
 
     def on_integers(self, site: Site) -> bool:
-        """Whether all maps of a site have integer kernels here: linear maps do."""
+        """Whether all maps of a site have integer kernels here: linear maps do, but for routers."""
         maps = site.maps
-        return not any(self.calls[m].convolution for m in maps)
+        return site.kind != "experts" and not any(self.calls[m].convolution for m in maps)
 
     @property
     def numeric(self) -> str:
@@ -166,9 +166,16 @@ def discover(
 
 
 def _searched(structure: Structure) -> Structure:
-    """The sites a search may change. The residual width reprices all others: it stays."""
-    reason = "the residual width is not searched: it would change the price of every other site"
-    return without(structure, {s.name: reason for s in structure.sites if s.kind == "width"})
+    """The sites a search may change.
+
+    A residual width that norms run over stays: a unit of it is read in every layer, and its part of
+    every mean and variance goes with it (`benchmarks/bench_residual_width.py` has what that costs).
+    """
+    reason = (
+        "norms run over this residual width: it is not searched, since narrower blocks cost less "
+        "at equal multiply-adds"
+    )
+    return without(structure, {s.name: reason for s in structure.sites if s.normed})
 
 
 def _check(prepared: Prepared, request: Request) -> float:

@@ -31,6 +31,7 @@ from zipc.profiler.device import Device, GraphTimer
 from zipc.profiler.sweep import PricedGraph, sweep
 from zipc.profiler.timing import interleave, warm_up
 from zipc.pruner.graph.cuts import Cuts
+from zipc.pruner.graph.mixtures import nested, rerouted, settled
 from zipc.pruner.graph.sites import sizes_at
 from zipc.pruner.ladder import widths_of
 from zipc.pruner.maps import matrices
@@ -63,12 +64,14 @@ class Prices:
     share: float  # of what a level saves on its site alone that the whole model saves too
     numeric: str  # of the whole network, which a level in fp32 means too
     doubt: Doubt | None  # how far prices that nobody measured may be off
+    inside: Mapping[str, float]  # mixture -> ms of the dense sites in its experts, priced alone
 
     def ms(self, site: str, level: Level) -> float:
         """Time of all calls of a site at a level, as part of the whole model."""
         alone = self.table.price(self.signatures[site], level.within(self.numeric))
         dense = self.dense_prices[site]
-        return (dense - self.share * (dense - alone)) * self.calls[site]
+        whole = (dense - self.share * (dense - alone)) * self.calls[site]
+        return whole - self.inside.get(site, 0.0)
 
     def gains(self, site: str, level: Level, *, asked: Collection[Difference] = ()) -> bool:
         """Whether a level is faster beyond doubt than without its numeric, and than without its
@@ -113,8 +116,8 @@ def offered_levels(prepared: Prepared, site: Site, target: Target) -> list[Level
 
 
 def suits(level: Level, site: Site, target: Target) -> bool:
-    """Whether a level is on the target's grid; heads are whole, and dense is always offered."""
-    return site.kind == "heads" or level.width == site.units or target.on_grid(level)
+    """Whether a level is on the target's grid; heads and experts are whole, dense is offered."""
+    return site.kind in ("heads", "experts") or level.width == site.units or target.on_grid(level)
 
 
 def float_widths(prepared: Prepared, site: Site, target: Target) -> list[int]:
@@ -246,11 +249,28 @@ def price(
         s.name: table.price(signatures[s.name], Level(s.units, prepared.numeric))
         for s in prepared.structure.sites
     }
-    sites = sum(dense_prices[s.name] * s.calls for s in prepared.structure.sites)
-    least = [
-        s.calls
+    fastest = {
+        s.name: s.calls
         * min(table.price(signatures[s.name], lv) for lv in offered_levels(prepared, s, target))
         for s in prepared.structure.sites
+    }
+    inside = {  # what is priced as sites of their own is not counted in the mixture again
+        s.name: min(
+            fastest[s.name],
+            sum(
+                dense_prices[n] * calls[n]
+                for names in nested(s, prepared.structure.sites)
+                for n in names
+            ),
+        )
+        for s in prepared.structure.sites
+        if s.experts
+    }
+    sites = sum(
+        dense_prices[s.name] * s.calls - inside.get(s.name, 0.0) for s in prepared.structure.sites
+    )
+    least = [
+        dense_prices[n] * calls[n] - inside[n] if n in inside else ms for n, ms in fastest.items()
     ]
     fixed_ms = whole_ms - sites
     share = 1.0
@@ -282,6 +302,7 @@ def price(
         share,
         prepared.numeric,
         device.doubt(dense_bytes, workload),
+        inside,
     )
     if table.correction is None:
         fitted = _fit_correction(prepared, target, prices, device.timer(), progress)
@@ -338,16 +359,17 @@ def _overlapping(prepared: Prepared) -> bool:
 
 def _narrowest(prepared: Prepared, target: Target) -> dict[str, Level]:
     """Every site at the least width above none, in fp32."""
-    return {
+    levels = {
         s.name: Level(min(w for w in float_widths(prepared, s, target) if w))
         for s in prepared.structure.sites
     }
+    return settled(prepared.sites, levels, first_units(levels))
 
 
 def _whole(prepared: Prepared, levels: Mapping[str, Level]) -> bytes:
     """The whole model at some levels, with unrepaired weights."""
-    kept = {n: tuple(range(lv.width)) for n, lv in levels.items()}
-    return prepared.emit(specialise(prepared.dense, plain_edit(prepared, levels, kept)))
+    edit = plain_edit(prepared, levels, first_units(levels))
+    return prepared.emit(specialise(prepared.dense, edit))
 
 
 def _builder(part: OnnxGraph, site: Site, level: Level, prepared: Prepared) -> Callable[[], bytes]:
@@ -395,8 +417,19 @@ def plain_edit(
                 rounded.scale.numpy(),
                 (0.05, 128) if level.numeric == STATIC else None,
             )
+    routes = rerouted(cut, kept)
+    for module in routes.ends:
+        shape = cuts.shape(
+            calls[module].weight, weights[calls[module].weight].shape, widths_in(levels)
+        )
+        removed[module] = np.zeros(shape[calls[module].out_dim], dtype=np.float32)
     size_of = sizes_at(prepared.structure, widths_in(levels))
-    return Edit(tensors, removed, integers, size_of)
+    return Edit(tensors, removed, integers, size_of, routes.picks, routes.ends)
+
+
+def first_units(levels: Mapping[str, Level]) -> dict[str, tuple[int, ...]]:
+    """As many units as the levels say; which, does not matter to the latency."""
+    return {n: tuple(range(lv.width)) for n, lv in levels.items()}
 
 
 def widths_in(levels: Mapping[str, Level]) -> dict[str, int]:
@@ -419,7 +452,7 @@ def random_levels(prepared: Prepared, target: Target, rng: np.random.Generator) 
         if whole or not prepared.on_integers(site) or not suits(level, site, target):
             level = Level(width)
         levels[site.name] = level if width else Level(0)
-    return levels
+    return settled(prepared.sites, levels, first_units(levels))
 
 
 def measure_points(

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +27,11 @@ Score = Callable[[Allocation], float]
 
 @dataclass(slots=True)
 class Problem:
-    """Sites with their levels, prices and losses; `fixed_ms` is what no site can change."""
+    """Sites with their levels, prices and losses; `fixed_ms` is what no site can change.
+
+    `idle` names, by level of a site, the sites inside of what that level removes: they stay dense,
+    and save nothing.
+    """
 
     names: list[str]
     levels: list[list[Level]]
@@ -33,16 +39,33 @@ class Problem:
     losses: list[Floats]
     fixed_ms: float
     dense_ms: float
+    idle: Mapping[tuple[int, int], frozenset[int]] = field(default_factory=dict)
+
+    def idle_at(self, chosen: Sequence[int]) -> set[int]:
+        """Sites inside of what an allocation removes elsewhere."""
+        return (
+            {i for at in enumerate(chosen) for i in self.idle.get(at, ())} if self.idle else set()
+        )
+
+    def settled(self, chosen: Sequence[int]) -> list[int]:
+        """The same with sites that are idle dense."""
+        idle = self.idle_at(chosen)
+        return [len(self.levels[s]) - 1 if s in idle else i for s, i in enumerate(chosen)]
+
+    def spent(self, chosen: Sequence[int]) -> float:
+        """Milliseconds that the sites take."""
+        return sum(float(t[i]) for t, i in zip(self.times, chosen, strict=True))
 
     def allocation(self, chosen: Sequence[int]) -> Allocation:
-        ms = self.fixed_ms + sum(float(t[i]) for t, i in zip(self.times, chosen, strict=True))
+        chosen = self.settled(chosen)
+        ms = self.fixed_ms + self.spent(chosen)
         loss = sum(float(c[i]) for c, i in zip(self.losses, chosen, strict=True))
         picked = {n: ls[i] for n, ls, i in zip(self.names, self.levels, chosen, strict=True)}
         return Allocation(picked, ms, loss)
 
     @property
     def fastest_ms(self) -> float:
-        return self.fixed_ms + sum(float(t.min()) for t in self.times)
+        return self.allocation([int(t.argmin()) for t in self.times]).predicted_ms
 
 
 @dataclass(slots=True)
@@ -62,8 +85,12 @@ def build_problem(
     *,
     fixed_ms: float,
     dense_ms: float,
+    nested: Mapping[str, Sequence[Sequence[str]]] = MappingProxyType({}),
 ) -> Problem:
-    """Drop levels that are slower and worse than another; keep the rest in order of time."""
+    """Drop levels that are slower and worse than another; keep the rest in order of time.
+
+    `nested` names the sites inside of each unit of a site.
+    """
     names, levels, times, costs = [], [], [], []
     for name, ladder in ladders.items():
         rungs = sorted(ladder.rungs, key=lambda r: (r.ms, losses[name][r.level]))
@@ -77,7 +104,13 @@ def build_problem(
         levels.append([r.level for r in kept])
         times.append(np.array([r.ms for r in kept]))
         costs.append(np.array([losses[name][r.level] for r in kept]))
-    return Problem(names, levels, times, costs, fixed_ms, dense_ms)
+    idle = {}
+    for name, inside in nested.items():
+        at = names.index(name)
+        for i, level in enumerate(levels[at]):
+            gone = set(range(len(inside))) - set(ladders[name].kept(level.width))
+            idle[at, i] = frozenset(names.index(n) for unit in gone for n in inside[unit])
+    return Problem(names, levels, times, costs, fixed_ms, dense_ms, idle)
 
 
 def search(
@@ -105,7 +138,12 @@ def search(
 
     def program(log_weights: Floats) -> list[int]:
         costs = [c * np.exp(w) for c, w in zip(problem.losses, log_weights, strict=True)]
-        return solve(costs, problem.times, budget=budget)
+        found = _fit(problem, solve(costs, problem.times, budget=budget), budget)
+        if found is None:  # it counted on what idle sites would save: do without those
+            for (site, level), idle in problem.idle.items():
+                costs[site][level] = np.inf if idle else costs[site][level]
+            found = solve(costs, problem.times, budget=budget)
+        return found
 
     try:
         chosen = program(weights)
@@ -131,7 +169,8 @@ def search(
         if rng.random() < (0.6 if tried < trials // 3 else 0.25):
             noise = rng.normal(0.0, 0.6, len(weights)) * (rng.random(len(weights)) < 0.35)
             proposal, candidate = current.log_weights + noise, None
-            candidate = program(proposal)
+            with suppress(BudgetTooSmall):
+                candidate = program(proposal)
         else:
             proposal = current.log_weights
             candidate = _swap(problem, current.chosen, budget, rng)
@@ -154,12 +193,11 @@ def search(
 
 def _fit(problem: Problem, chosen: Sequence[int], budget: float) -> list[int] | None:
     """Bring an allocation under the budget by the steps that cost least per millisecond."""
-    picked = list(chosen)
-    spent = sum(float(t[i]) for t, i in zip(problem.times, picked, strict=True))
-    while spent > budget + 1e-12:
-        best, best_rate = None, float("inf")
+    picked = problem.settled(chosen)
+    while problem.spent(picked) > budget + 1e-12:
+        best, best_rate, idle = None, float("inf"), problem.idle_at(picked)
         for s, i in enumerate(picked):
-            if i == 0:
+            if i == 0 or s in idle:
                 continue
             gain = float(problem.times[s][i] - problem.times[s][i - 1])
             rate = float(problem.losses[s][i - 1] - problem.losses[s][i]) / max(gain, 1e-9)
@@ -167,8 +205,8 @@ def _fit(problem: Problem, chosen: Sequence[int], budget: float) -> list[int] | 
                 best, best_rate = s, rate
         if best is None:
             return None
-        spent -= float(problem.times[best][picked[best]] - problem.times[best][picked[best] - 1])
         picked[best] -= 1
+        picked = problem.settled(picked)
     return picked
 
 
@@ -190,7 +228,7 @@ def _swap(
         return None
     picked[first] = target
     others = rng.permutation([i for i in range(count) if i != first])[: int(rng.integers(1, 3))]
-    spent = sum(float(t[i]) for t, i in zip(problem.times, picked, strict=True))
+    spent = problem.spent(picked)
     for s in others:
         left = budget - (spent - float(problem.times[s][picked[s]]))
         best = int(np.searchsorted(problem.times[s], left + 1e-12, side="right")) - 1
@@ -200,4 +238,5 @@ def _swap(
             continue
         spent += float(problem.times[s][best] - problem.times[s][picked[s]])
         picked[s] = best
-    return picked if spent <= budget + 1e-12 else None
+    picked = problem.settled(picked)
+    return picked if problem.spent(picked) <= budget + 1e-12 else None

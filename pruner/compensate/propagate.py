@@ -58,6 +58,12 @@ class _Sum:
         dead = self.scale.abs() < 1e-6
         return ((rows - self.shift) / self.scale.masked_fill(dead, 1.0)).masked_fill(dead, 0.0)
 
+    def among(self, outputs: Tensor) -> _Sum:
+        """The same of some channels."""
+        if self.scale is None or self.shift is None:
+            return self
+        return replace(self, scale=self.scale[outputs], shift=self.shift[outputs])
+
 
 @dataclass(slots=True)
 class _Moments:
@@ -121,12 +127,12 @@ def propagate(
     )
     sums = [_residual_sum(executor, site, levels) for site in sites]
     run = _Run(executor, levels, allocation, batches)
-    done: set[str] = set()
+    done = set(run.states.silent)
     for i, (site, where) in enumerate(zip(sites, sums, strict=True)):
         level = allocation.levels[site.name]
-        consumer = site.consumers[0].module
-        if where is None:
-            run.feed_back(site.maps)
+        consumer = site.consumers[0].module if site.consumers else None
+        if where is None or consumer is None:
+            run.feed_back([m for m in site.maps if m not in done])
         elif consumer not in done and executor.needs(where.total, run.variant()):
             run.small.reach(executor.first_effect(site), run.variant())
             run.dense.reach(min(s.at for s in sums[i:] if s is not None), Variant())
@@ -241,12 +247,13 @@ def _repair(
     base = _plain(run, consumer)
     matrix = matrices(call, base.weight)[0]
     outputs = run.levels.outputs(consumer, run.allocation)
+    there = where.among(outputs)
 
     def of_batch(i: int) -> dict[str, _Moments]:
-        target, x = _target(run, i, where, call.source)
+        target, x = _target(run, i, where, call, outputs)
         pick = run.pick(i, call, x)
         rows = input_rows(call, rounder.seen(x), pick)
-        value = where.before(output_rows(call, target, pick))[:, outputs]
+        value = there.before(output_rows(call, target, pick))
         return {consumer: _Moments.of(rows, value - linear(rows, matrix, base.bias))}
 
     moments = _summed(run.each(of_batch))[consumer]
@@ -364,12 +371,12 @@ def _mean_error(run: _Run, call: MapCall, where: _Sum) -> Tensor:
     outputs = run.levels.outputs(call.module, run.allocation)
 
     def of_batch(i: int) -> tuple[Tensor, int]:
-        value, _ = _target(run, i, where)
+        value, _ = _target(run, i, where, call, outputs, reads=False)
         if call.convolution:
             rows = value.movedim(1, -1).flatten(0, -2)
         else:
             rows = value.flatten(0, -2)[run.pick(i, call, value)]
-        rows = where.before(rows)[:, outputs]
+        rows = where.among(outputs).before(rows)
         return rows.sum(0, dtype=torch.float64), len(rows)
 
     total, count = torch.zeros(()), 0
@@ -378,14 +385,20 @@ def _mean_error(run: _Run, call: MapCall, where: _Sum) -> Tensor:
     return (total / count).float()
 
 
-def _target(run: _Run, i: int, where: _Sum, source: str | None = None) -> tuple[Tensor, Tensor]:
-    """What the dense sum needs beside the compressed model's residual; the value of `source`."""
+def _target(
+    run: _Run, i: int, where: _Sum, call: MapCall, outputs: Tensor, *, reads: bool = True
+) -> tuple[Tensor, Tensor]:
+    """What the dense sum needs, in the channels that are left, beside the compressed model's
+    residual; and what the map reads there."""
     target = run.dense.values(i, [where.total], Variant())[where.total]
-    names = [n for n in (where.residual, source) if n is not None]
-    found = run.small.values(i, names, run.variant())
+    channels = 1 if call.convolution else -1
+    if len(outputs) < target.shape[channels]:
+        target = target.index_select(channels, outputs)
+    names = [where.residual] if where.residual is not None else []
+    found = run.small.values(i, [*names, *([call.source] if reads else [])], run.variant())
     if where.residual is not None:
         target = target - found[where.residual]
-    return target, found[source] if source is not None else target
+    return target, found[call.source] if reads else target
 
 
 def _residual_sum(executor: Executor, site: Site, levels: Levels) -> _Sum | None:
@@ -398,7 +411,7 @@ def _residual_sum(executor: Executor, site: Site, levels: Levels) -> _Sum | None
     program = executor.program
     own = node = program.nodes[executor.index(call.node)]
     scale = shift = None
-    while len(node.users) == 1 and not levels.gives_units(call.module):
+    while len(node.users) == 1:
         user = next(iter(node.users))
         op = op_name(user)
         if op in _PASSES:

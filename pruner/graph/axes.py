@@ -4,8 +4,9 @@ A dimension is an ordered list of *atoms* (outer to inner). Operations equate di
 add says that two widths are the same, a view that splits 384 into 12 x 32 says that 384 was
 two atoms all along, a concatenation that it is several dimensions end to end. What is left at the
 end are classes of dimensions that must change together, which is exactly the dependency closure of
-structured pruning. An atom that an operation does not treat index by index (softmax, an unknown
-op) is *pinned*, with the reason.
+structured pruning. An atom that an operation does not treat index by index (a mean, an unknown
+op) is *pinned*, with the reason. What keeps the units of an atom from being silenced by zeros, but
+not the experts of a mixture from being left out of a choice (softmax, top-k), is a *tie*.
 """
 
 from __future__ import annotations
@@ -26,13 +27,14 @@ class Atom:
     `segments` makes it a concatenation: dimensions laid end to end.
     """
 
-    __slots__ = ("parts", "pins", "roles", "segments", "size")
+    __slots__ = ("parts", "pins", "roles", "segments", "size", "ties")
 
     def __init__(self, size: Size, segments: list[Dim] | None = None) -> None:
         self.size = size
         self.segments = segments
         self.parts: list[Atom] | None = None  # a split, or a single-element link to another atom
         self.pins: list[str] = []
+        self.ties: list[str] = []
         self.roles: set[str] = set()
 
 
@@ -65,6 +67,13 @@ def pin(dims: Sequence[Dim], reason: str) -> None:
     for dim in dims:
         for atom in leaves(dim):
             atom.pins.append(reason)
+
+
+def tie(dims: Sequence[Dim], reason: str) -> None:
+    """Let nothing but experts stand in `dims`: see `mixtures`."""
+    for dim in dims:
+        for atom in leaves(dim):
+            atom.ties.append(reason)
 
 
 def mark(dims: Sequence[Dim], role: str) -> None:
@@ -241,6 +250,7 @@ def _heirs(atom: Atom, sizes: Sequence[int]) -> list[Atom]:
     parts = [Atom(size) for size in sizes]
     for part in parts:
         part.pins = list(atom.pins)
+        part.ties = list(atom.ties)
         part.roles = set(atom.roles)
     return parts
 
@@ -277,6 +287,7 @@ def _link(x: Atom, y: Atom) -> None:
     gone.parts = [kept]
     for leaf in leaves([kept]):
         leaf.pins += gone.pins
+        leaf.ties += gone.ties
         leaf.roles |= gone.roles
 
 

@@ -39,13 +39,15 @@ class Variant:
     """One candidate. Empty fields mean the dense model.
 
     `maps` gives the weights of maps by module path; `constants` maps the module path of a removed
-    consumer to its bias; `widths` gives units kept per site; `tensors` overrides others.
+    consumer to its bias; `widths` gives units kept per site; `tensors` overrides others; `picks`
+    says where the shares of experts now stand (`mixtures`).
     """
 
     maps: Mapping[str, MapWeights] = field(default_factory=dict)
     constants: Mapping[str, Tensor] = field(default_factory=dict)
     widths: Mapping[str, int] = field(default_factory=dict)
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    picks: Mapping[str, int] = field(default_factory=dict)
 
 
 _RESHAPES = frozenset({"view", "reshape", "_unsafe_view", "expand"})
@@ -164,6 +166,8 @@ class Executor:
         kwargs = fx.map_arg(node.kwargs, value)
         if variant.widths:
             name = op_name(node)
+            if node.name in variant.picks:
+                args[2:4] = [variant.picks[node.name], variant.picks[node.name] + 1]
             if name in _SPLITS and node.name in self.structure.pieces:
                 sizes = [extent_size(e, variant.widths) for e in self.structure.pieces[node.name]]
                 at = args[2] if len(args) > 2 else kwargs.get("dim", 0)

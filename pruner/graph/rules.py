@@ -24,12 +24,13 @@ from zipc.pruner.graph.axes import (
     pin,
     product,
     take,
+    tie,
     unify,
 )
 from zipc.pruner.graph.trace import MAP_MODULES, MapCall, Program, op_name
 
 Result = list[Dim] | list[list[Dim]]  # of a tensor, or of each of several
-RESIDUAL, HEADS, GROUPED = "residual", "heads", "grouped"
+RESIDUAL, HEADS, GROUPED, NORMED = "residual", "heads", "grouped", "normed"
 CREATED = {"zeros": 0, "ones": 0, "full": 0, "new_ones": 1, "new_zeros": 1, "new_full": 1}
 
 
@@ -41,6 +42,9 @@ class Axes:
         self.of: dict[str, list[Dim]] = {}
         self.many: dict[str, list[list[Dim]]] = {}  # nodes that give several tensors
         self.groups: dict[str, Dim] = {}  # node with a count of groups as argument -> those groups
+        self.choices: dict[str, Dim] = {}  # top-k node -> what it takes the largest of
+        self.chosen: dict[str, Dim] = {}  # node that holds indices -> what they are indices of
+        self.picks: dict[str, int] = {}  # slice of one index -> that index
         self.parameters: dict[str, list[Dim]] = {}
         self.calls: dict[str, MapCall] = {c.node: c for c in program.maps}
         for node in program.nodes:
@@ -65,6 +69,9 @@ class Axes:
             return
         if node.op != "call_function":
             return
+        for source in node.all_input_nodes:
+            if source.name in self.chosen and op_name(node) not in ("scatter", ""):
+                pin([self.chosen[source.name]], f"its indices are read ({node.name})")
         rule = RULES.get(op_name(node), _unknown)
         if isinstance(node.meta.get("val"), torch.Tensor):
             result: Any = rule(self, node)
@@ -190,7 +197,7 @@ def _origins(node: fx.Node) -> set[str]:
 
 def _softmax(axes: Axes, node: fx.Node) -> list[Dim]:
     dims = axes.dims(node.args[0])
-    pin([dims[int(node.args[1])]], "a softmax runs over it")  # type: ignore[arg-type]
+    tie([dims[int(node.args[1])]], "a softmax runs over it")  # type: ignore[arg-type]
     return dims
 
 
@@ -252,27 +259,32 @@ def _convolution(axes: Axes, node: fx.Node) -> list[Dim]:
 
 
 def _pin_foreign(axes: Axes, node: fx.Node, call: MapCall, dims: list[Dim]) -> None:
-    foreign = _foreign(axes.program, node, call)
+    foreign, whole = _foreign(axes.program, node, call)
     if foreign:
-        pin(dims, foreign)
+        pin(dims if whole else dims[1:], foreign)
+        tie(dims, foreign)
 
 
-def _foreign(program: Program, node: fx.Node, call: MapCall) -> str | None:
-    """Why the weight is not that of a plain map module: nothing else can be put in its place."""
+def _foreign(program: Program, node: fx.Node, call: MapCall) -> tuple[str | None, bool]:
+    """Why the weight is not that of a plain map module: nothing else can be put in its place.
+
+    And whether its rows have to stay too: those of a router go with its experts.
+    """
     place = 1 if op_name(node) in ("linear", "mm", "matmul") or call.convolution else 2
     weight = node.args[place]
     assert isinstance(weight, fx.Node)
     if any(u.target is not node.target or u.args.index(weight) != place for u in weight.users):
-        return f"{call.weight} is used by other operations too"
+        return f"{call.weight} is used by other operations too", True
     stack = node.meta.get("nn_module_stack") or {"": ("", "")}
     path, kind = list(stack.values())[-1]
     kind = str(kind).rpartition(".")[2]
     names = [call.weight] + ([call.bias] if call.bias else [])
     if kind not in MAP_MODULES:
-        return f"{call.weight} belongs to a {kind}, not to a plain linear map or convolution"
+        reason = f"{call.weight} belongs to a {kind}, not to a plain linear map or convolution"
+        return reason, call.convolution
     if names != [f"{path}.weight", f"{path}.bias"][: len(names)]:
-        return f"{path} computes with the weights of another module ({', '.join(names)})"
-    return None
+        return f"{path} computes with the weights of another module ({', '.join(names)})", True
+    return None, False
 
 
 def _embedding(axes: Axes, node: fx.Node) -> list[Dim]:
@@ -336,7 +348,7 @@ def _layer_norm(axes: Axes, node: fx.Node) -> list[Dim]:
     for source in node.args[2:4]:
         for own, dim in zip(axes.dims(source), normed, strict=False):
             unify(own, dim, where=node.name)
-    pin(normed, "a normalisation runs over it (the residual width)")
+    mark(normed, NORMED)
     return dims
 
 
@@ -478,6 +490,12 @@ def _slice(axes: Axes, node: fx.Node) -> list[Dim]:
     dims = list(axes.dims(source))
     at = int(node.args[1]) if len(node.args) > 1 else 0  # type: ignore[arg-type]
     if shape_of(source)[at] != shape_of(node)[at]:
+        size, start = shape_of(source)[at], argument(node, 2, "start")
+        if shape_of(node)[at] == 1 and isinstance(size, int) and isinstance(start, int):
+            tie([dims[at]], f"a part of it is sliced out ({node.name})")
+            axes.picks[node.name] = start % size
+            dims[at] = [Atom(1)]
+            return dims
         pin([dims[at]], f"a part of it is sliced out ({node.name})")
         dims[at] = [Atom(shape_of(node)[at])]
         pin([dims[at]], f"it was sliced out ({node.name})")
@@ -494,11 +512,23 @@ def _reduce(axes: Axes, node: fx.Node) -> list[Dim]:
     if not all(isinstance(i, int) for i in indices):
         return _unknown(axes, node)
     gone = {int(i) % len(dims) for i in indices}
-    pin([dims[i] for i in gone], f"it is reduced ({node.name})")
+    if _is_mean_square(node, source) and gone == {len(dims) - 1}:
+        mark([dims[-1]], NORMED)
+    else:
+        pin([dims[i] for i in gone], f"it is reduced ({node.name})")
     kept = [d for i, d in enumerate(dims) if i not in gone]
     if len(kept) == len(shape_of(node)):
         return kept
     return [[Atom(1)] if i in gone else d for i, d in enumerate(dims)]
+
+
+def _is_mean_square(node: fx.Node, source: fx.Node) -> bool:
+    """Whether a mean is that of an RMS normalisation: of squares, for `rsqrt(mean + eps)` alone."""
+    if op_name(node) != "mean" or op_name(source) != "pow" or source.args[1] != 2:
+        return False
+    return all(
+        op_name(u) == "add" and all(op_name(v) == "rsqrt" for v in u.users) for u in node.users
+    )
 
 
 def _positions(axes: Axes, node: fx.Node) -> list[Dim]:
@@ -567,6 +597,8 @@ def _getitem(axes: Axes, node: fx.Node) -> list[Dim]:
     source, index = node.args
     assert isinstance(source, fx.Node)
     assert isinstance(index, int)
+    if source.name in axes.choices and index == 1:
+        axes.chosen[node.name] = axes.choices[source.name]
     return axes.many[source.name][index]
 
 
@@ -589,6 +621,36 @@ def _split(axes: Axes, node: fx.Node) -> list[list[Dim]]:
         if size == sizes[0]:
             unify(pieces[0], piece, where=node.name)
     return [[*dims[:at], piece, *dims[at + 1 :]] for piece in pieces]
+
+
+def _topk(axes: Axes, node: fx.Node) -> list[list[Dim]]:
+    """The largest along a dimension, and which they are."""
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    dims, count = axes.dims(source), argument(node, 1, "k")
+    at = int(argument(node, 2, "dim", -1)) % len(dims)
+    if not isinstance(count, int):
+        return _opaque(axes, node)
+    tie([dims[at]], f"the largest of it are chosen ({node.name})")
+    taken: Dim = [Atom(count)]
+    pin([taken], f"it is a choice ({node.name})")
+    axes.choices[node.name] = dims[at]
+    return [[*dims[:at], taken, *dims[at + 1 :]]] * 2
+
+
+def _scatter(axes: Axes, node: fx.Node) -> list[Dim]:
+    """Values written where indices say, of which is known what they are indices of."""
+    into, along, index = (argument(node, i, n) for i, n in enumerate(("self", "dim", "index")))
+    values = argument(node, 3, "src")
+    if getattr(index, "name", "") not in axes.chosen or not isinstance(values, fx.Node):
+        return _unknown(axes, node)
+    dims, at = axes.dims(into), int(along) % len(axes.dims(into))
+    unify(dims[at], axes.chosen[index.name], where=node.name)
+    for i, dim in enumerate(axes.dims(index)):
+        unify(dim, axes.dims(values)[i], where=node.name)
+        if i != at:
+            unify(dims[i], dim, where=node.name)
+    return dims
 
 
 def _native_batch_norm(axes: Axes, node: fx.Node) -> list[list[Dim]]:
@@ -649,6 +711,7 @@ RULES: dict[str, Rule] = {
     "batch_norm": _batch_norm,
     "group_norm": _group_norm,
     "embedding": _embedding,
+    "scatter": _scatter,
     "index": _index,
     "select": _select,
     "slice": _slice,
@@ -660,5 +723,6 @@ RULES: dict[str, Rule] = {
 SEVERAL: dict[str, Several] = {
     **dict.fromkeys(["split", "chunk", "split_with_sizes"], _split),
     "unbind": _unbind,
+    "topk": _topk,
     "_native_batch_norm_legit_no_training": _native_batch_norm,
 }

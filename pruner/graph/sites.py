@@ -8,9 +8,10 @@ from fnmatch import fnmatchcase
 
 import numpy as np
 
-from zipc.core.types import Consumer, Index, Kind, LeftAlone, Site, Slice
+from zipc.core.types import Consumer, Expert, Index, Kind, LeftAlone, Site, Slice
 from zipc.pruner.graph.axes import Atom, Dim, flatten, leaves, owners, pin, repeats
-from zipc.pruner.graph.rules import HEADS, RESIDUAL, Axes
+from zipc.pruner.graph.mixtures import experts
+from zipc.pruner.graph.rules import HEADS, NORMED, RESIDUAL, Axes
 from zipc.pruner.graph.trace import MapCall, Program, op_name
 
 EXCLUDED = "excluded by --include/--exclude"
@@ -93,7 +94,8 @@ def find_sites(
 ) -> Structure:
     """Derive sites by dependency closure over the traced graph.
 
-    A site is a class of dimensions that nothing pins, produced by maps and contracted by maps.
+    A site is a class of dimensions that nothing pins, produced by maps and contracted by maps, or
+    the experts that the outputs of a map choose from.
     `include`/`exclude` are globs over site names.
     """
     axes = Axes(program)
@@ -107,13 +109,25 @@ def find_sites(
     sites: list[tuple[int, Site, Atom]] = []
     pinned: dict[str, str] = {}
     live = _live(program)
+    chosen = {id(leaf) for dim in axes.choices.values() for leaf in leaves(dim)}
     for atom, uses in members:
         produced = [calls[u.parameter] for u in uses if _gives(u, calls, atom, axes)]
         contracted = [u for u in uses if _contracts(u, calls, atom, axes)]
-        if atom.pins:
+        if not atom.pins and len(produced) == 1 and id(atom) in chosen and not contracted:
+            mixture = experts(axes, atom, produced[0])
+            if isinstance(mixture, str):
+                atom.pins.append(mixture)
+            else:
+                site = _mixture(atom, uses, produced[0], mixture, program)
+                sites.append((position[produced[0].node], site, atom))
+                continue
+        reasons = [*atom.pins, *atom.ties]
+        if NORMED in atom.roles and RESIDUAL not in atom.roles:
+            reasons.append("a normalisation runs over it")
+        if reasons:
             for call in produced:
-                pinned.setdefault(call.module, atom.pins[0])
-        if atom.pins or not produced or not contracted:
+                pinned.setdefault(call.module, reasons[0])
+        if reasons or not produced or not contracted:
             continue
         if not all(calls[u.parameter].node in live for u in contracted):
             for call in produced:
@@ -294,11 +308,40 @@ def _site(
         producers=producers,
         signature=f"{kind}-{units}-{shapes}-x{runs}",
         calls=runs,
+        normed=NORMED in atom.roles,
         removable=kind != "width"
         and all(bool((u.own >= 0).all()) for u in contracted)
         and all(calls[u.parameter].groups == 1 for u in contracted)
         and not {c.module for c in consumers} & set(producers)
         and not any(c.transposed for c in [*produced, *(calls[u.parameter] for u in contracted)]),
+    )
+
+
+def _mixture(
+    atom: Atom,
+    uses: Sequence[_Use],
+    router: MapCall,
+    mixture: tuple[tuple[Expert, ...], int],
+    program: Program,
+) -> Site:
+    units, (found, count) = int(atom.size), mixture
+    tensors = dict(program.tensors.values())
+    inside = [
+        n for e in found[:1] for n in tensors if any(n.startswith(f"{m}.") for m in e.modules)
+    ]
+    shapes = sorted(tuple(tensors[n].shape) for n in inside)
+    return Site(
+        name=router.module,
+        kind="experts",
+        units=units,
+        slices=tuple(Slice(u.parameter, u.dim, _index(u, units)) for u in uses),
+        consumers=(),
+        producers=(router.module,),
+        signature=f"experts-{count}-of-{units}-{tuple(tensors[router.weight].shape)}-{shapes}",
+        calls=sum(1 for c in program.maps if c.weight == router.weight),
+        removable=False,
+        experts=found,
+        chosen=count,
     )
 
 

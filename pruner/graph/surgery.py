@@ -20,7 +20,7 @@ from zipc.pruner.graph.cuts import Cuts
 from zipc.pruner.graph.sites import Structure, extent_size
 from zipc.pruner.graph.trace import Program, op_name
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 # What modules remember of the shape of a tensor: class -> tensor -> attribute of each dimension.
 # The attributes of the channels that a grouped map holds per group are multiplied by its groups.
@@ -43,6 +43,7 @@ PER_GROUP = ("Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d",
 # Attributes in which modules remember what a site's size was. A hint only: whether a module with
 # them rewritten computes the right thing is tried out (`verify`).
 UNIT_COUNTS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "num_key_value_heads")
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 TOTAL_WIDTHS = tuple("all_head_size inner_dim embed_dim dim intermediate_size split_size".split())
 
 
@@ -102,10 +103,11 @@ def describe(
     widths: Mapping[str, int],
     numerics: Mapping[str, str] | None = None,
     biased: Sequence[str] = (),
+    dropped: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The structure document of `model` at the given widths and numerics (module -> numeric).
 
-    `biased` are maps that get a bias which the dense model lacks.
+    `biased` are maps that get a bias which the dense model lacks, `dropped` modules that go.
     """
     numerics = numerics or {}
     modules = dict(model.named_modules())
@@ -141,13 +143,16 @@ def describe(
         value = widths.get(rewrite.site, 0) * rewrite.factor
         if value and rewrite.module not in stubs:
             attributes.setdefault(rewrite.module, {})[rewrite.attribute] = value
+    gone = {p for p in modules if any(p == d or p.startswith(f"{d}.") for d in dropped)}
+    held = gone.union(stubs)
     return {
         "schema_version": SCHEMA_VERSION,
-        "tensors": shapes,
-        "numerics": {p: n for p, n in numerics.items() if n != "fp32" and p not in stubs},
-        "biased": [p for p in biased if p not in stubs and modules[p].bias is None],
-        "stubs": stubs,
-        "attributes": {p: a for p, a in attributes.items() if a},
+        "tensors": {n: s for n, s in shapes.items() if _owner(n) not in gone},
+        "numerics": {p: n for p, n in numerics.items() if n != "fp32" and p not in held},
+        "biased": [p for p in biased if p not in held and modules[p].bias is None],
+        "stubs": {p: s for p, s in stubs.items() if p not in gone},
+        "attributes": {p: a for p, a in attributes.items() if a and p not in gone},
+        "dropped": sorted(dropped),
     }
 
 
@@ -183,6 +188,8 @@ def apply_structure_(model: nn.Module, document: Mapping[str, Any]) -> None:
             shape = list(weight.shape if isinstance(old, nn.Linear) else weight.T.shape)
             made = Int8Linear(shape[1], shape[0], bias=old.bias is not None, numeric=numeric)
             model.set_submodule(path, made)
+        for path in document["dropped"]:
+            delattr(model.get_submodule(_owner(path)), path.rpartition(".")[2])
         for path, spec in document["stubs"].items():
             like = model.get_submodule(path).get_parameter("weight")
             stub = {"constant": ConstantMap, "empty": EmptyMap}[spec["kind"]]
@@ -261,7 +268,11 @@ def attribute_candidates(
     They are those of modules around the ones that carry the units; `every` takes any attribute of
     the right value, otherwise only those with a name that says so.
     """
+    if site.kind == "width" and not every:
+        return []  # what has a number of that name has it of the heads, mostly
     around = {_owner(_owner(piece.parameter)) for piece in site.slices}
+    if site.experts:
+        around |= {*site.producers, *(_owner(m) for e in site.experts for m in e.modules)}
     if every:
         around |= {p for path in around for p in _ancestors(path)}
     factors = {1, *(len(piece.index[0]) for piece in site.slices)}
@@ -272,7 +283,7 @@ def attribute_candidates(
             if type(value) is not int or value == 0 or value % site.units:
                 continue
             factor = value // site.units
-            counts = name in UNIT_COUNTS and site.kind == "heads"
+            counts = name in {"heads": UNIT_COUNTS, "experts": EXPERT_COUNTS}.get(site.kind, ())
             if counts or (factor in factors and (every or name in TOTAL_WIDTHS)):
                 found.append((path, name, factor))
     return found

@@ -8,7 +8,7 @@ alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from zipc.core.types import Site
 from zipc.pruner.graph.cuts import Cuts, Kept
 from zipc.pruner.graph.interpret import Executor, Variant
+from zipc.pruner.graph.mixtures import Rerouted, rerouted
 from zipc.pruner.graph.sites import Rewrite, Structure, without
 from zipc.pruner.graph.surgery import attribute_candidates, describe, reshaped
 from zipc.pruner.graph.trace import Program
@@ -53,6 +54,18 @@ def _separating(sites: Sequence[Site]) -> Iterator[Sequence[Site]]:
     for bit in range(len(sites).bit_length()):
         for value in (0, 1):
             yield [s for i, s in enumerate(sites) if (i >> bit & 1) == value]
+
+
+def _kept(sites: Sequence[Site], units: Callable[[Site], Sequence[int]]) -> Kept:
+    """The units named, and as many more as must stay; sites that lose nothing are left out."""
+    found = {}
+    for site in sites:
+        named = units(site)
+        others = [u for u in reversed(range(site.units)) if u not in named]
+        named = sorted([*named, *others[: max(0, site.least - len(named))]])
+        if len(named) < site.units:
+            found[site.name] = named
+    return found
 
 
 def _each_alone(trial: _Trial, structure: Structure, plain: Sequence[Structure]) -> Structure:
@@ -112,7 +125,7 @@ def _one_by_one(trial: _Trial, structure: Structure) -> Structure:
 
 
 def _all_but_first(sites: Sequence[Site]) -> Kept:
-    return {s.name: range(1, s.units) for s in sites if s.units > 1}
+    return _kept([s for s in sites if s.units > 1], lambda s: range(1, s.units))
 
 
 def _with_attributes(
@@ -135,8 +148,9 @@ class _Trial:
 
     def failure_together(self, structure: Structure, sites: Sequence[Site]) -> str | None:
         """What goes wrong when all of `sites` shrink by one unit, to half or to one unit."""
-        every_second = {s.name: range(0, s.units, 2) for s in sites if s.units > 1}
-        last = {s.name: [s.units - 1] for s in sites if s.units > 1}
+        several = [s for s in sites if s.units > 1]
+        every_second = _kept(several, lambda s: range(0, s.units, 2))
+        last = _kept(several, lambda s: [s.units - 1])
         for kept in (_all_but_first(sites), every_second, last):
             failure = self.failure(structure, kept)
             if failure is not None:
@@ -148,25 +162,33 @@ class _Trial:
         if not kept:
             return None
         widths = {name: len(units) for name, units in kept.items()}
-        tensors, constants = self._weights(structure, kept)
+        routes = rerouted(structure.sites, kept)
+        tensors, constants = self._weights(structure, kept, routes)
         own = tuple(a for a in structure.attributes if a.site in kept)
         document = describe(
-            self.model, self.program, replace(structure, attributes=own), widths=widths
+            self.model,
+            self.program,
+            replace(structure, attributes=own),
+            widths=widths,
+            dropped=routes.modules,
         )
         with torch.no_grad():
             try:
                 made = reshaped(self.model, document)
                 stubs = document["stubs"]
+                there = {n: t for n, t in tensors.items() if not routes.gone(n)}
                 _assign_(
-                    made, {n: t for n, t in tensors.items() if n.rpartition(".")[0] not in stubs}
+                    made, {n: t for n, t in there.items() if n.rpartition(".")[0] not in stubs}
                 )
-                biases = {p: v for p, v in constants.items() if stubs[p]["kind"] == "constant"}
-                _assign_(made, {f"{path}.bias": value for path, value in biases.items()})
+                biases = [p for p, stub in stubs.items() if stub["kind"] == "constant"]
+                _assign_(made, {f"{path}.bias": constants[path] for path in biases})
                 got = _outputs(self.program, made(**self.example))
             except Exception as error:  # whatever the code of a module raises
                 first = str(error).strip().splitlines()[0] if str(error).strip() else ""
                 return f"{type(error).__name__}: {first[:160]}"
-            variant = Variant(tensors=tensors, constants=constants, widths=widths)
+            variant = Variant(
+                tensors=tensors, constants=constants, widths=widths, picks=routes.picks
+            )
             want, _ = Executor(self.program, structure).run(self.example, variant)
         if [t.shape for t in got] != [t.shape for t in want]:
             return "its outputs have other shapes"
@@ -179,9 +201,9 @@ class _Trial:
         return None
 
     def _weights(
-        self, structure: Structure, kept: Kept
+        self, structure: Structure, kept: Kept, routes: Rerouted
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Tensors by name, and what the consumers of removed sites give."""
+        """Tensors by name, and what the consumers of removed sites and experts give."""
         weights = dict(self.program.tensors.values())
         cuts = Cuts(s for s in structure.sites if kept.get(s.name))
         tensors = {n: cuts.cut(weights[n], n, kept) for n in cuts.pieces}
@@ -190,7 +212,7 @@ class _Trial:
             for site in structure.sites
             if site.name in kept and not kept[site.name]
             for consumer in site.consumers
-        }
+        }.union(routes.ends)
         constants: dict[str, Tensor] = {}
         for call in self.program.maps:
             if call.module in gone:

@@ -37,6 +37,7 @@ from zipc.exporters.site_graph import extract
 from zipc.exporters.specialise import specialise
 from zipc.pruner.compensate.propagate import propagate
 from zipc.pruner.evidence import collect
+from zipc.pruner.experts import sweep_experts
 from zipc.pruner.graph.interpret import Variant
 from zipc.pruner.graph.sites import sizes_at
 from zipc.pruner.ladder import sweep_site
@@ -65,26 +66,27 @@ SITES: dict[str, str] = {
         "c4+ c8+ w4 c4+ c4+ c8 c12+ w6 c6+ c12+ c6+ c10 "
         "c3 c3+ c3 c6+ c6 c4 c4+ c4 c10+ c6+ c5+ c6+ c5+"
     ),
-    "bert": "h4+ f12+ h4+ f12+ f32",
+    "bert": "h4+ w32 f12+ h4+ f12+ f32",
     "bert-masked-lm": "h4+ f12+ h4+ f12+",
-    "roberta": "h4+ f12+ h4+ f12+ f32",
-    "distilbert": "h4+ f12+ h4+ f12+ f32",
-    "electra": "h4+ f12+ h4+ f12+ f32",
-    "albert": "h4+ f12+ f32",
-    "mpnet": "h4+ f12+ f12+ f32",
+    "roberta": "h4+ w32 f12+ h4+ f12+ f32",
+    "distilbert": "h4+ w32 f12+ h4+ f12+ f32",
+    "electra": "w32 h4+ f12+ h4+ f12+ f32",
+    "albert": "w32 h4+ f12+ f32",
+    "mpnet": "h4+ w32 f12+ f12+ f32",
     "gpt2": "h4+ f12+ h4+ f12+",
     "opt": "h4+ f12+ h4+ f12+",
-    "llama": "h2+ f12+ h2+ f12+",
+    "llama": "h2+ w32 f12+ h2+ f12+",
     "llama-mqa": "h4+ f12+ h4+ f12+",
-    "qwen2": "h2+ f12+ h2+ f12+",
-    "mistral": "h2+ f12+ h2+ f12+",
-    "mixtral": "h2+ f12+ f12+ f12+ f12+ h2+ f12+ f12+ f12+ f12+",
+    "qwen2": "h2+ w32 f12+ h2+ f12+",
+    "mistral": "h2+ w32 f12+ h2+ f12+",
+    "mixtral": "h2+ e4 f12+ f12+ f12+ f12+ h2+ e4 f12+ f12+ f12+ f12+",
+    "qwen2-moe": "h2+ f8+ e5 f6+ f6+ f6+ f6+ f6+ h2+ f8+ e5 f6+ f6+ f6+ f6+ f6+",
     "t5": "h4+ f12+ f12+ h4+ h4+ f12+ h4+ f12+",
     "t5-gated": "h4+ f12+ f12+ h4+ h4+ f12+ h4+ f12+",
-    "vit": "h4+ f12+ h4+ f12+",
-    "deit": "h4+ f12+ h4+ f12+",
-    "swin": "h2+ f12+ h2+ f12+ h4+ f24+ h4+ f24+",
-    "convnext": "f32+ f32+ f48+ f48+",
+    "vit": "w32 h4+ f12+ h4+ f12+",
+    "deit": "w32 h4+ f12+ h4+ f12+",
+    "swin": "w8 h2+ f12+ h2+ f12+ w16 h4+ f24+ h4+ f24+",
+    "convnext": "w8 f32+ f32+ w12 f48+ f48+",
     "resnet": "c6+ c3+ c3+ w12 c3+ c3+ c4+ c4+ w16 c4+ c4+",
 }
 
@@ -158,8 +160,6 @@ def test_every_site_is_priced_on_a_graph_with_all_that_it_cuts(name: str) -> Non
     """Cut out with its surroundings, a site can lose a unit, or all, and the rest still runs."""
     made, graph = single(name)
     for site in made.sites:
-        if site.kind == "width":  # not searched
-            continue
         cut = {piece.parameter for piece in site.slices} & set(graph.weights)
         part = extract(graph, site)
         assert cut <= set(part.weights)
@@ -174,12 +174,17 @@ def test_every_site_is_priced_on_a_graph_with_all_that_it_cuts(name: str) -> Non
 def test_repaired_weights_are_the_same_in_torch_onnx_runtime_and_a_checkpoint(name: str) -> None:
     made, graph = single(name)
     data = [feeds_of(ZOO[name], torch.float32, batch=4, seed=s) for s in range(2)]
-    sites = {s.name: s for s in made.sites if s.kind != "width"}  # others are not searched
+    sites = {s.name: s for s in made.sites}
     stats = collect(made.executor, data, modules=[c.module for c in made.program.maps])
-    sweeps = {n: sweep_site(s, made.weights, stats, made.calls) for n, s in sites.items()}
+    sweeps = {
+        n: sweep_experts(made.executor, s, data)
+        if s.experts
+        else sweep_site(s, made.weights, stats, made.calls)
+        for n, s in sites.items()
+    }
     levels = Levels(sites, made.calls, made.weights, stats, sweeps)
     for seed in range(3):
-        widths = {n: len(k) for n, k in random_kept(made, seed).items() if n in sites}
+        widths = {n: len(k) for n, k in random_kept(made, seed).items()}
         allocation = Allocation({n: Level(w) for n, w in widths.items()}, 0.0, 0.0)
         states = propagate(made.executor, levels, allocation, data)
         want, _ = made.executor.run(made.example, variant_of(allocation, states))

@@ -193,3 +193,37 @@ def test_losses_of_levels_are_probed_alone_and_rise_as_units_go() -> None:
     for level, loss in found.items():  # linear in the ladder's error, so interpolation is exact
         assert loss == pytest.approx(2 * errors[level] + EXTRA[level.differs])
     assert Level(site.units, "fp32", "2:4") not in asked  # it is not offered there
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_lies_in_units_that_are_gone_saves_nothing_more(seed: int) -> None:
+    """The first site's units hold one of the others each, as experts hold their own widths."""
+    rng = np.random.default_rng(seed)
+    names = ["mixture", "a", "b", "c"]
+    ladders, losses = {}, {}
+    for name in names:
+        least = 1 if name == "mixture" else 0
+        levels = [Level(w) for w in range(least, 4)]
+        times = np.sort(rng.uniform(0.1, 1.0, len(levels))).tolist()
+        errors = np.sort(rng.uniform(0.0, 1.0, len(levels)))[::-1].tolist()
+        ladders[name] = Ladder(name, (2, 0, 1), tuple(map(Rung, levels, times, errors)))
+        losses[name] = dict(zip(levels, errors, strict=True))
+    problem = build_problem(
+        ladders, losses, fixed_ms=0.5, dense_ms=3.0, nested={"mixture": [["a"], ["b"], ["c"]]}
+    )
+
+    def score(a: Allocation) -> float:
+        kept = ladders["mixture"].kept(a.levels["mixture"].width)
+        for unit, name in enumerate("abc"):
+            assert unit in kept or a.levels[name].width == 3
+        return sum(losses[n][lv] for n, lv in a.levels.items())
+
+    every = [
+        problem.allocation(chosen)
+        for chosen in itertools.product(*(range(len(ls)) for ls in problem.levels))
+    ]
+    budget = float(np.median([a.predicted_ms for a in every]))
+    best = min(score(a) for a in every if a.predicted_ms <= budget)
+    found = run(problem, score, budget_ms=budget)
+    assert found.loss == pytest.approx(best)
+    assert all(problem.allocation(c).predicted_ms <= budget + 1e-9 for _, c in found.top)

@@ -30,7 +30,13 @@ def written(source: SourceModel, out: Path) -> Path:
     """The checkpoint of a model that nothing was removed from."""
     folder = out / "checkpoint"
     folder.mkdir(parents=True)
-    untouched: dict[str, Any] = {"tensors": {}, "numerics": {}, "biased": [], "stubs": {}}
+    untouched: dict[str, Any] = {
+        "tensors": {},
+        "numerics": {},
+        "biased": [],
+        "stubs": {},
+        "dropped": [],
+    }
     document = {"schema_version": SCHEMA_VERSION, **untouched, "attributes": {}}
     document["source"] = source.recipe
     (folder / "structure.json").write_text(json.dumps(document))

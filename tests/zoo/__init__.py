@@ -101,6 +101,7 @@ ZOO: dict[str, Family] = {
         Family("qwen2", huggingface.qwen2, tokens, _TEXT, "text", float64=False),
         Family("mistral", huggingface.mistral, tokens, _TEXT, "text", float64=False),
         Family("mixtral", huggingface.mixtral, tokens, _TEXT, "text", float64=False),
+        Family("qwen2-moe", huggingface.qwen2_moe, tokens, _TEXT, "text", float64=False),
         Family("t5", huggingface.t5, huggingface.pairs, _PAIR, "text", float64=False),
         Family("t5-gated", huggingface.t5_gated, huggingface.pairs, _PAIR, "text", float64=False),
         _pixels("vit", huggingface.vit),

@@ -190,6 +190,22 @@ def mixtral() -> nn.Module:
     return _made("MixtralForCausalLM", config)
 
 
+def qwen2_moe() -> nn.Module:
+    """Five experts, of which a token gets two with shares that do not add up to 1, and one more
+    for every token."""
+    config = transformers.Qwen2MoeConfig(
+        **_DECODER,
+        num_experts=5,
+        num_experts_per_tok=2,
+        moe_intermediate_size=6,
+        shared_expert_intermediate_size=8,
+        norm_topk_prob=False,
+    )
+    register_experts()
+    config._experts_implementation = EXPERTS
+    return _made("Qwen2MoeForCausalLM", config, seed=1)  # every expert is chosen often enough
+
+
 def t5() -> nn.Module:
     """Heads of width 6 in a stream of 32; the first layer's relative positions serve them all."""
     config = transformers.T5Config(**_T5)

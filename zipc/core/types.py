@@ -206,7 +206,16 @@ class Consumer:
         return [c * k + j for u in units for c in self.index[u] for j in range(k)]
 
 
-Kind = Literal["heads", "ffn", "channels", "width"]
+@dataclass(frozen=True, slots=True)
+class Expert:
+    """What goes with one expert of a mixture."""
+
+    modules: tuple[str, ...]  # paths of the modules that compute it
+    ends: tuple[str, ...]  # the last maps of these: zeros for tokens of other experts
+    picks: tuple[str, ...]  # traced nodes that take its share out of those of all experts
+
+
+Kind = Literal["heads", "ffn", "channels", "width", "experts"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,6 +231,14 @@ class Site:
     signature: str  # equal for sites that cost the same at equal levels
     calls: int = 1  # how often the shared modules run in one forward pass
     removable: bool = True  # its consumers read nothing else: without units they are constants
+    normed: bool = False  # norms run over the units: their statistics are those of what is left
+    experts: tuple[Expert, ...] = ()  # by unit, where units are experts
+    chosen: int = 0  # experts that every token is sent to: no fewer can be left
+
+    @property
+    def least(self) -> int:
+        """Fewest units that may be left; a norm over one value would give the same for all."""
+        return max(self.chosen, 2 * self.normed, int(not self.removable))
 
     @property
     def maps(self) -> tuple[str, ...]:
