@@ -161,4 +161,4 @@ def _describe(entry: Mapping[str, Any]) -> str:
 
 
 def _safe(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".") or "-"
+    return re.sub(r"[^A-Za-z0-9._@-]+", "-", name).strip(".") or "-"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -38,6 +39,11 @@ class Device(Protocol):
         """How its times are known."""
         ...
 
+    @property
+    def notes(self) -> Sequence[str]:
+        """What went wrong on it since it was opened, and was mended."""
+        ...
+
     def fingerprint(self) -> dict[str, Any]:
         """What its prices depend on."""
         ...
@@ -64,6 +70,10 @@ class LocalDevice:
     @property
     def kind(self) -> TableKind:
         return "measured"
+
+    @property
+    def notes(self) -> Sequence[str]:
+        return ()
 
     def fingerprint(self) -> dict[str, Any]:
         return device_fingerprint(runtime=self.runtime)

@@ -11,10 +11,11 @@ import json
 import math
 import os
 import shlex
+import signal
 import subprocess
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,16 @@ _ERRORS = {
 
 
 class LinkLost(Exception):
-    """The process at the other end is gone; `code` is how it ended, `told` what it said last."""
+    """The process at the other end is gone; `code` is how it ended, `told` what it said last.
 
-    def __init__(self, code: int, told: str) -> None:
+    A `silent` one was ended from here, since it did not answer in time.
+    """
+
+    def __init__(self, code: int, told: str, *, silent: bool = False) -> None:
         super().__init__(f"exit code {code}: {told}")
         self.code = code
         self.told = told
+        self.silent = silent
 
 
 class BadAnswer(RemoteError):
@@ -46,13 +51,20 @@ class BadAnswer(RemoteError):
 class Link:
     """Starts an agent by a command and asks it things; the process ends with this object.
 
+    It has `patience_s` to speak; None waits for ever.
+
     Raises:
         LinkLost: the command ended before the agent spoke.
         BadAnswer: something else than the agent spoke.
     """
 
     def __init__(
-        self, prefix: Sequence[str], *, python: str, environment: Mapping[str, str] | None = None
+        self,
+        prefix: Sequence[str],
+        *,
+        python: str,
+        environment: Mapping[str, str] | None = None,
+        patience_s: float | None = None,
     ) -> None:
         source = Path(agent.__file__).read_bytes()
         start = [python, "-c", _bootstrap(len(source))]
@@ -70,24 +82,50 @@ class Link:
         self._reader = threading.Thread(target=_keep, args=(self._process, self._told), daemon=True)
         self._reader.start()
         self.close = weakref.finalize(self, _end, self._process)
-        self._send(source)
-        self.python_version = self._greeting()
+        self._silent = False
+        with self._patient(patience_s):
+            self._send(source)
+            self.python_version = self._greeting()
 
-    def ask(self, command: Mapping[str, Any], content: bytes = b"") -> Any:
+    def ask(
+        self, command: Mapping[str, Any], content: bytes = b"", *, patience_s: float | None = None
+    ) -> Any:
         """Give a command and return the value answered.
 
         Raises:
-            LinkLost: the connection or the agent ended.
+            LinkLost: the connection or the agent ended, or did not answer within `patience_s`.
             BadAnswer: the answer is not one of an agent.
             ExportMismatch, RemoteError, UsageError: the agent could not do it.
         """
-        self._send(json.dumps({**command, "bytes": len(content)}).encode() + b"\n", content)
-        answer = _parsed(self._line(MAX_ANSWER))
+        with self._patient(patience_s):
+            self._send(json.dumps({**command, "bytes": len(content)}).encode() + b"\n", content)
+            line = self._line(MAX_ANSWER)
+        answer = _parsed(line)
         if not isinstance(answer, dict) or answer.keys() not in ({"value"}, {"error", "kind"}):
             raise BadAnswer(f"The agent answered {_shown(answer)}, which is no answer.")
         if "error" in answer:
             raise _ERRORS.get(str(answer["kind"]), RemoteError)(_shown(answer["error"], 2000))
         return answer["value"]
+
+    @contextlib.contextmanager
+    def _patient(self, seconds: float | None) -> Iterator[None]:
+        """End the process where what is inside takes longer: no write or read would do so."""
+        if seconds is None:
+            yield
+            return
+
+        def give_up() -> None:
+            self._silent = True
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)  # a wrapper of ssh has children
+
+        timer = threading.Timer(seconds, give_up)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     def _greeting(self) -> str:
         """Skip what a login prints, up to the agent's first line."""
@@ -122,7 +160,8 @@ class Link:
     def _lost(self) -> LinkLost:
         self.close()
         self._reader.join(_PATIENCE_S)  # a connection that ssh shares may keep it open
-        return LinkLost(self._process.wait(), self._told.decode(errors="replace").strip())
+        told = self._told.decode(errors="replace").strip()
+        return LinkLost(self._process.wait(), told, silent=self._silent)
 
 
 def checked_times(found: Any, *, graphs: int, rounds: int) -> list[list[float]]:

@@ -30,8 +30,12 @@ SSH_OPTIONS = (
     *("-o", "RemoteCommand=none"),
 )
 PAUSES_S = (1.0, 5.0, 20.0)  # before each new try after a connection was lost
+PATIENCE_S = {"load": 300.0, "run": 600.0, "series": 600.0}  # for the answer to a command
+GREETING_S = 60.0  # and to any other, and for an agent to start
+SLOWEST_LINK = 50e3  # bytes per second a graph may take to get there
 WARM_RUNS = 3  # of a graph that was loaded again
-SLOWER, MUCH_SLOWER = 1.15, 2.0  # than at first: told, and given up
+SLOWER, MUCH_SLOWER = 1.15, 2.0  # than at first: told, and given up where it lasts
+LASTING_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +52,14 @@ class Host:
             )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class RemoteDevice:
     """A board under one runtime; a `Device`. What went wrong but was mended is in `notes`."""
 
     host: Host
     runtime: str
     notes: list[str] = field(default_factory=list)
+    _prints: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def kind(self) -> TableKind:
@@ -64,8 +69,12 @@ class RemoteDevice:
         return None
 
     def fingerprint(self) -> dict[str, Any]:
-        asked = {"do": "fingerprint", "runtime": self.runtime}
-        return checked_facts(self.timer().ask(asked))
+        """What its prices depend on, and which board it is; asked for once."""
+        if not self._prints:
+            asked = {"do": "fingerprint", "runtime": self.runtime}
+            found = checked_facts(self.timer().ask(asked))
+            self._prints = {**found, "host": self.host.address}
+        return dict(self._prints)
 
     def state(self) -> dict[str, Any]:
         return checked_facts(self.timer().ask({"do": "state"}))
@@ -87,6 +96,7 @@ class RemoteProcess(TimingProcess):
         self._held: WeakKeyDictionary[ApartRunner, tuple[bytes, Workload]] = WeakKeyDictionary()
         self._first_ms: dict[int, float] = {}
         self._worst = SLOWER
+        self._slow_since: float | None = None
         try:
             super().__init__()
         except LinkLost as lost:
@@ -113,7 +123,7 @@ class RemoteProcess(TimingProcess):
         told, self._dropped = self._dropped, []
         asked = {**command, "drop": told}
         try:
-            return self._link.ask(asked, content)
+            return self._link.ask(asked, content, patience_s=_patience(asked, content))
         except LinkLost as lost:
             return self._again(asked, content, lost)
 
@@ -126,26 +136,32 @@ class RemoteProcess(TimingProcess):
             try:
                 self._link = self._connect()
                 self._reload()
-                value = self._link.ask(asked, content)
+                value = self._link.ask(asked, content, patience_s=_patience(asked, content))
             except LinkLost as again:
+                if lost.silent and again.silent:
+                    break
                 lost = again
                 continue
+            address = self._device.host.address
             self._device.notes.append(
-                f"the connection to {self._device.host.address} was lost and taken up again"
+                f"the agent on {address} did not answer and was started again"
+                if lost.silent
+                else f"the connection to {address} was lost and taken up again"
             )
             return value
         raise RemoteError(explanation(self._device.host, lost)) from lost
 
     def _reload(self) -> None:
         for runner, (model, workload) in list(self._held.items()):
-            loading = self._loading(runner.number, model, workload)
-            self._link.ask({**loading, "drop": []}, model)
+            loading = self._loading(runner.number, model, workload) | {"drop": []}
+            self._link.ask(loading, model, patience_s=_patience(loading, model))
+            running = {"do": "run", "graph": runner.number, "drop": []}
             for _ in range(WARM_RUNS):
-                self._link.ask({"do": "run", "graph": runner.number, "drop": []})
+                self._link.ask(running, patience_s=_patience(running))
 
     def _connect(self) -> Link:
         host = self._device.host
-        return Link([*ssh_command(), host.address], python=host.python)
+        return Link([*ssh_command(), host.address], python=host.python, patience_s=GREETING_S)
 
     def _watch(self, medians: Mapping[int, float]) -> None:
         """Tell of a board that slows down; all graphs timed before must show it.
@@ -158,14 +174,20 @@ class RemoteProcess(TimingProcess):
         )
         for number, ms in medians.items():
             self._first_ms.setdefault(number, ms)
-        if slower <= self._worst:
+        now = time.monotonic()
+        if slower <= MUCH_SLOWER:
+            self._slow_since = None
+        elif self._slow_since is None:
+            self._slow_since = now
+        lasting = self._slow_since is not None and now - self._slow_since >= LASTING_S
+        if slower <= self._worst and not lasting:
             return
-        self._worst = slower
+        self._worst = SLOWER * slower
         told = (
             f"{self._device.host.address} became {slower:.2f} times slower while it was measured "
             f"({_clocks(self._device.state())})"
         )
-        if slower > MUCH_SLOWER:
+        if lasting:
             raise NoisyMeasurement(
                 f"{told}. It may be too hot, or doing something else: cool it, choose a lower "
                 "power mode, and run the same command again; what was measured is kept."
@@ -192,6 +214,11 @@ def explanation(host: Host, lost: LinkLost) -> str:
     for sign, meaning in _SIGNS.items():
         if sign in said:
             return f"{host.address}: {meaning.format(host=host.address, python=host.python)}"
+    if lost.silent:
+        return (
+            f"{host.address}: it stopped answering. It may be busy with something else, or have "
+            "crashed: look there, and run the same command again; what was measured is kept."
+        )
     last = lost.told.splitlines()[-1][:300] if lost.told else "it said nothing"
     if lost.code == 255:
         return (
@@ -202,6 +229,10 @@ def explanation(host: Host, lost: LinkLost) -> str:
         f"{host.address}: the agent ended with exit code {lost.code} ({last}). It may be short of "
         "memory; run the same command again: what was measured is kept."
     )
+
+
+def _patience(command: Mapping[str, Any], content: bytes = b"") -> float:
+    return PATIENCE_S.get(command["do"], GREETING_S) + len(content) / SLOWEST_LINK
 
 
 def _may_pass(lost: LinkLost) -> bool:

@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-ALIAS = "board"
+ALIAS, OTHER = "board", "board-2"  # two names of one server
 
 
 @dataclass
@@ -32,6 +32,12 @@ class Sshd:
     def stop(self) -> None:
         self.process.terminate()
         self.process.wait()
+
+    def vanish(self) -> None:
+        """Stop, and cut every connection, as a board that lost its power."""
+        self.stop()
+        for pid in sessions(self):
+            os.kill(pid, signal.SIGKILL)
 
     def drop_connections(self) -> None:
         """Cut every connection, as a failing network does."""
@@ -62,7 +68,7 @@ def start(folder: Path, *, settings: str = "") -> Sshd:
         f"PasswordAuthentication no\nKbdInteractiveAuthentication no\n{settings}\n"
     )
     (folder / "config").write_text(
-        f"Host {ALIAS}\n HostName 127.0.0.1\n Port {port}\n User {getpass.getuser()}\n"
+        f"Host {ALIAS} {OTHER}\n HostName 127.0.0.1\n Port {port}\n User {getpass.getuser()}\n"
         f" IdentityFile {folder}/user\n IdentitiesOnly yes\n IdentityAgent none\n"
         f" UserKnownHostsFile {folder}/known\n GlobalKnownHostsFile none\n"
     )
@@ -93,6 +99,19 @@ def children(pid: int) -> list[int]:
     """Processes started by another, one generation."""
     told = Path(f"/proc/{pid}/task/{pid}/children").read_text()
     return [int(child) for child in told.split()]
+
+
+def sessions(sshd: Sshd) -> list[int]:
+    """Connections of a server: they outlive it."""
+    mark = str(sshd.folder / "config").encode()
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if mark in entry.read_bytes():
+                found.append(int(entry.parent.name))
+        except OSError:
+            continue
+    return found
 
 
 def descendants(pid: int) -> list[int]:

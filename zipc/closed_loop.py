@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from zipc.build import Built, build, build_floats, in_integers
-from zipc.candidates import Candidates
+from zipc.candidates import Candidates, weight_limit
 from zipc.core.errors import ExportMismatch, TargetUnreachable
 from zipc.core.files import fingerprint
 from zipc.core.memory import release, trim
@@ -170,7 +170,8 @@ def make_problem(
     """Price and judge every level of every site alone; judged before, it is not judged again."""
     progress.stage("sensitivity", probe_count(candidates.ladders))
     offered = {n: [str(r.level) for r in ld.rungs] for n, ld in candidates.ladders.items()}
-    asked = [request.effort, request.metric, request.evaluator]
+    rounding = weight_limit(prices.table.fingerprint)
+    asked = [request.effort, request.metric, request.evaluator, rounding]
     key = fingerprint(candidates.key, sorted(offered.items()), asked)
     folder = cache.get(JUDGED, key)
     if folder is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,6 +42,10 @@ class ModelledDevice:
     @property
     def kind(self) -> TableKind:
         return "modelled"
+
+    @property
+    def notes(self) -> Sequence[str]:
+        return ()
 
     def fingerprint(self) -> dict[str, Any]:
         sheet = {k: v for k, v in dataclasses.asdict(self.sheet).items() if k != "source"}

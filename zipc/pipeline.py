@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -104,6 +103,9 @@ def compile_model(request: Request, *, progress: Progress) -> Manifest:
             setup.candidates.notes.append(
                 _by_default(setup.device, [dense, found.built.model], request, clock)
             )
+        setup.candidates.notes += [
+            n for n in setup.device.notes if n not in setup.prices.table.notes
+        ]
         structure, tensors, _ = checkpoint(
             setup.prepared, found.built.allocation, found.built.states
         )
@@ -178,7 +180,8 @@ def _by_default(device: Device, models: list[bytes], request: Request, clock: Cl
     low, high = timing.ci95
     told = f"{timing.speedup:.2f}x [{low:.2f}, {high:.2f}]"
     clock.done(told)
-    return f"under ONNX Runtime's default options ({os.cpu_count()} processors): {told}"
+    processors = device.fingerprint()["cores"]
+    return f"under ONNX Runtime's default options ({processors} processors): {told}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,10 +296,9 @@ def profile_model(request: Request, *, progress: Progress) -> ProfileResult:
     """Build or extend the latency table of a model's sites on the target."""
     with _one_thread():
         clock = Clock(progress)
-        target = load_target(request.target)
-        request.check(target)
+        target, device = _open(request)
         source, request = _load(request, clock)
-        _, prices = _price(source, request, target, open_device(target), clock)
+        _, prices = _price(source, request, target, device, clock)
         fitted = prices.table.correction
         return ProfileResult(
             table_path=prices.path,
@@ -323,12 +325,10 @@ class Setup:
 
 
 def _set_up(request: Request, progress: Progress) -> Setup:
-    target = load_target(request.target)
-    device = open_device(target)
     kind_of(request)
     if request.recover != "none":
         raise UsageError(f"--recover {request.recover} is not available; the only choice is none.")
-    request.check(target)
+    target, device = _open(request)
     effort = effort_of(request.effort)
     cache = _cache(request)
     source, request = _load(request, progress)
@@ -352,12 +352,26 @@ def _set_up(request: Request, progress: Progress) -> Setup:
     return Setup(request, target, device, samples, prepared, prices, candidates)
 
 
-def _load(request: Request, progress: Progress) -> tuple[SourceModel, Request]:
-    processors = os.cpu_count() or 1
+def _open(request: Request) -> tuple[Target, Device]:
+    """The target and its device, if they can do what is asked.
+
+    Raises:
+        RemoteError: the board cannot be reached.
+        UsageError: two wishes contradict each other, or there are not as many processors.
+    """
+    target = load_target(request.target)
+    request.check(target)
+    device = open_device(target, request.host, python=request.host_python)
+    processors = device.fingerprint().get("cores", request.threads)
     if request.threads > processors:
         raise UsageError(
-            f"--threads {request.threads} is more than the {processors} processors of this machine."
+            f"--threads {request.threads} is more than the {processors} processors of "
+            f"{request.host or 'this machine'}."
         )
+    return target, device
+
+
+def _load(request: Request, progress: Progress) -> tuple[SourceModel, Request]:
     progress.stage("load model")
     source = load_source(request.model, weights=request.weights, input_shapes=request.input_shapes)
     if request.phase == "decode":

@@ -191,8 +191,9 @@ def price(
         sorted(prepared.dense.op_counts().items()),
         *([] if prepared.body is None else [prepared.numeric]),
     )
-    path = store.path(target.name, workload, target.runtime, key)
     prints = device.fingerprint()
+    place = f"{target.name}@{prints['host']}" if "host" in prints else target.name
+    path = store.path(place, workload, target.runtime, key)
     stored = store.load(path, fingerprint=None)
     changed = differences(stored.fingerprint, prints) if stored else []
     if changed and request.allow_table_mismatch:
@@ -241,7 +242,7 @@ def price(
         if len(missing) < len(graphs):
             progress.info(f"{len(graphs) - len(missing)} prices reused from the latency table")
         table, seconds = _measure(
-            table, missing, anchor_bytes, device.timer(), store=store, path=path, progress=progress
+            table, missing, anchor_bytes, device, store=store, path=path, progress=progress
         )
     calls = {s.name: s.calls for s in prepared.structure.sites}
     dense_ms, whole_ms = table.price(WHOLE, dense), table.price(WHOLE, whole)
@@ -306,7 +307,7 @@ def price(
     )
     if table.correction is None:
         fitted = _fit_correction(prepared, target, prices, device.timer(), progress)
-        prices.table = table.with_correction(fitted)
+        prices.table = _noted(table.with_correction(fitted), device)
         if fitted.median_error <= TRUSTED_ERROR or prices.doubt is not None:
             store.save(prices.table, path)
         else:
@@ -322,7 +323,7 @@ def _measure(
     table: LatencyTable,
     graphs: list[PricedGraph],
     anchor_bytes: bytes,
-    timer: GraphTimer,
+    device: Device,
     *,
     store: TableStore,
     path: Path,
@@ -333,21 +334,31 @@ def _measure(
 
     def keep(entries: list[Entry]) -> None:
         held[0] = held[0].with_entries(entries)
-        if time.monotonic() - saved[0] > 5:  # an interrupted sweep loses at most this much
+        if time.monotonic() - saved[0] > 5:  # all that a killed sweep loses
             store.save(held[0], path)
             saved[0] = time.monotonic()
 
-    saved, workload = [started], table.workload
-    sweep(
-        graphs,
-        anchor=timer.load(anchor_bytes, workload=workload),
-        make_runner=lambda model: timer.load(model, workload=workload),
-        rounds=SWEEP_ROUNDS,
-        progress=progress,
-        on_entries=keep,
-    )
-    store.save(held[0], path)
+    saved, workload, timer = [started], table.workload, device.timer()
+    try:
+        sweep(
+            graphs,
+            anchor=timer.load(anchor_bytes, workload=workload),
+            make_runner=lambda model: timer.load(model, workload=workload),
+            rounds=SWEEP_ROUNDS,
+            progress=progress,
+            on_entries=keep,
+        )
+    finally:  # a board that was lost, or Ctrl-C, costs nothing that was measured
+        held[0] = _noted(held[0], device)
+        if held[0].entries:
+            store.save(held[0], path)
     return held[0], time.monotonic() - started
+
+
+def _noted(table: LatencyTable, device: Device) -> LatencyTable:
+    for note in device.notes:
+        table = table.with_note(note)
+    return table
 
 
 def _overlapping(prepared: Prepared) -> bool:

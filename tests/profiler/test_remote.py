@@ -51,7 +51,10 @@ def test_graphs_are_timed_in_turns_over_there(device: RemoteDevice) -> None:
 
 
 def test_a_board_says_what_it_is_and_how_it_is(device: RemoteDevice) -> None:
-    assert device.fingerprint() == device_fingerprint(runtime="onnxruntime")
+    found = device.fingerprint()
+    assert found.pop("host") == loopback.ALIAS
+    assert len(found.pop("machine")) == 12
+    assert found == device_fingerprint(runtime="onnxruntime")
     assert device.state()["load_average"]
 
 
@@ -106,30 +109,42 @@ def test_a_killed_agent_is_started_again(server: loopback.Sshd, device: RemoteDe
     assert device.notes
 
 
+def test_an_agent_that_hangs_is_replaced_once(
+    server: loopback.Sshd, device: RemoteDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = device.timer().load(graph(), workload=WORKLOAD)
+    hung = agent_of(server)
+    monkeypatch.setitem(remote.PATIENCE_S, "run", 1.0)
+    os.kill(hung, signal.SIGSTOP)
+    try:
+        assert runner.run() > 0
+    finally:
+        os.kill(hung, signal.SIGCONT)
+    assert device.notes == ["the agent on board did not answer and was started again"]
+
+
+def test_a_board_that_never_answers_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: RemoteDevice
+) -> None:
+    sshd = loopback.start(tmp_path, settings="ForceCommand sleep 600")
+    monkeypatch.setenv("ZIPC_SSH", sshd.command)
+    monkeypatch.setattr(remote, "GREETING_S", 1.0)
+    try:
+        with pytest.raises(RemoteError, match="stopped answering"):
+            device.timer()
+    finally:
+        sshd.stop()
+
+
 def test_a_board_that_stays_away_is_an_error_that_says_what_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: RemoteDevice
 ) -> None:
     sshd = loopback.start(tmp_path)
     monkeypatch.setenv("ZIPC_SSH", sshd.command)
     runner = device.timer().load(graph(), workload=WORKLOAD)
-    sshd.stop()
-    for pid in _sessions(sshd):
-        os.kill(pid, signal.SIGKILL)
+    sshd.vanish()
     with pytest.raises(RemoteError, match="nothing answers at its ssh port"):
         runner.run()
-
-
-def _sessions(sshd: loopback.Sshd) -> list[int]:
-    """Sessions outlive the server that began them."""
-    mark = str(sshd.folder / "config").encode()
-    found = []
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if mark in entry.read_bytes():
-                found.append(int(entry.parent.name))
-        except OSError:
-            continue
-    return found
 
 
 def test_the_agent_ends_with_its_object(server: loopback.Sshd, device: RemoteDevice) -> None:
@@ -228,7 +243,7 @@ def test_an_unreadable_command_for_ssh_is_refused(
         device.timer()
 
 
-def test_a_board_that_slows_down_is_told_and_given_up_when_much(
+def test_a_board_that_slows_down_is_told_and_given_up_where_it_lasts(
     device: RemoteDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     factor = [1.0]
@@ -250,5 +265,8 @@ def test_a_board_that_slows_down_is_told_and_given_up_when_much(
     interleave([anchor, second], rounds=4)
     assert "board became 1.30 times slower" in device.notes[0]
     factor[0] = 2.5
+    interleave([anchor, first], rounds=4)
+    assert "board became 2.50 times slower" in device.notes[1]
+    monkeypatch.setattr(remote, "LASTING_S", 0.0)
     with pytest.raises(NoisyMeasurement, match="cool it"):
         interleave([anchor, first], rounds=4)

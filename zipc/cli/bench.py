@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from zipc.cli.flags import FormatFlag, parse_seconds
+from zipc.cli.flags import FormatFlag, HostFlag, HostPythonFlag, parse_seconds
 from zipc.cli.printing import show_fields
 from zipc.cli.running import Outcome, run_verb
 from zipc.core.errors import UsageError
@@ -26,13 +26,8 @@ def bench_verb(
     max_time: Annotated[
         str | None, typer.Option("--max-time", help="Measure about this long, e.g. 30s.")
     ] = None,
-    host: Annotated[
-        str | None,
-        typer.Option("--host", help="Measure on this board, named as ssh names it: user@board."),
-    ] = None,
-    host_python: Annotated[
-        str, typer.Option("--host-python", help="The board's Python that has ONNX Runtime.")
-    ] = "python3",
+    host: HostFlag = None,
+    host_python: HostPythonFlag = "python3",
     format: FormatFlag = "table",
 ) -> None:
     """Measure OUT/model.onnx against OUT/reference.onnx again: exit 0 when the promise holds."""

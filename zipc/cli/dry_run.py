@@ -11,6 +11,7 @@ from rich.table import Table
 
 from zipc.cli.running import Outcome
 from zipc.core.request import Request
+from zipc.core.types import Target
 from zipc.targets import load_target
 
 
@@ -23,6 +24,8 @@ def dry_run(request: Request) -> Outcome:
     """
     target = load_target(request.target)
     request.check(target)
+    if request.host is not None:
+        _check_host(target, request)
     data = None if request.data is None else _describe_data(request)
     asked = {k: _plain(v) for k, v in dataclasses.asdict(request).items()}
     asked["input_shapes"] = [str(spec) for spec in request.input_shapes]
@@ -45,6 +48,12 @@ def dry_run(request: Request) -> Outcome:
         console.print("dry run: nothing was measured or written")
 
     return Outcome(document, show)
+
+
+def _check_host(target: Target, request: Request) -> None:
+    from zipc.devices import open_device
+
+    open_device(target, request.host, python=request.host_python)
 
 
 def _describe_data(request: Request) -> str:

@@ -60,6 +60,17 @@ InputShapesFlag = Annotated[
         rich_help_panel=_WORKLOAD,
     ),
 ]
+HostFlag = Annotated[
+    str | None,
+    typer.Option(
+        "--host",
+        help="Measure on this board, named as ssh names it: user@board.",
+        metavar="USER@BOARD",
+    ),
+]
+HostPythonFlag = Annotated[
+    str, typer.Option("--host-python", help="The board's Python that has ONNX Runtime.")
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +89,8 @@ class ModelFlags:
     target: Annotated[
         str, typer.Option("--target", help="A built-in target, or the path of a .toml file.")
     ] = "cpu"
+    host: HostFlag = None
+    host_python: HostPythonFlag = "python3"
     numerics: Annotated[
         Numerics,
         typer.Option(
@@ -159,6 +172,8 @@ class ModelFlags:
         return {
             "model": self.model,
             "target": self.target,
+            "host": self.host,
+            "host_python": self.host_python,
             "numerics": self.numerics,
             "include": tuple(self.include or ()),
             "exclude": tuple(self.exclude or ()),

@@ -140,7 +140,9 @@ def _asked(manifest: Manifest) -> str:
 def _facts(manifest: Manifest) -> Iterable[tuple[str, str]]:
     latency, size = manifest.latency, manifest.size
     yield "model", f"{manifest.model.source}  sha256 {manifest.model.sha256[:12]}"
-    yield "target", f"{manifest.target}: {manifest.workload}"
+    host = latency.fingerprint.get("host")
+    place = "" if host is None else f" on {host}"
+    yield "target", f"{manifest.target}{place}: {manifest.workload}"
     times = "not measured: the device is not here"
     if latency.reference_ms is not None:
         times = f"reference {_ms(latency.reference_ms)}, compiled {_ms(latency.compiled_ms)}"
@@ -238,7 +240,8 @@ def _next_commands(manifest: Manifest, out: Path) -> Iterable[str]:
         yield f"trtexec {flags} --onnx={out}/model.onnx  (on the device)"
     else:
         if any(file.path == "reference.onnx" for file in manifest.files):
-            yield f"zipc bench {out}"
+            host = manifest.latency.fingerprint.get("host")
+            yield f"zipc bench {out}" + ("" if host is None else f" --host {host}")
         yield f"zipc check NEW --baseline {out}"
     own = manifest.model.source
     factory = f", factory='{own}'" if split_reference(own) is not None else ""
@@ -287,6 +290,8 @@ def _value(value: Any) -> str:
 
 
 _FLAGS: Mapping[str, str] = {  # those whose value is their text
+    "host": "--host",
+    "host_python": "--host-python",
     "data": "--data",
     "numerics": "--numerics",
     "pattern": "--pattern",

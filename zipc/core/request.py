@@ -20,6 +20,8 @@ class Request:
     data: str | None = None
     output: Path | None = None
     target: str = "cpu"
+    host: str | None = None  # the board to measure on, as ssh names it; None is this machine
+    host_python: str = "python3"
     speedup: float | None = None
     latency_ms: float | None = None
     numerics: str = "auto"  # auto | fp32 | int8 | int8-dynamic | int8-static

@@ -1,0 +1,140 @@
+"""Compiles that are measured on a board: a real sshd on loopback, real graphs, real times."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import loopback
+from tests.command_line import Run, command_line
+from tests.tiny_project import Told, model_folder, pairs_file, request, small_effort
+from zipc import pricing
+from zipc.core.errors import RemoteError, UsageError
+from zipc.core.request import Request
+from zipc.effort import EFFORTS
+from zipc.latency_tables.store import read_table
+from zipc.manifest import Manifest
+from zipc.pipeline import compile_model, profile_model
+from zipc.profiler import remote
+from zipc.profiler.device import LocalDevice
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("project")
+    return model_folder(root / "model"), pairs_file(root / "pairs.csv")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[loopback.Sshd]:
+    sshd = loopback.start(tmp_path_factory.mktemp("sshd"))
+    yield sshd
+    sshd.stop()
+
+
+@pytest.fixture(autouse=True)
+def over_there(server: loopback.Sshd, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: LocalDevice) -> None:
+        raise AssertionError("something was timed on this machine")
+
+    monkeypatch.setenv("ZIPC_SSH", server.command)
+    monkeypatch.setattr(remote, "PAUSES_S", (0.0, 0.0))
+    monkeypatch.setattr(LocalDevice, "timer", refuse)
+    monkeypatch.setattr(pricing, "TRUSTED_ERROR", math.inf)  # of a network of microseconds
+    monkeypatch.setattr(remote, "LASTING_S", math.inf)
+    monkeypatch.setattr(pricing, "SWEEP_ROUNDS", 6)
+    small_effort(monkeypatch)
+    monkeypatch.setitem(EFFORTS, "quick", replace(EFFORTS["quick"], verdict_pairs=60))
+
+
+class CutOff(Told):
+    """Cuts something off once the first prices are there."""
+
+    def __init__(self, cut: Any) -> None:
+        super().__init__()
+        self.cut = cut
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        if self._name == "measuring prices" and self.cut is not None:
+            cut, self.cut = self.cut, None
+            cut()
+
+
+def asked(project: tuple[Path, Path], tmp_path: Path, **rest: Any) -> Request:
+    board = {"host": loopback.ALIAS, "host_python": sys.executable, "speedup": 1.2}
+    return request(*project, tmp_path / "out", tmp_path / "cache", **(board | rest))
+
+
+def test_a_compile_is_measured_on_the_board_through_a_lost_connection(
+    project: tuple[Path, Path], tmp_path: Path, server: loopback.Sshd
+) -> None:
+    progress = CutOff(server.drop_connections)
+    manifest = compile_model(asked(project, tmp_path), progress=progress)
+    out = tmp_path / "out"
+    assert Manifest.read(out) == manifest
+    assert manifest.verdict in ("validated", "inconclusive", "missed")
+    assert manifest.latency.table_kind == "measured"
+    assert manifest.latency.fingerprint["host"] == "board"
+    assert manifest.request.model_dump()["host"] == "board"
+    for told in ("under ONNX Runtime's default options", "lost and taken up again"):
+        assert sum(told in note for note in manifest.latency.notes) == 1
+    assert json.loads((out / "samples.json").read_text())["compiled_ms"]
+
+
+def test_the_table_of_a_board_serves_that_board_alone(
+    project: tuple[Path, Path], tmp_path: Path
+) -> None:
+    first = profile_model(asked(project, tmp_path), progress=Told())
+    again = profile_model(asked(project, tmp_path), progress=Told())
+    other = profile_model(asked(project, tmp_path, host=loopback.OTHER), progress=Told())
+    assert (first.from_cache, again.from_cache, other.from_cache) == (False, True, False)
+    assert first.table_path == again.table_path != other.table_path
+    assert first.table_path.parts[-3] == "cpu@board"
+    assert read_table(other.table_path).fingerprint["host"] == "board-2"
+
+
+def test_a_board_that_vanishes_costs_nothing_that_was_measured(
+    project: tuple[Path, Path],
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    server: loopback.Sshd,
+) -> None:
+    doomed = loopback.start(tmp_path_factory.mktemp("doomed"))
+    monkeypatch.setenv("ZIPC_SSH", doomed.command)
+    with pytest.raises(RemoteError, match="nothing answers"):
+        profile_model(asked(project, tmp_path), progress=CutOff(doomed.vanish))
+    monkeypatch.setenv("ZIPC_SSH", server.command)  # the same board, switched on again
+    told = Told()
+    result = profile_model(asked(project, tmp_path), progress=told)
+    reused = [int(line.split()[0]) for line in told.infos if "prices reused" in line]
+    assert reused
+    assert 0 < reused[0] < result.entries
+
+
+def test_threads_are_those_of_the_board(project: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="processors of board"):
+        profile_model(asked(project, tmp_path, threads=100_000), progress=Told())
+
+
+def test_an_unknown_board_ends_before_anything_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run: Run = command_line(capsys)
+    code, _, err = run("profile", str(tmp_path / "none"), "--host", "no-such-board.invalid")
+    assert code == 2
+    assert "there is no such host" in err
+
+
+def test_a_target_of_another_runtime_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    run: Run = command_line(capsys)
+    code, _, err = run("profile", "minilm", "--target", "orin", "--host", "board", "--dry-run")
+    assert code == 2
+    assert "tensorrt" in err
