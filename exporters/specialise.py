@@ -21,7 +21,7 @@ from zipc.exporters.shapes import (
     write_target_,
 )
 
-EMISSION = 2  # of the way graphs are written: prices of another are not prices of these
+EMISSION = 3  # of the way graphs are written: prices of another are not prices of these
 FloatArray = np.ndarray[Any, np.dtype[np.float32]]
 
 

@@ -101,6 +101,11 @@ class Case:
         return self.structure.sites
 
     @property
+    def inner(self) -> list[Site]:
+        """Sites without which the residual stream is still there."""
+        return [s for s in self.sites if s.kind != "width"]
+
+    @property
     def weights(self) -> dict[str, Tensor]:
         return dict(self.program.tensors.values())
 

@@ -87,7 +87,7 @@ def experts(axes: Axes, atom: Atom, router: MapCall) -> tuple[tuple[Expert, ...]
     nodes = {n.name: n for n in axes.program.nodes}
     chosen = 0
     picks: dict[int, list[fx.Node]] = {}
-    for name in (*scores, *shares):
+    for name in sorted(scores | shares):
         for user in nodes[name].users:
             if op_name(user).startswith(_IDLE) or user.name in scores or user.name in shares:
                 continue
@@ -99,7 +99,7 @@ def experts(axes: Axes, atom: Atom, router: MapCall) -> tuple[tuple[Expert, ...]
                 return f"{op_name(user)} ({user.name}) reads the scores or shares of its experts"
     carrying = {n for n, dims in axes.of.items() if any(atom in leaves(dim) for dim in dims)}
     carrying -= {n.name for n in axes.program.nodes if n.op == "placeholder"}
-    for name in carrying - scores - shares:
+    for name in sorted(carrying - scores - shares):
         if not (op_name(nodes[name]) in _ZEROS and set(nodes[name].users) <= _scatters(axes)):
             return f"op {op_name(nodes[name])} ({name}) keeps a value for each expert"
     if not chosen or sorted(picks) != list(range(int(atom.size))):

@@ -629,7 +629,7 @@ def _topk(axes: Axes, node: fx.Node) -> list[list[Dim]]:
     assert isinstance(source, fx.Node)
     dims, count = axes.dims(source), argument(node, 1, "k")
     at = int(argument(node, 2, "dim", -1)) % len(dims)
-    if not isinstance(count, int):
+    if not isinstance(count, int) or not argument(node, 3, "largest", True):
         return _opaque(axes, node)
     tie([dims[at]], f"the largest of it are chosen ({node.name})")
     taken: Dim = [Atom(count)]
@@ -642,7 +642,8 @@ def _scatter(axes: Axes, node: fx.Node) -> list[Dim]:
     """Values written where indices say, of which is known what they are indices of."""
     into, along, index = (argument(node, i, n) for i, n in enumerate(("self", "dim", "index")))
     values = argument(node, 3, "src")
-    if getattr(index, "name", "") not in axes.chosen or not isinstance(values, fx.Node):
+    known = getattr(index, "name", "") in axes.chosen and isinstance(values, fx.Node)
+    if not known or node.kwargs:
         return _unknown(axes, node)
     dims, at = axes.dims(into), int(along) % len(axes.dims(into))
     unify(dims[at], axes.chosen[index.name], where=node.name)

@@ -269,7 +269,7 @@ def attribute_candidates(
     the right value, otherwise only those with a name that says so.
     """
     if site.kind == "width" and not every:
-        return []  # what has a number of that name has it of the heads, mostly
+        return []  # a number of that name is as large by way of the heads, mostly
     around = {_owner(_owner(piece.parameter)) for piece in site.slices}
     if site.experts:
         around |= {*site.producers, *(_owner(m) for e in site.experts for m in e.modules)}

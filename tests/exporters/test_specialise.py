@@ -107,7 +107,7 @@ def test_random_allocations_equal_surgery(family: str, seed: int) -> None:
 def test_each_site_removed_alone_equals_surgery_and_frees_its_operators(family: str) -> None:
     made = case(family)
     dense = dense_graph(family)
-    for site in made.sites:
+    for site in made.inner:
         kept = everything(made) | {site.name: []}
         graph = specialise(dense, edit_of(made, kept))
         proto = graph.to_proto()
@@ -123,7 +123,7 @@ def test_each_site_removed_alone_equals_surgery_and_frees_its_operators(family: 
 @families
 def test_everything_removed_equals_surgery(family: str) -> None:
     made = case(family)
-    kept: dict[str, list[int]] = {site.name: [] for site in made.sites}
+    kept = everything(made) | {site.name: [] for site in made.inner}
     graph = specialise(dense_graph(family), edit_of(made, kept))
     feeds = text(family, batch=3, length=6)
     got = onnx_output(graph.to_bytes(), feeds)
@@ -187,7 +187,7 @@ def quantised(
     """An edit with every linear of the kept sites in int8."""
     weights = made.weights | sliced(made, kept)[0]
     modules = []
-    for site in made.sites[:only]:
+    for site in made.inner[:only]:
         if kept[site.name]:
             modules += site.maps
     inputs: dict[str, Tensor] = {}
@@ -245,8 +245,8 @@ def surgered_int8(made: Case, kept: Kept, numerics: Mapping[str, str]) -> torch.
 def test_int8_graphs_equal_the_torch_simulation(family: str, numeric: str, tmp_path: Path) -> None:
     made = case(family)
     kept = random_kept(made, 2, removed=False)
-    if len(made.sites) > 2:
-        kept[made.sites[1].name] = []
+    if len(made.inner) > 2:
+        kept[made.inner[1].name] = []
     edit, held = quantised(made, kept, numeric)
     graph = specialise(dense_graph(family), edit)
     module = simulated(made, kept, numeric, held)

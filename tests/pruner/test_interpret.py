@@ -78,7 +78,7 @@ def test_a_run_resumed_where_two_candidates_part_equals_a_whole_run(family: str)
     feeds = text(family, batch=2, length=5)
     sites = made.sites
     candidates = [everything(made), random_kept(made, 0), random_kept(made, 1)]
-    candidates.append({s.name: [] for s in sites})
+    candidates.append({s.name: [0, 1] if s.kind == "width" else [] for s in sites})
     candidates.append({s.name: [] if s.kind == "heads" else [0, 1] for s in sites})
     cuts = {s.name: made.executor.first_effect(s) for s in sites}
     for old, new in itertools.permutations(candidates, 2):

@@ -89,7 +89,7 @@ def test_kept_units_are_nested_in_width(family: str) -> None:
     made = case(family)
     held = levels(family) if family in FAMILY_NAMES else None
     for site in made.sites:
-        assert widths_of(site, step=32)[0] == (0 if site.removable else 1)
+        assert widths_of(site, step=32)[0] == site.least
         assert widths_of(site, step=32)[-1] == site.units
         if held is None:
             continue

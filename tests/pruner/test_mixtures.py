@@ -44,17 +44,19 @@ class Mixture(nn.Module):
         own: bool = True,
         chosen: int = CHOSEN,
         twice: bool = False,
+        largest: bool = True,
     ) -> None:
         super().__init__()
         self.router = nn.Linear(WIDTH, COUNT)
         first = Expert(bias)
         self.experts = nn.ModuleList(first if not own else Expert(bias) for _ in range(COUNT))
         self.scores, self.shares, self.into, self.chosen = scores, shares, into, chosen
-        self.twice = twice
+        self.twice, self.largest = twice, largest
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.reshape(-1, WIDTH)
-        best, index = self.scores(self.router(tokens)).softmax(-1).topk(self.chosen, dim=-1)
+        scores = self.scores(self.router(tokens)).softmax(-1)
+        best, index = scores.topk(self.chosen, dim=-1, largest=self.largest)
         shares = tokens.new_zeros(tokens.shape[0], len(self.experts))
         if self.into:
             shares = shares + self.into
@@ -104,8 +106,9 @@ def test_experts_in_a_list_go_exactly() -> None:
         Mixture(own=False),  # one expert under four names
         Mixture(chosen=COUNT),
         Mixture(twice=True),  # the share itself is added
+        Mixture(largest=False),  # minus infinity is chosen first
     ],
-    ids="tanh mean normalised exp background bias shared all twice".split(),
+    ids="tanh mean normalised exp background bias shared all twice smallest".split(),
 )
 def test_mixtures_that_do_something_else_keep_all_experts(module: nn.Module) -> None:
     made = case(module)

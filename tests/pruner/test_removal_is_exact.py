@@ -11,9 +11,9 @@ from tests.tiny_models import (
     everything,
     first,
     random_kept,
-    sliced,
     surgered,
     text,
+    variant_of,
     zeroed,
 )
 from zipc.pruner.graph.interpret import Variant
@@ -46,7 +46,7 @@ def test_every_unit_of_every_site_removed_equals_zeroed(family: str) -> None:
 @families
 def test_a_whole_site_removed_leaves_the_bias_of_its_consumer(family: str) -> None:
     made = case(family, torch.float64)
-    for site in made.sites:
+    for site in made.inner:
         kept = everything(made) | {site.name: []}
         module = surgered(made, kept)
         want = zeroed(made, kept, made.example)
@@ -68,11 +68,8 @@ def test_random_units_at_all_sites_agree_three_ways(family: str, seed: int) -> N
     kept = random_kept(made, seed)
     feeds = text(family, batch=3, length=11, seed=seed)  # not the traced sizes
     want = zeroed(made, kept, feeds)
-    tensors, constants = sliced(made, kept)
-    widths = {name: len(units) for name, units in kept.items()}
     with torch.no_grad():
-        variant = Variant(tensors=tensors, constants=constants, widths=widths)
-        (run,), _ = made.executor.run(feeds, variant)
+        (run,), _ = made.executor.run(feeds, variant_of(made, kept))
     assert apart(first(surgered(made, kept)(**feeds)), want) < EXACT
     assert apart(run, want) < EXACT
 
@@ -80,12 +77,9 @@ def test_random_units_at_all_sites_agree_three_ways(family: str, seed: int) -> N
 @families
 def test_everything_removed_still_runs(family: str) -> None:
     made = case(family, torch.float64)
-    kept: dict[str, list[int]] = {site.name: [] for site in made.sites}
+    kept = everything(made) | {site.name: [] for site in made.inner}
     want = zeroed(made, kept, made.example)
-    _, constants = sliced(made, kept)
-    (run,), _ = made.executor.run(
-        made.example, Variant(constants=constants, widths=dict.fromkeys(kept, 0))
-    )
+    (run,), _ = made.executor.run(made.example, variant_of(made, kept))
     assert apart(first(surgered(made, kept)(**made.example)), want) < EXACT
     assert apart(run, want) < EXACT
 

@@ -102,12 +102,12 @@ def test_numerics_come_back_as_integer_linears(numeric: str) -> None:
 def test_modules_remember_their_new_number_of_heads(family: str) -> None:
     made = case(family)
     kept = everything(made)
-    for site in made.sites:
+    for site in made.inner:
         if site.kind == "heads":
             kept[site.name] = [0, 2, 3]
     pruned = surgered(made, kept)
     found = 0
-    for site in made.sites:
+    for site in made.inner:
         for path in {p.rpartition(".")[0] for p in site.producers}:
             old, new = made.module.get_submodule(path), pruned.get_submodule(path)
             for name in surgery.UNIT_COUNTS:
