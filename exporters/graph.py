@@ -112,6 +112,16 @@ class OnnxGraph:
         proto.ir_version = max(proto.ir_version, lowest)
         self.proto = proto
 
+    def set_opset_(self, version: int) -> None:
+        """Declare this version of the standard opset, where a newer one is not needed any more."""
+        proto = onnx.ModelProto()
+        proto.CopyFrom(self.proto)
+        for entry in proto.opset_import:
+            if entry.domain in ("", "ai.onnx"):
+                entry.version = version
+        proto.ir_version = helper.find_min_ir_version_for(list(proto.opset_import))
+        self.proto = proto
+
     def add_inputs_(self, shapes: Mapping[str, list[int]]) -> None:
         """Let the graph be given more values, in floats."""
         proto = onnx.ModelProto()

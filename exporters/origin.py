@@ -10,6 +10,8 @@ import torch
 from onnx import NodeProto
 from torch import fx
 
+from zipc.exporters.graph import OnnxGraph
+
 _FX_NODE = "pkg.torch.onnx.fx_node"  # where the exporter keeps the text of a node
 
 
@@ -70,6 +72,34 @@ def origin_of(
             name = items.get((name, node.args[1]), name)
         back[node.name] = name
     return Origin(back, traced.graph)
+
+
+def places(graph: OnnxGraph, traced: torch.export.ExportedProgram) -> dict[str, str]:
+    """Name of an ONNX node -> the traced operation and the torch module it came from.
+
+    A node that a pass made has the place of the nearest one that has a place: a Cast that of what
+    reads it.
+    """
+    paths = {n.name: _module(n) for n in traced.graph.nodes}
+    producers, consumers = graph.producers(), graph.consumers()
+    found: dict[str, str] = {}
+    for node in graph.nodes:
+        at, seen = [node], {id(node)}
+        for near in at:
+            name = next((graph.origin[o] for o in near.output if o in graph.origin), None)
+            if name is not None:
+                found[node.name] = f"{name} of {paths.get(name) or 'the model itself'}"
+                break
+            around = [c for o in near.output for c in consumers.get(o, [])]
+            around += [producers[i] for i in near.input if i in producers]
+            at += [n for n in around if id(n) not in seen]
+            seen.update(id(n) for n in around)
+    return found
+
+
+def _module(node: fx.Node) -> str:
+    stack = node.meta.get("nn_module_stack") or {"": ("", "")}
+    return str(list(stack.values())[-1][0])
 
 
 def _items(graph: fx.Graph) -> dict[tuple[str, object], str]:

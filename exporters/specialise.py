@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from onnx import NodeProto, TensorProto
@@ -27,9 +27,10 @@ FloatArray = np.ndarray[Any, np.dtype[np.float32]]
 
 @dataclass(frozen=True, slots=True)
 class Int8Weights:
-    """What an integer linear needs. `values` (out, in) int8, `scale` (out,).
+    """What an integer map needs. `values` (out, in) int8, `scale` (out,).
 
-    `activation` is (scale, zero point) of a calibrated input, or None for a dynamic range.
+    Those of a convolution lie as in torch. `activation` is (scale, zero point) of a calibrated
+    input, or None for a dynamic range.
     """
 
     values: np.ndarray[Any, np.dtype[np.int8]]
@@ -55,7 +56,36 @@ class Edit:
     silent: Collection[str] = ()
 
 
-def specialise(dense: OnnxGraph, edit: Edit, *, part: bool = False) -> OnnxGraph:
+class Emitter(Protocol):
+    """Writes what differs from runtime to runtime: integer maps, and the last passes."""
+
+    def quantise_(
+        self, graph: OnnxGraph, maps: Mapping[str, Int8Weights], *, part: bool
+    ) -> None: ...
+
+    def finish_(self, graph: OnnxGraph) -> None: ...
+
+
+class OnnxRuntime:
+    """The `Emitter` for ONNX Runtime on a CPU: U8 x S8 products that have integer kernels there."""
+
+    def quantise_(self, graph: OnnxGraph, maps: Mapping[str, Int8Weights], *, part: bool) -> None:
+        rounding = _Rounding(graph)
+        for module, weights in maps.items():
+            for call in graph.map_nodes(module + ".weight"):
+                _quantise_(graph, call, weights, rounding)
+        rounding.give_scales(part=part)
+
+    def finish_(self, graph: OnnxGraph) -> None:
+        finish(graph)
+
+
+ONNX_RUNTIME = OnnxRuntime()
+
+
+def specialise(
+    dense: OnnxGraph, edit: Edit, *, part: bool = False, emitter: Emitter = ONNX_RUNTIME
+) -> OnnxGraph:
     """A copy of `dense` with the edit applied. Pure: `dense` is unchanged.
 
     In a `part`, the graph of one site, what the whole graph computes once for all is an input.
@@ -76,12 +106,8 @@ def specialise(dense: OnnxGraph, edit: Edit, *, part: bool = False) -> OnnxGraph
     for module, constant in edit.removed.items():
         _remove_(graph, module, constant, edit)
     drop_empty_inputs_(graph)
-    rounding = _Rounding(graph)
-    for module, weights in edit.int8.items():
-        for call in graph.map_nodes(module + ".weight"):
-            _quantise_(graph, call, weights, rounding)
-    rounding.give_scales(part=part)
-    finish(graph)
+    emitter.quantise_(graph, edit.int8, part=part)
+    emitter.finish_(graph)
     return graph
 
 

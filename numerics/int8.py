@@ -101,6 +101,15 @@ def activation_range(low: float, high: float) -> ActivationRange:
     return ActivationRange(scale, int(min(max(round(-low / scale), 0), 255)))
 
 
+def symmetric(at: ActivationRange) -> ActivationRange:
+    """The symmetric range that covers another, for runtimes whose integers are all S8.
+
+    Its zero point in U8 is 128, so that q - 128 is the S8 value and 0 its zero point.
+    """
+    largest = at.scale * max(at.zero_point, 255 - at.zero_point)
+    return ActivationRange(largest / 127, 128)
+
+
 def calibrate(x: Tensor, weight: Tensor) -> ActivationRange:
     """Choose the clipping range that gives the least output error of `weight` on sample `x`.
 

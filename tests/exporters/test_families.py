@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Mapping
 
 import numpy as np
@@ -10,18 +11,30 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from onnx import helper
+from onnx import TensorProto, helper
 from torch import Tensor, fx, nn
 from torch.func import functional_call
 
 from tests.zoo import ZOO
+from zipc.core.types import Workload
 from zipc.exporters.finish import finish
 from zipc.exporters.graph import OnnxGraph
 from zipc.exporters.onnx_export import check_parity, export_dense
+from zipc.exporters.specialise import Edit
+from zipc.exporters.tensorrt.emit import emit
+from zipc.exporters.tensorrt.engine import build_engine
+from zipc.exporters.tensorrt.half import kept_in_fp32
+from zipc.exporters.tensorrt.lower import lower_
 from zipc.pruner.graph.trace import Program, trace
 
 BOUND = 1e-4
+IN_HALF = 2e-2
+AMPLIFY = {"mobilenet-v3": 0.3}  # fp16 weights alone move this random network by that in torch
+UNKNOWN_TO_10_3 = {"Attention", "RMSNormalization", "RotaryEmbedding", "MatMulInteger"}
 families = pytest.mark.parametrize("family", ZOO)
+needs_rtx = pytest.mark.skipif(
+    importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx-cu13 is not installed"
+)
 # operators whose kernels the graphs of a family are written for
 EXPECTED = {
     "gpt2": {"Attention": 2, "Gelu": 2, "Split": 2},
@@ -173,3 +186,54 @@ def test_graphs_are_of_the_standard_domain_and_say_nothing_of_their_making(famil
     assert not any(n.metadata_props for n in proto.graph.node)
     assert b"site-packages" not in proto.SerializeToString()
     assert {n.domain for n in proto.graph.node} <= {"", "ai.onnx"}
+
+
+# --- TensorRT -----------------------------------------------------------------------------------
+
+
+@families
+def test_a_graph_for_tensorrt_equals_torch_and_keeps_names_types_and_axes(family: str) -> None:
+    module, _, dense = made(family)
+    lowered = dense.copy()
+    lower_(lowered)
+    graph = emit(dense, Edit(), maxima={})
+    proto = graph.to_proto()
+    onnx.checker.check_model(proto, full_check=True)
+    assert list(proto.graph.input) == list(dense.proto.graph.input)
+    assert list(proto.graph.output) == list(dense.proto.graph.output)
+    sizes = {"length": 9} if ZOO[family].modality == "text" else {}
+    for feeds in (ZOO[family].example(), ZOO[family].example(batch=3, seed=2, **sizes)):
+        want = [first(module(**feeds)).numpy()]
+        check_parity(run(lowered, feeds), want, bound=BOUND, what="in fp32")
+        bound = AMPLIFY.get(family, IN_HALF)
+        check_parity(run(graph, feeds), want, bound=bound, what="in fp16")
+
+
+@families
+def test_in_a_graph_for_tensorrt_products_and_norms_are_in_fp16(family: str) -> None:
+    dense = made(family)[2]
+    graph = emit(dense, Edit(), maxima={})
+    proto = graph.to_proto()
+    assert {o.domain: o.version for o in proto.opset_import} == {"": 20}
+    assert not UNKNOWN_TO_10_3 & {n.op_type for n in proto.graph.node}
+    heavy = ("MatMul", "Gemm", "Conv", "ConvTranspose", "LayerNormalization", "Softmax")
+    kept = {k.node for k in kept_in_fp32(graph)}
+    for step in proto.graph.node:
+        if step.op_type not in heavy:
+            continue
+        from_numbers = step.name in kept  # rotary angles are a product of positions
+        kind = TensorProto.FLOAT if from_numbers else TensorProto.FLOAT16
+        assert {graph.types[i] for i in step.input if i} == {kind}, step.name
+    counts = (g.op_counts()["LayerNormalization"] for g in (dense, graph))
+    assert len(set(counts)) == 1
+
+
+@needs_rtx
+@families
+def test_tensorrt_builds_the_graph_of_every_family(family: str) -> None:
+    graph = emit(made(family)[2], Edit(), maxima={})
+    shapes = {name: tuple(t.shape) for name, t in ZOO[family].example().items()}
+    workload = Workload(sequence_length=None, input_shapes=shapes)
+    built = build_engine(graph.to_bytes(), compute_capability="sm80", workload=workload)
+    assert len(built.plan) > 1000
+    assert not built.validated

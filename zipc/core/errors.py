@@ -7,6 +7,7 @@ ZipcError                  exit code 2 unless said otherwise
 │   └── CorruptFile        a file of ours was truncated, edited or is of a newer schema
 ├── TargetUnreachable      exit code 1: no allocation meets the request
 ├── ExportMismatch         the emitted graph disagrees with the torch module, or lost its kernels
+├── EngineFailed           TensorRT refuses a graph, or its builder crashes, hangs or wants too much
 ├── NoisyMeasurement       exit code 3: the machine is too noisy for a verdict
 └── RemoteError            a board over ssh did not do what was asked
 
@@ -50,6 +51,11 @@ class TargetUnreachable(ZipcError):
 
 class ExportMismatch(ZipcError):
     """The emitted graph differs from the torch module, or its integer kernels do not run."""
+
+
+class EngineFailed(ZipcError):
+    """TensorRT refuses the graph, its builder crashed or went over a limit, or the engine is not
+    what was asked for."""
 
 
 class NoisyMeasurement(ZipcError):
