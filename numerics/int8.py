@@ -110,18 +110,19 @@ def symmetric(at: ActivationRange) -> ActivationRange:
     return ActivationRange(largest / 127, 128)
 
 
-def calibrate(x: Tensor, weight: Tensor) -> ActivationRange:
+def calibrate(x: Tensor, weight: Tensor, *, signed: bool = False) -> ActivationRange:
     """Choose the clipping range that gives the least output error of `weight` on sample `x`.
 
     x (tokens, in), weight (out, in). Tries shrinking the min-max range from both ends, and judges
-    each on tokens spread over the sample.
+    each on tokens spread over the sample. `signed` asks for symmetric ranges.
     """
     low, high = float(x.min()), float(x.max())
     x = x[:: max(1, len(x) // CALIBRATION_ROWS)]
     exact = x @ weight.T
-    best, best_error = activation_range(low, high), float("inf")
+    made = (lambda a, b: symmetric(activation_range(a, b))) if signed else activation_range
+    best, best_error = made(low, high), float("inf")
     for shrink in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2):
-        at = activation_range(low * shrink, high * shrink)
+        at = made(low * shrink, high * shrink)
         error = float((fake_quantize_static(x.clone(), at) @ weight.T - exact).square().sum())
         if error < best_error:
             best, best_error = at, error

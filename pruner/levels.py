@@ -97,9 +97,10 @@ class Levels:
         *,
         weight_limit: int = 127,
         floats: str = "fp32",
+        signed: bool = False,
         compensator: str = "least_squares",
     ) -> None:
-        """`floats` is what a level in fp32 runs in on the target."""
+        """`floats` is what a level in fp32 runs in on the target; `signed`: its integers are S8."""
         self.sites = sites
         self.calls = calls
         self.weights = weights
@@ -108,6 +109,7 @@ class Levels:
         self.cuts = Cuts(sites.values())
         self._limit = weight_limit
         self._floats = floats
+        self.signed = signed
         self._compensate = COMPENSATORS[compensator]
         self._touching = {
             m: dict.fromkeys([*self.cuts.sites_of(c.weight), *self.cuts.sites_of(c.bias or "")])
@@ -247,7 +249,8 @@ class Levels:
         held = self.stats[module]
         activation = None
         if numeric == STATIC and len(inputs) < held.sample.shape[1]:
-            activation = calibrate(held.sample[:, inputs], matrices(call, weight)[0])
+            seen, matrix = held.sample[:, inputs], matrices(call, weight)[0]
+            activation = calibrate(seen, matrix, signed=self.signed)
         elif numeric == STATIC:
             activation = self._shared_range(call)
         gram = held.gram[0][inputs][:, inputs] if feedback else None
@@ -263,7 +266,8 @@ class Levels:
                 if c.source == call.source and not c.convolution and c.module in self.stats
             ]
             matrix = torch.cat([matrices(c, self.weights[c.weight])[0] for c in readers])
-            self._ranges[call.source] = calibrate(self.stats[call.module].sample, matrix)
+            sample = self.stats[call.module].sample
+            self._ranges[call.source] = calibrate(sample, matrix, signed=self.signed)
         return self._ranges[call.source]
 
     def _refitted(

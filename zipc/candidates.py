@@ -80,6 +80,7 @@ def gather(
         request.include,
         request.exclude,
         *([SPARSE] if sparse else []),
+        *(["signed"] if target.signed else []),
     )
     stats, sweeps = _evidence(
         prepared, calibration, key, request, cache, progress, unit=samples.unit, every=sparse
@@ -92,6 +93,7 @@ def gather(
         sweeps,
         weight_limit=weight_limit(prices.table.fingerprint),
         floats=prepared.numeric,
+        signed=target.signed,
     )
     progress.stage("oracle on dense")
 

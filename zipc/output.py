@@ -25,6 +25,8 @@ TIMED = " (timed)"
 KINDS = {
     "model.onnx": "model" + TIMED,
     "reference.onnx": "dense reference" + TIMED,
+    "model.engine": "engine by TensorRT-RTX, never run",
+    "build.sh": "builds and times the engine on the device",
     "samples.json": "raw timing samples of the verdict",
 }
 
@@ -131,6 +133,8 @@ def write_artifacts(
     *,
     model: bytes,
     reference: bytes | None,
+    engine: bytes | None,
+    script: str | None,
     structure: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
     source_folder: Path | None,
@@ -138,11 +142,16 @@ def write_artifacts(
 ) -> tuple[Artifact, ...]:
     """Write everything but the manifest; returns the list of files for it.
 
-    Without `samples` nothing was timed.
+    Without `samples` nothing was timed. `script` builds the engine on the device.
     """
     write_atomic(folder / "model.onnx", model)
     if reference is not None:
         write_atomic(folder / "reference.onnx", reference)
+    if engine is not None:
+        write_atomic(folder / "model.engine", engine)
+    if script is not None:
+        write_atomic(folder / "build.sh", script.encode())
+        (folder / "build.sh").chmod(0o755)
     if samples is not None:
         write_json(folder / "samples.json", samples)
     checkpoint = folder / "checkpoint"

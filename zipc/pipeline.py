@@ -35,6 +35,8 @@ from zipc.core.types import (
 )
 from zipc.devices import open_device
 from zipc.effort import effort_of
+from zipc.exporters.tensorrt.engine import build_engine, check_builder
+from zipc.exporters.tensorrt.script import build_script
 from zipc.integer_body import IntegerBody
 from zipc.latency_tables.store import TableStore, default_cache_dir
 from zipc.manifest import Manifest
@@ -49,6 +51,7 @@ from zipc.profiler.timing import interleave, warm_up
 from zipc.proof import default_pairs, paired_speedup, paired_timing
 from zipc.record import make_manifest, read_quality, samples_of
 from zipc.samples import Samples, kind_of, open_samples
+from zipc.shipped import Shipped, ship
 from zipc.sources.common import BATCH
 from zipc.stage_cache import StageCache
 from zipc.targets import load_target
@@ -109,19 +112,31 @@ def compile_model(request: Request, *, progress: Progress) -> Manifest:
         structure, tensors, _ = checkpoint(
             setup.prepared, found.built.allocation, found.built.states
         )
+        shipped = ship(
+            setup.prepared,
+            found.built,
+            dense,
+            target=setup.target,
+            workload=request.workload,
+            batches=[setup.prepared.for_graph(b) for b in setup.candidates.repair],
+        )
+        setup.candidates.notes += shipped.notes
+        engine = _engine(setup.target, shipped, request, clock)
         clock.stage("quality on test")
         quality = read_quality(
             setup.samples,
-            dense=dense,
-            compiled=found.built.model,
+            dense=shipped.reference,
+            compiled=shipped.model,
             seed=request.seed,
         )
         clock.done()
         with staged(out) as folder:
             files = write_artifacts(
                 folder,
-                model=found.built.model,
-                reference=dense if request.keep_reference else None,
+                model=shipped.model,
+                reference=shipped.reference if request.keep_reference else None,
+                engine=engine,
+                script=None if measured else build_script(shipped.model, request.workload, timing),
                 structure=structure,
                 tensors=tensors,
                 source_folder=setup.prepared.source.folder,
@@ -138,7 +153,7 @@ def compile_model(request: Request, *, progress: Progress) -> Manifest:
                 found=found,
                 timing=timing,
                 quality=quality,
-                sizes=(len(dense), len(found.built.model)),
+                sizes=(len(shipped.reference), len(shipped.model)),
                 tensors=tensors,
                 session_options=compiled.session_options,
                 files=files,
@@ -160,6 +175,22 @@ def _proved(loop: ClosedLoop, goal: float | None) -> tuple[Found, TimedGraph, Pa
     pairs = min(default_pairs(loop.prices.dense_ms), loop.effort.verdict_pairs)
     timing = paired_speedup(loop.reference, compiled, pairs=pairs, progress=loop.progress)
     return found, compiled, timing
+
+
+def _engine(target: Target, shipped: Shipped, request: Request, clock: Clock) -> bytes | None:
+    """The engine that was asked for, built by TensorRT-RTX for the GPU of the target."""
+    if request.engine is None:
+        return None
+    assert target.sheet is not None
+    clock.stage("engine")
+    built = build_engine(
+        shipped.model,
+        compute_capability=target.sheet.sm,
+        workload=request.workload,
+        places=shipped.places,
+    )
+    clock.done(f"{len(built.plan) / 1e6:.1f} MB for {built.compute_capability}, not validated")
+    return built.plan
 
 
 def _by_default(device: Device, models: list[bytes], request: Request, clock: Clock) -> str:
@@ -361,6 +392,8 @@ def _open(request: Request) -> tuple[Target, Device]:
     """
     target = load_target(request.target)
     request.check(target)
+    if request.engine is not None and target.sheet is not None:
+        check_builder(target.sheet.sm)
     device = open_device(target, request.host, python=request.host_python)
     processors = device.fingerprint().get("cores", request.threads)
     if request.threads > processors:
@@ -399,11 +432,12 @@ def _body(
 ) -> IntegerBody | None:
     """INT8 for the whole network, where it has convolutions to cut, may run in it, and gains.
 
-    Sites of linear maps alone choose their numeric one by one: see `candidates`.
+    Sites of linear maps alone choose their numeric one by one: see `candidates`. ONNX Runtime's
+    quantiser writes the graph, with unsigned activations: TensorRT would not take it.
     """
     kinds = {site.kind for site in prepared.structure.sites}
     wanted = request.numerics in ("auto", "int8", STATIC) and STATIC in target.numerics
-    if "channels" not in kinds or "heads" in kinds or not wanted:
+    if "channels" not in kinds or "heads" in kinds or not wanted or target.signed:
         return None
     progress.stage("whole network in INT8")
     body = IntegerBody(

@@ -196,8 +196,8 @@ def refuse_predicted(manifest: Any, out: Path) -> None:
     if manifest.get("verdict") == "predicted" or _table_kind(manifest) == "modelled":
         raise UsageError(
             f"{out} was made for target '{manifest.get('target')}', which is not this machine: "
-            f"times taken here say nothing about it. Time {out}/model.onnx and "
-            f"{out}/reference.onnx there, with trtexec --fp16."
+            f"times taken here say nothing about it. Run {out}/build.sh there, "
+            "where trtexec is."
         )
 
 

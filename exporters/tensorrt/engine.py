@@ -61,13 +61,7 @@ def build_engine(
         EngineFailed: the parser refuses the graph, or the builder fails, crashes, or goes over a
             limit; names the node where TensorRT does.
     """
-    if compute_capability not in COMPUTE_CAPABILITIES:
-        raise UsageError(
-            f"TensorRT-RTX does not build for {compute_capability}. Choose from: "
-            f"{', '.join(COMPUTE_CAPABILITIES)}, or build on the device with build.sh."
-        )
-    if importlib.util.find_spec("tensorrt_rtx") is None:
-        raise UsageError("TensorRT-RTX is not installed. Run: pip install 'zipc[tensorrt-rtx]'")
+    check_builder(compute_capability)
     proto = onnx.load_from_string(model)
     request = {
         "compute_capability": compute_capability,
@@ -85,6 +79,22 @@ def build_engine(
             raise EngineFailed(_refusal(answer, proto, places or {}))
         builder = f"TensorRT-RTX {answer['version']}"
         return Engine(plan.read_bytes(), builder, compute_capability)
+
+
+def check_builder(compute_capability: str) -> None:
+    """Refuse what `build_engine` could not build, before anything is loaded.
+
+    Raises:
+        UsageError: TensorRT-RTX is not installed or does not know the GPU.
+    """
+    if compute_capability not in COMPUTE_CAPABILITIES:
+        raise UsageError(
+            f"TensorRT-RTX does not build for {compute_capability}, only for "
+            f"{', '.join(COMPUTE_CAPABILITIES)}. Leave --engine out and run OUT/build.sh on the "
+            "device."
+        )
+    if importlib.util.find_spec("tensorrt_rtx") is None:
+        raise UsageError("TensorRT-RTX is not installed. Run: pip install 'zipc[tensorrt-rtx]'")
 
 
 def run_limited(command: list[str], *, log: Path, timeout_s: float, memory_mb: int) -> None:

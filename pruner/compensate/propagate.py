@@ -262,7 +262,7 @@ def _repair(
     shift = bias_of_rows(call, shift[None], base.weight)
     bias = shift if base.bias is None else base.bias.double() + shift
     fitted = _thinned(call, MapState(weight, bias, pattern=rounder.pattern), moments)
-    at = _range([matrices(call, fitted.weight)[0]], rounder.numeric, moments)
+    at = _range(run, [matrices(call, fitted.weight)[0]], rounder.numeric, moments)
     run.states.maps[consumer] = _rounded(run, call, fitted, rounder.numeric, at, moments)
 
 
@@ -301,7 +301,8 @@ def _finish_producers(run: _Run, site: Site, done: Collection[str]) -> None:
             m: _thinned(calls[m], replace(_plain(run, m), pattern=held[m].pattern), seen)
             for m in group
         }
-        at = _range([matrices(calls[m], s.weight)[0] for m, s in fitted.items()], numeric, seen)
+        weights = [matrices(calls[m], s.weight)[0] for m, s in fitted.items()]
+        at = _range(run, weights, numeric, seen)
         for module, state in fitted.items():
             run.states.maps[module] = _rounded(run, calls[module], state, numeric, at, seen)
 
@@ -318,11 +319,14 @@ def _summed(parts: Iterable[dict[str, _Moments]]) -> dict[str, _Moments]:
     return total
 
 
-def _range(weights: Sequence[Tensor], numeric: str, moments: _Moments) -> ActivationRange | None:
+def _range(
+    run: _Run, weights: Sequence[Tensor], numeric: str, moments: _Moments
+) -> ActivationRange | None:
     """The range of the input that maps (out, in) share, where theirs is a calibrated one."""
     if numeric != STATIC:
         return None
-    return calibrate(torch.cat(moments.samples), torch.cat(list(weights)))
+    sample, matrix = torch.cat(moments.samples), torch.cat(list(weights))
+    return calibrate(sample, matrix, signed=run.levels.signed)
 
 
 def _thinned(call: MapCall, state: MapState, moments: _Moments) -> MapState:

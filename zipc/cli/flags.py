@@ -309,6 +309,14 @@ class CompileFlags(SearchFlags):
     no_reference: Annotated[
         bool, typer.Option("--no-reference", help="Leave out reference.onnx; bench needs it.")
     ] = False
+    engine: Annotated[
+        Literal["rtx"] | None,
+        typer.Option(
+            "--engine",
+            help="Build an engine for the target's GPU with TensorRT-RTX, which needs no GPU. "
+            "Nothing runs it: OUT/build.sh builds and times one on the device.",
+        ),
+    ] = None
     require: Annotated[
         Literal["validated"] | None,
         typer.Option("--require", help="Exit 1 unless the verdict is this one."),
@@ -318,6 +326,7 @@ class CompileFlags(SearchFlags):
         return super()._fields() | {
             "output": self.output,
             "keep_reference": not self.no_reference,
+            "engine": self.engine,
             "require": self.require,
         }
 

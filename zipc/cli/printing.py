@@ -235,9 +235,7 @@ def _next_commands(manifest: Manifest, out: Path) -> Iterable[str]:
         more = ", or allow more with --numerics auto" if floats else ""
         yield f"zipc inspect {out}  (ask for less{more})"
     if manifest.latency.table_kind == "modelled":
-        sparse = any(a.level.pattern == "2:4" for a in manifest.allocation)
-        flags = "--fp16 --sparsity=enable" if sparse else "--fp16"
-        yield f"trtexec {flags} --onnx={out}/model.onnx  (on the device)"
+        yield f"sh {out}/build.sh  (on the device: builds the engine and times it)"
     else:
         if any(file.path == "reference.onnx" for file in manifest.files):
             host = manifest.latency.fingerprint.get("host")

@@ -45,6 +45,7 @@ class Request:
     cache_dir: Path | None = None
     keep_reference: bool = True
     allow_table_mismatch: bool = False
+    engine: str | None = None  # "rtx": TensorRT-RTX builds one for the target's GPU, untested
     require: str | None = None  # "validated": a predicted verdict is a failure too
 
     def check(self, target: Target) -> None:
@@ -61,6 +62,11 @@ class Request:
             raise UsageError(
                 f"--pattern 2:4 gains nothing on target '{target.name}': {target.only_dense}. "
                 "Leave it out, or choose a GPU of NVIDIA's Ampere or later, as in --target a100."
+            )
+        if self.engine is not None and not target.signed:
+            raise UsageError(
+                f"--engine {self.engine} is for targets under TensorRT, and '{target.name}' runs "
+                f"{target.runtime}. Leave it out, or choose one of zipc targets list."
             )
         if self.past_length is not None and self.phase != "decode":
             raise UsageError("--past-length is of a decode step: give --phase decode with it.")

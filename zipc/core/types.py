@@ -34,6 +34,11 @@ class SpecSheet:
     anchors: str
     source: tuple[str, ...]
 
+    @property
+    def sm(self) -> str:
+        """The compute capability as compilers name it, "sm80"."""
+        return "sm" + self.compute_capability.replace(".", "")
+
 
 @dataclass(frozen=True, slots=True)
 class Target:
@@ -61,6 +66,11 @@ class Target:
         if not self.sheet.sparse:
             return f"compute capability {self.sheet.compute_capability} has no sparse tensor cores"
         return "the file of the target does not list it under patterns"
+
+    @property
+    def signed(self) -> bool:
+        """Whether its runtime knows symmetric integers only."""
+        return self.runtime == "tensorrt"
 
     def on_grid(self, level: Level) -> bool:
         """Whether the width suits its numeric and pattern: others are padded, or far slower."""

@@ -1,0 +1,77 @@
+"""The two graphs that are shipped, in the dialect of the runtime they are for."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from zipc.build import INT8_BOUND, Built, edit_of
+from zipc.core.types import Target, Workload
+from zipc.exporters.onnx_export import check_parity
+from zipc.exporters.origin import places
+from zipc.exporters.specialise import Edit
+from zipc.exporters.tensorrt.emit import emit
+from zipc.exporters.tensorrt.half import kept_in_fp32
+from zipc.exporters.tensorrt.maxima import maxima
+from zipc.prepare import Prepared
+from zipc.profiler.runners.onnxruntime import OnnxRuntimeRunner
+from zipc.pruner.graph.sites import sizes_at
+
+HALF_BOUND = 5e-2  # norm of fp16 minus fp32, relative to fp32
+ROWS = 4  # of a batch that values are looked at on: all of them are held at once
+BATCHES = 8
+
+Feeds = Mapping[str, np.ndarray[Any, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Shipped:
+    """What is written to OUT; `places` says where a node of the model came from."""
+
+    model: bytes
+    reference: bytes
+    places: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def ship(
+    prepared: Prepared,
+    built: Built,
+    dense: bytes,
+    *,
+    target: Target,
+    workload: Workload,
+    batches: Sequence[Feeds],
+) -> Shipped:
+    """The graphs themselves for ONNX Runtime; for TensorRT, the same weights as it takes them.
+
+    There, `batches` of calibration rows tell which values fp16 cannot hold.
+
+    Raises:
+        ExportMismatch: the graph for TensorRT is far from the one the search judged.
+    """
+    if target.runtime != "tensorrt":
+        return Shipped(built.model, dense)
+    seen = [{n: v[:ROWS] for n, v in batch.items()} for batch in batches[:BATCHES]]
+    edit = edit_of(built.states, sizes_at(prepared.structure, built.allocation.widths))
+    stand_for = {f"{m}.weight": built.states.maps[m].weight.numpy() for m in edit.int8}
+    floats = replace(edit, int8={}, tensors={**edit.tensors, **stand_for})
+    model = emit(prepared.dense, edit, maxima=maxima(prepared.dense, floats, seen))
+    reference = emit(prepared.dense, Edit(), maxima=maxima(prepared.dense, Edit(), seen))
+    made = model.to_bytes()
+    names = [name for _, name in prepared.source.outputs]
+    got, want = (
+        OnnxRuntimeRunner(m, workload=workload).outputs(seen[0]) for m in (made, built.model)
+    )
+    check_parity(
+        *([found[n] for n in names] for found in (got, want)),
+        bound=INT8_BOUND if edit.int8 else HALF_BOUND,
+        what="the graph for TensorRT against the one that was searched",
+    )
+    kept = Counter(k.reason for k in kept_in_fp32(model))
+    notes = [f"{count} operators stay in fp32: {reason}" for reason, count in kept.items()]
+    return Shipped(made, reference.to_bytes(), places(model, prepared.program.exported), (*notes,))
