@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import subprocess
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from onnx import NodeProto, TensorProto, helper
+from onnx import NodeProto, helper
 from torch import Tensor, nn
 
 from tests.zoo import ZOO
-from zipc.core.errors import ExportMismatch
-from zipc.core.types import Workload
+from zipc.core.errors import EngineFailed, ExportMismatch, UsageError
+from zipc.core.types import PairedTiming, Workload
 from zipc.exporters.graph import OnnxGraph, attribute
 from zipc.exporters.onnx_export import check_parity, export_dense
+from zipc.exporters.origin import places
 from zipc.exporters.specialise import Edit, Int8Weights
 from zipc.exporters.tensorrt.emit import emit
-from zipc.exporters.tensorrt.engine import COMPUTE_CAPABILITIES, build_engine
+from zipc.exporters.tensorrt.engine import COMPUTE_CAPABILITIES, build_engine, run_limited
 from zipc.exporters.tensorrt.half import kept_in_fp32
+from zipc.exporters.tensorrt.maxima import maxima
+from zipc.exporters.tensorrt.script import build_script
 from zipc.numerics.int8 import (
     ActivationRange,
     activation_range,
@@ -33,6 +39,7 @@ from zipc.numerics.int8 import (
 from zipc.pruner.graph.trace import trace
 
 IN_HALF = 2e-2
+LIMITS = {"sequence": 32, "target": 32, "batch": 64}
 needs_rtx = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx-cu13 is not installed"
 )
@@ -41,8 +48,7 @@ needs_rtx = pytest.mark.skipif(
 def exported(
     module: nn.Module, example: dict[str, Tensor], dynamic: Mapping[str, Mapping[int, str]]
 ) -> OnnxGraph:
-    limits = {"sequence": 32, "target": 32, "batch": 64}
-    program = trace(module, example, dynamic=dynamic, limits=limits)
+    program = trace(module, example, dynamic=dynamic, limits=LIMITS)
     return export_dense(program.exported, example, outputs=[(0, "result")], dynamic=dynamic)
 
 
@@ -111,12 +117,8 @@ class Tall(nn.Module):
 def test_values_beyond_fp16_stay_in_fp32_and_are_listed() -> None:
     module, feeds = Tall().eval().requires_grad_(False), {"x": torch.randn(2, 8)}
     dense = exported(module, feeds, {"x": {0: "batch"}})
-    names = [o for n in dense.nodes for o in n.output if dense.types[o] == TensorProto.FLOAT]
-    measured = {
-        name: float(np.abs(value).max())
-        for name, value in zip(names, run(dense, feeds, *names)[-len(names) :], strict=True)
-    }
-    graph = emit(dense, Edit(), maxima=measured)
+    batch = {n: t.numpy() for n, t in feeds.items()}
+    graph = emit(dense, Edit(), maxima=maxima(dense, Edit(), [batch]))
     onnx.checker.check_model(graph.to_proto(), full_check=True)
     want = [first(module(**feeds))]
     check_parity(run(graph, feeds), want, bound=IN_HALF, what="guarded")
@@ -130,11 +132,14 @@ def test_values_beyond_fp16_stay_in_fp32_and_are_listed() -> None:
 
 
 def test_masks_do_not_become_infinite() -> None:
-    """A row that sees nothing is an average, not NaN."""
-    dense = made("bert")[1]
+    """A row that sees nothing stays finite; of what it averages fp16 keeps too few digits."""
+    module, dense = made("bert")
     feeds = ZOO["bert"].example()
     feeds["attention_mask"][:] = 0
     assert np.isfinite(run(emit(dense, Edit(), maxima={}), feeds)[0]).all()
+    feeds["attention_mask"][:, :3] = 1
+    got = run(emit(dense, Edit(), maxima={}), feeds)
+    check_parity(got, [first(module(**feeds))], bound=IN_HALF, what="most is hidden")
 
 
 # --- int8 --------------------------------------------------------------------------------------
@@ -167,9 +172,10 @@ def quantised(
     held = {}
     for path in paths:
         layer, at = module.get_submodule(path), ranges[path]
-        flat = quantize_weight(layer.weight.flatten(1))
-        values = flat.values.view_as(layer.weight)
-        layer.weight.copy_(flat.dequantized().view_as(layer.weight))
+        own = layer.weight.T if type(layer).__name__ == "Conv1D" else layer.weight  # (out, in, ...)
+        flat = quantize_weight(own.flatten(1))
+        values = flat.values.view_as(own)
+        own.copy_(flat.dequantized().view_as(own))
         layer.register_forward_pre_hook(
             lambda _, args, at=at: (fake_quantize_static(args[0].clone(), at),)
         )
@@ -277,3 +283,102 @@ def test_tensorrt_builds_networks_in_int8(family: str) -> None:
     graph = emit(dense, Edit(int8={m: w for m, (w, _) in held.items()}), maxima={})
     workload = shapes_of(family)
     assert build_engine(graph.to_bytes(), compute_capability="sm80", workload=workload).plan
+
+
+# --- what goes wrong ----------------------------------------------------------------------------
+
+
+def refused(graph: OnnxGraph) -> bytes:
+    """A graph with an operator that no TensorRT knows."""
+    proto = graph.to_proto()
+    step = next(n for n in proto.graph.node if n.op_type == "Softmax")
+    step.op_type, step.domain = "Unheard", "nowhere"
+    del step.attribute[:]
+    proto.opset_import.append(helper.make_opsetid("nowhere", 1))
+    return bytes(proto.SerializeToString())
+
+
+@needs_rtx
+def test_a_refusal_names_the_node_and_the_module_it_came_from() -> None:
+    member = ZOO["bert"]
+    program = trace(member.build(), member.example(), dynamic=member.dynamic, limits=LIMITS)
+    graph = emit(made("bert")[1], Edit(), maxima={})
+    where = places(graph, program.exported)
+    softmax = next(n for n in graph.to_proto().graph.node if n.op_type == "Softmax")
+    with pytest.raises(EngineFailed) as found:
+        build_engine(
+            refused(graph), compute_capability="sm80", workload=shapes_of("bert"), places=where
+        )
+    assert softmax.name in str(found.value)
+    assert "attention" in where[softmax.name]
+    assert where[softmax.name] in str(found.value)
+
+
+@pytest.mark.parametrize(
+    ("code", "timeout_s", "memory_mb", "says"),
+    [
+        ("import time; time.sleep(60)", 0.3, 2000, r"more than 0\.3 s"),
+        ("x = bytearray(300 << 20); import time; time.sleep(60)", 30.0, 100, "100 MB"),
+        ("import os; os.kill(os.getpid(), 11)", 30.0, 2000, "crashed .SIGSEGV."),
+        ("raise SystemExit('no driver')", 30.0, 2000, "ended with 1. It last said: no driver"),
+    ],
+    ids=["hangs", "memory", "crash", "error"],
+)
+def test_a_builder_that_fails_is_stopped_and_says_how(
+    tmp_path: Path, code: str, timeout_s: float, memory_mb: int, says: str
+) -> None:
+    with pytest.raises(EngineFailed, match=says):
+        run_limited(
+            [sys.executable, "-c", code],
+            log=tmp_path / "log",
+            timeout_s=timeout_s,
+            memory_mb=memory_mb,
+        )
+
+
+def test_gpus_that_rtx_does_not_build_for_are_told_before_anything_is_built() -> None:
+    with pytest.raises(UsageError, match=r"sm87.*build\.sh"):
+        build_engine(b"", compute_capability="sm87", workload=Workload())
+
+
+def call_script(folder: Path, version: str) -> tuple[int, list[str], str]:
+    """Exit code of build.sh beside a trtexec of that version, what it was called with, errors."""
+    tool, called = folder / "trtexec", folder / "called"
+    tool.write_text(
+        f'#!/bin/sh\necho "&&&& RUNNING TensorRT.trtexec [TensorRT {version}] [b1] # trtexec"\n'
+        f'[ "$1" = --help ] || echo "$@" > {called}\n'
+    )
+    tool.chmod(0o755)
+    graph, timing = emit(made("bert")[1], Edit(), maxima={}), PairedTiming((), (), 2.0, (1.5, 2.5))
+    text = build_script(graph.to_bytes(), Workload(batch_size=8, sequence_length=16), timing)
+    assert "2.00x of reference.onnx, 95 % 1.50 to 2.50" in text
+    (folder / "build.sh").write_text(text)
+    ended = subprocess.run(
+        ["sh", str(folder / "build.sh"), "--verbose"],
+        env={"PATH": f"{folder}:/usr/bin:/bin"},
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    return ended.returncode, called.read_text().split() if called.exists() else [], ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("version", "typed"), [("v100300", True), ("v101602", True), ("v110400", False)]
+)
+def test_the_script_tells_each_tensorrt_what_it_needs(
+    tmp_path: Path, version: str, typed: bool
+) -> None:
+    code, called, _ = call_script(tmp_path, version)
+    assert code == 0
+    assert {"--onnx=model.onnx", "--saveEngine=model.engine", "--verbose"} <= set(called)
+    assert any(f.startswith("--optShapes=") and "input_ids:8x16" in f for f in called)
+    assert ("--stronglyTyped" in called) == typed
+    assert ("--noDataTransfers" in called) == typed
+
+
+@pytest.mark.parametrize("version", ["v8601", "v120000"])
+def test_the_script_refuses_other_versions(tmp_path: Path, version: str) -> None:
+    code, called, said = call_script(tmp_path, version)
+    assert (code, called) == (2, [])
+    assert "10 and 11" in said
