@@ -13,7 +13,7 @@ from zipc.exporters.shapes import constant_
 
 Doubles = np.ndarray[Any, np.dtype[np.float64]]
 OPSET = 20  # the newest that TensorRT 10.3 parses; it has Gelu, and scales in fp16
-MASKED = 32752.0  # as good as infinity under a softmax, and twice of it is still in fp16
+MASKED = 3e4  # as good as infinity under a softmax; with scores added, half of what fp16 holds
 INFINITE = 1e9  # from here on a constant in a sum stands for infinity
 SQUARES = "sums of squares leave fp16"
 

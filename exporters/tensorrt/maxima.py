@@ -11,23 +11,24 @@ from onnx import TensorProto, helper
 
 from zipc.exporters.graph import OnnxGraph
 from zipc.exporters.specialise import Edit, Int8Weights, specialise
+from zipc.exporters.tensorrt.lower import finite_masks_
 
 Feeds = Mapping[str, np.ndarray[Any, Any]]
 
 
-class _AsItIs:
-    """An `Emitter` that leaves the graph as the edit made it: its names are those `emit` sees."""
+class _Floats:
+    """An `Emitter` that leaves the graph in fp32, with the masks that TensorRT gets."""
 
     def quantise_(self, graph: OnnxGraph, maps: Mapping[str, Int8Weights], *, part: bool) -> None:
         pass
 
     def finish_(self, graph: OnnxGraph) -> None:
-        pass
+        finite_masks_(graph)
 
 
 def maxima(dense: OnnxGraph, edit: Edit, batches: Sequence[Feeds]) -> dict[str, float]:
     """Largest magnitude of every float on the batches, by name. The edit is one in floats."""
-    graph = specialise(dense, edit, emitter=_AsItIs())
+    graph = specialise(dense, edit, emitter=_Floats())
     proto = graph.to_proto()
     made = {o for n in proto.graph.node for o in n.output if o}
     names = [n for n in made if graph.types.get(n) == TensorProto.FLOAT]

@@ -125,6 +125,7 @@ def test_where_it_pays_beyond_doubt_the_search_takes_it(root: Path) -> None:
     text = shipped_files()["a100"].read_text().replace("fp16_tflops = 312", "fp16_tflops = 0.02")
     (root / "slow.toml").write_text(f'name = "a100"\n{text}')
     asked = {"target": str(root / "slow.toml"), "speedup": None, "prune": False}
+    asked["numerics"] = "fp16"
     plan = plan_model(
         request(root / "model", root / "pairs.csv", None, root / "slow-cache", **asked),
         progress=Told(),
