@@ -140,7 +140,7 @@ def compile_model(request: Request, *, progress: Progress) -> Manifest:
                 structure=structure,
                 tensors=tensors,
                 source_folder=setup.prepared.source.folder,
-                samples=samples_of(timing, request) if measured else None,
+                samples=samples_of(timing, request.workload) if measured else None,
             )
             manifest = make_manifest(
                 request,

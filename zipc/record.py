@@ -13,7 +13,7 @@ from torch import Tensor
 from zipc.candidates import Candidates
 from zipc.closed_loop import Found, Solution
 from zipc.core.request import Request
-from zipc.core.types import Artifact, PairedTiming, Target, VerdictName
+from zipc.core.types import Artifact, PairedTiming, Target, VerdictName, Workload
 from zipc.core.workload import workload_document
 from zipc.manifest import (
     AllocationRecord,
@@ -53,12 +53,12 @@ def read_quality(samples: Samples, *, dense: bytes, compiled: bytes, seed: int) 
     )
 
 
-def samples_of(timing: PairedTiming, request: Request) -> dict[str, Any]:
+def samples_of(timing: PairedTiming, workload: Workload) -> dict[str, Any]:
     """Raw samples of the verdict, in the order they were taken."""
     return {
         "schema_version": 1,
         "unit": "ms",
-        **workload_document(request.workload),
+        **workload_document(workload),
         "reference_ms": [round(t, 5) for t in timing.reference_ms],
         "compiled_ms": [round(t, 5) for t in timing.candidate_ms],
     }

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 import zipc
-from zipc.cli import bench, check, compile, doctor, inspect, plan, profile
+from zipc.cli import bench, check, compile, doctor, inspect, plan, profile, validate
 from zipc.cli.running import error_document, print_json
 from zipc.cli.tables import tables_app
 from zipc.cli.targets import targets_app
@@ -29,6 +29,7 @@ for verb in (
     plan.plan_verb,
     profile.profile_verb,
     bench.bench_verb,
+    validate.validate_verb,
     inspect.inspect_verb,
     check.check_verb,
     doctor.doctor_verb,
