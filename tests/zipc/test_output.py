@@ -167,6 +167,8 @@ def test_artifacts_hold_texts_of_the_model_but_neither_its_weights_nor_code(
         folder,
         model=onnx.ModelProto().SerializeToString(),
         reference=None,
+        engine=b"engine",
+        script="#!/bin/sh\n",
         structure={"sites": []},
         tensors={"a": shared, "tied": shared, "turned": shared.T},
         source_folder=source,
@@ -174,6 +176,8 @@ def test_artifacts_hold_texts_of_the_model_but_neither_its_weights_nor_code(
     )
     assert {f.path for f in files} == {
         "model.onnx",
+        "model.engine",
+        "build.sh",
         "samples.json",
         "checkpoint/structure.json",
         "checkpoint/model.safetensors",
