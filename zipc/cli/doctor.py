@@ -80,7 +80,7 @@ def examine_target(name: str) -> tuple[Finding, ...]:
     worst = max(held.median_error for held in model.held_out)
     anchored = [k for k in ("attention", "other") if model.anchored(split_mode(name)[0], k)]
     told = f"published latencies of this device: {', '.join(anchored) or 'none (unanchored)'}"
-    there = f"time OUT/model.onnx where trtexec is (compute capability {sheet.compute_capability})"
+    there = f"run OUT/build.sh where trtexec is (compute capability {sheet.compute_capability})"
     return (
         Finding("compile, plan", "ok", f"{name}: from a modelled table; verdict 'predicted'"),
         Finding("model", "ok", f"off by {worst:.0%} on the worst source left out (median); {told}"),
