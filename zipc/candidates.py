@@ -77,8 +77,7 @@ def gather(
         _digest(calibration),  # how texts are read: another tokenizer, another length
         effort.calibration_texts,
         request.seed,
-        request.include,
-        request.exclude,
+        [(s.name, s.units, s.maps) for s in prepared.structure.sites],  # another zipc finds others
         *([SPARSE] if sparse else []),
         *(["signed"] if target.signed else []),
     )

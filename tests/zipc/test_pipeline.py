@@ -18,6 +18,7 @@ import transformers
 
 import zipc
 import zipc.pipeline as pipeline
+import zipc.prepare as prepare
 import zipc.pricing as pricing
 from tests.tiny_project import (
     SETTINGS,
@@ -41,6 +42,7 @@ from zipc.manifest import Manifest
 from zipc.model_source import load_source
 from zipc.pipeline import compile_model, plan_model, profile_model
 from zipc.proof import paired_timing
+from zipc.pruner.graph.sites import Structure, without
 
 FILES = {
     "manifest.json",
@@ -296,6 +298,25 @@ def test_evidence_of_texts_read_otherwise_is_not_reused(project: Project, tmp_pa
     (model / "sentence_bert_config.json").write_text('{"max_seq_length": 16}')
     plan_model(asked, progress=told)
     assert told.notes["evidence"] != "reused"
+
+
+def test_evidence_of_a_zipc_that_found_fewer_sites_is_not_reused(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = request(project.model, project.data, None, tmp_path / "cache", speedup=1.2)
+    all_of_them = prepare._searched
+
+    def fewer(structure: Structure) -> Structure:
+        found = all_of_them(structure)
+        return without(found, {found.sites[0].name: "an older zipc did not know it"})
+
+    with monkeypatch.context() as older:
+        older.setattr(prepare, "_searched", fewer)
+        few = plan_model(asked, progress=Told())
+    told = Told()
+    every = plan_model(asked, progress=told)
+    assert told.notes["evidence"] != "reused"
+    assert len(every.allocation.levels) == len(few.allocation.levels) + 1
 
 
 @pytest.mark.parametrize("stage", ["export", "evidence"])
