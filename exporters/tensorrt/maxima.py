@@ -27,7 +27,10 @@ class _Floats:
 
 
 def maxima(dense: OnnxGraph, edit: Edit, batches: Sequence[Feeds]) -> dict[str, float]:
-    """Largest magnitude of every float on the batches, by name. The edit is one in floats."""
+    """Largest magnitude of every float on the batches, by name; infinity where one is not a number.
+
+    The edit is one in floats.
+    """
     graph = specialise(dense, edit, emitter=_Floats())
     proto = graph.to_proto()
     made = {o for n in proto.graph.node for o in n.output if o}
@@ -48,5 +51,6 @@ def maxima(dense: OnnxGraph, edit: Edit, batches: Sequence[Feeds]) -> dict[str, 
     for batch in batches:
         values = session.run(names, {n: batch[n] for n in given})
         for name, value in zip(names, values, strict=True):
-            found[name] = max(found[name], float(np.abs(value).max(initial=0.0)))
+            largest = float(np.abs(value).max(initial=0.0))
+            found[name] = max(found[name], np.inf if np.isnan(largest) else largest)
     return found

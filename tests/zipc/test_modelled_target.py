@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import onnx
 import pytest
+from onnx import TensorProto
 
 from tests.command_line import Run, command_line
 from tests.tiny_project import Told, model_folder, pairs_file, request, small_effort
@@ -85,6 +88,42 @@ def test_quality_is_read_from_the_graph_and_levels_are_in_fp16(project: Project)
     assert project.manifest.quality.compiled is not None
     kept = [a.level for a in project.manifest.allocation if not a.level.removed]
     assert {level.numeric for level in kept} <= {"fp16", "int8-static"}
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "reference.onnx"])
+def test_both_graphs_are_in_fp16(project: Project, name: str) -> None:
+    graph = onnx.load(project.out / name).graph
+    matrices = [i for i in graph.initializer if len(i.dims) == 2 and min(i.dims) > 1]
+    assert {TensorProto.FLOAT16} <= {i.data_type for i in matrices}
+    assert TensorProto.FLOAT not in {i.data_type for i in matrices}
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx-cu13 is not installed"
+)
+def test_an_engine_of_a_pruned_sparse_graph_in_int8(project: Project) -> None:
+    out = project.out.with_name("engine")
+    asked = request(project.model, project.data, out, project.cache, target="a100", speedup=1.1)
+    asked = replace(asked, numerics="int8", pattern="2:4", engine="rtx")
+    manifest = compile_model(asked, progress=Told())
+    assert manifest.verdict == "predicted"
+    assert any(a.level.width < (a.units or 0) for a in manifest.allocation)
+    kept = {str(a.level).partition("@")[2] for a in manifest.allocation if not a.level.removed}
+    assert kept == {"int8-static+2:4"}
+    operators = {n.op_type for n in onnx.load(out / "model.onnx").graph.node}
+    assert {"QuantizeLinear", "DequantizeLinear"} <= operators
+    (engine,) = [f for f in manifest.files if f.path == "model.engine"]
+    assert "never run" in engine.kind
+    assert (out / "model.engine").stat().st_size > 1000
+
+
+def test_an_engine_for_a_processor_is_refused(run: Run, project: Project) -> None:
+    code, _, err = run(
+        *("compile", str(project.model), "--speedup", "2x", "--data", str(project.data)),
+        *("-o", str(project.out.with_name("x")), "--engine", "rtx", "--dry-run"),
+    )
+    assert code == 2
+    assert "under TensorRT" in err
 
 
 def test_a_predicted_verdict_is_a_failure_only_where_more_is_required() -> None:

@@ -123,9 +123,9 @@ def test_where_it_cannot_pay_it_is_not_offered_and_the_report_says_so(
 def test_where_it_pays_beyond_doubt_the_search_takes_it(root: Path) -> None:
     """An A100 so slow that arithmetic is all that counts."""
     text = shipped_files()["a100"].read_text().replace("fp16_tflops = 312", "fp16_tflops = 0.02")
-    text = text.replace('["fp16", "int8-static"]', '["fp16"]')
     (root / "slow.toml").write_text(f'name = "a100"\n{text}')
     asked = {"target": str(root / "slow.toml"), "speedup": None, "prune": False}
+    asked["numerics"] = "fp16"
     plan = plan_model(
         request(root / "model", root / "pairs.csv", None, root / "slow-cache", **asked),
         progress=Told(),
@@ -172,6 +172,13 @@ def test_asking_for_it_where_it_gains_nothing_is_an_error(
     assert code == 2
     assert said in err
     assert "--target a100" in err
+
+
+@pytest.mark.parametrize(("target", "pattern"), [("a100", "none"), ("t4", "auto")])
+def test_asking_for_nothing_is_an_error(root: Path, target: str, pattern: str) -> None:
+    asked = request(root / "model", None, None, root / "cache", target=target, pattern=pattern)
+    with pytest.raises(UsageError, match="leaves the model as it is"):
+        replace(asked, numerics="fp16", prune=False, speedup=None).check(load_target(target))
 
 
 def test_a_pattern_nobody_knows_is_an_error(root: Path) -> None:

@@ -75,7 +75,8 @@ class Request:
                 "A decode step reads one token: leave --sequence-length out. How many tokens came "
                 "before is given with --past-length."
             )
-        same = self.numerics == target.reference_numeric and self.pattern != "2:4"
+        dense = self.pattern == "none" or target.only_dense is not None
+        same = self.numerics == target.reference_numeric and dense
         if not self.prune and same:
             raise UsageError(
                 f"--no-prune with --numerics {self.numerics} leaves the model as it is. Drop one."
