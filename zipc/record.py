@@ -151,17 +151,23 @@ def _latency(
     )
     if prices.doubt is not None:
         return record
+    error = solution.predicted_ratio * timing.speedup - 1
+    return record.model_copy(update={**times_of(timing), "prediction_error": error})
+
+
+def times_of(timing: PairedTiming) -> dict[str, Any]:
+    """The fields of a `LatencyRecord` that a measurement gives."""
     times = percentiles(timing.candidate_ms)
-    measured = {
+    return {
         "reference_ms": float(np.median(timing.reference_ms)),
         "compiled_ms": times["p50"],
         "p90_ms": times["p90"],
         "p99_ms": times["p99"],
+        "speedup": timing.speedup,
+        "speedup_ci95": timing.ci95,
         "speedup_vs_best_dense": timing.speedup,
         "pairs": len(timing.candidate_ms),
-        "prediction_error": solution.predicted_ratio * timing.speedup - 1,
     }
-    return record.model_copy(update=measured)
 
 
 def _verdict(timing: PairedTiming, goal: float | None, found: Found, prices: Prices) -> VerdictName:

@@ -6,16 +6,14 @@ import re
 import shutil
 from pathlib import Path
 
-import numpy as np
-
 from zipc.core.errors import CorruptFile
 from zipc.core.files import sha256_file, write_json
 from zipc.core.types import Artifact, Progress
 from zipc.manifest import LatencyRecord, Manifest
 from zipc.output import KINDS, staged
 from zipc.profiler.device import Device
-from zipc.proof import BenchResult, bench, percentiles
-from zipc.record import samples_of
+from zipc.proof import BenchResult, bench
+from zipc.record import samples_of, times_of
 
 SAMPLES = "samples.json"
 OF_A_TIMING = re.compile(r"\d+ pairs in |too noisy: |under ONNX Runtime's default options")
@@ -58,7 +56,6 @@ def validate(
 
 def _measured(before: LatencyRecord, result: BenchResult, device: Device) -> LatencyRecord:
     timing, prints = result.timing, device.fingerprint()
-    times = percentiles(timing.candidate_ms)
     place = prints.get("host", "this machine")
     told = f"validated again on {place}; before: {result.recorded_speedup:.3f}x"
     kept = [n for n in before.notes if not OF_A_TIMING.match(n) and not n.startswith("validated ")]
@@ -67,14 +64,7 @@ def _measured(before: LatencyRecord, result: BenchResult, device: Device) -> Lat
         error = (error + 1) * timing.speedup / result.recorded_speedup - 1
     return before.model_copy(
         update={
-            "reference_ms": float(np.median(timing.reference_ms)),
-            "compiled_ms": times["p50"],
-            "p90_ms": times["p90"],
-            "p99_ms": times["p99"],
-            "speedup": timing.speedup,
-            "speedup_ci95": timing.ci95,
-            "speedup_vs_best_dense": timing.speedup,
-            "pairs": len(timing.candidate_ms),
+            **times_of(timing),
             "prediction_error": error,
             "fingerprint": prints,
             "session_options": dict(result.session_options),

@@ -83,10 +83,7 @@ def _reasons(
     largest = dict(maxima)
     kept: dict[str, str] = {}
     for step in graph.ordered():
-        if any(
-            a.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
-            for a in step.attribute
-        ):
+        if any(a.type in GRAPHS for a in step.attribute):
             raise ExportMismatch(f"{step.name}: TensorRT gets no {step.op_type} with a graph in it")
         if step.op_type in ROUNDINGS:
             largest[step.output[0]] = largest.get(step.input[0], 0.0)

@@ -39,7 +39,7 @@ class Rerouted:
 
     def gone(self, path: str) -> bool:
         """Whether a module, or a tensor of one, belongs to an expert that is gone."""
-        return _within(path, self.modules)
+        return within(path, self.modules)
 
 
 def rerouted(sites: Iterable[Site], kept: Kept) -> Rerouted:
@@ -64,7 +64,7 @@ def nested(site: Site, sites: Iterable[Site]) -> tuple[tuple[str, ...], ...]:
     """Names of the sites inside each expert of a mixture, by unit."""
     inside = list(sites)
     return tuple(
-        tuple(s.name for s in inside if all(_within(m, expert.modules) for m in s.maps))
+        tuple(s.name for s in inside if all(within(m, expert.modules) for m in s.maps))
         for expert in site.experts
     )
 
@@ -170,7 +170,7 @@ def _expert(axes: Axes, picks: list[fx.Node], tensors: Counter[str]) -> Expert |
             zeros.add(user)
             stack.append(user)
     modules = _alone(axes, ends, tensors)
-    if not ends or not all(_within(axes.calls[e.name].module, modules) for e in ends):
+    if not ends or not all(within(axes.calls[e.name].module, modules) for e in ends):
         return "its experts share weights"
     return Expert(
         modules,
@@ -204,5 +204,5 @@ def _ancestors(tensor: str) -> list[str]:
     return [".".join(parts[:i]) for i in range(1, len(parts))]
 
 
-def _within(path: str, modules: Iterable[str]) -> bool:
+def within(path: str, modules: Iterable[str]) -> bool:
     return any(path == m or path.startswith(f"{m}.") for m in modules)

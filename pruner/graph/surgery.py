@@ -17,6 +17,7 @@ from zipc.core.errors import CorruptFile
 from zipc.core.types import Site
 from zipc.numerics.int8 import DYNAMIC, STATIC, Int8Linear
 from zipc.pruner.graph.cuts import Cuts
+from zipc.pruner.graph.mixtures import within
 from zipc.pruner.graph.sites import Structure, extent_size
 from zipc.pruner.graph.trace import Program, op_name
 
@@ -143,7 +144,7 @@ def describe(
         value = widths.get(rewrite.site, 0) * rewrite.factor
         if value and rewrite.module not in stubs:
             attributes.setdefault(rewrite.module, {})[rewrite.attribute] = value
-    gone = {p for p in modules if any(p == d or p.startswith(f"{d}.") for d in dropped)}
+    gone = {p for p in modules if within(p, dropped)}
     held = gone.union(stubs)
     return {
         "schema_version": SCHEMA_VERSION,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,6 +13,9 @@ from zipc.cli.running import Outcome, run_verb
 from zipc.core.errors import UsageError
 from zipc.core.types import Progress
 from zipc.manifest import Manifest
+
+if TYPE_CHECKING:
+    from zipc.profiler.device import Device
 
 FEWEST_PAIRS = 60  # below it the interval says too little
 
@@ -34,20 +37,32 @@ def bench_verb(
 
     def body(progress: Progress) -> Outcome:
         from zipc import proof
-        from zipc.profiler.remote import Host, RemoteDevice
 
-        manifest = Manifest.read(out)
-        pairs = None
-        if max_time is not None:
-            pairs = pairs_within(parse_seconds(max_time, "--max-time"), manifest)
-        device = None if host is None else RemoteDevice(Host(host, host_python), "onnxruntime")
+        pairs, device = measurement(out, max_time=max_time, host=host, host_python=host_python)
         result = proof.bench(out, pairs=pairs, progress=progress, device=device)
-        for note in () if device is None else device.notes:
+        for note in device.notes:
             progress.info(note)
         document = result.to_json()
         return Outcome(document, lambda console: show_fields(console, document), result.exit_code)
 
     run_verb(body, output=format)
+
+
+def measurement(
+    out: Path, *, max_time: str | None, host: str | None, host_python: str
+) -> tuple[int | None, Device]:
+    """How many pairs are to be timed, None for as many as usual, and where."""
+    from zipc.profiler.device import LocalDevice
+    from zipc.profiler.remote import Host, RemoteDevice
+
+    manifest = Manifest.read(out)
+    pairs = None
+    if max_time is not None:
+        pairs = pairs_within(parse_seconds(max_time, "--max-time"), manifest)
+    runtime = "onnxruntime"
+    if host is None:
+        return pairs, LocalDevice(runtime)
+    return pairs, RemoteDevice(Host(host, host_python), runtime)
 
 
 def pairs_within(seconds: float, manifest: Manifest) -> int:

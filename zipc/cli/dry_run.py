@@ -12,7 +12,6 @@ from rich.table import Table
 from zipc.cli.running import Outcome
 from zipc.core.request import Request
 from zipc.core.types import Target
-from zipc.exporters.tensorrt.engine import check_builder
 from zipc.targets import load_target
 
 
@@ -26,6 +25,8 @@ def dry_run(request: Request) -> Outcome:
     target = load_target(request.target)
     request.check(target)
     if request.engine is not None and target.sheet is not None:
+        from zipc.exporters.tensorrt.engine import check_builder
+
         check_builder(target.sheet.sm)
     if request.host is not None:
         _check_host(target, request)

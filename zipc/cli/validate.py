@@ -7,14 +7,12 @@ from typing import Annotated
 
 import typer
 
-from zipc.cli.bench import pairs_within
-from zipc.cli.flags import FormatFlag, HostFlag, HostPythonFlag, parse_seconds
+from zipc.cli.bench import measurement
+from zipc.cli.compile import verdict_exit_code
+from zipc.cli.flags import FormatFlag, HostFlag, HostPythonFlag
 from zipc.cli.printing import show_manifest
 from zipc.cli.running import Outcome, run_verb
 from zipc.core.types import Progress
-from zipc.manifest import Manifest
-
-EXIT_CODES = {"validated": 0, "missed": 1}  # of the rest: 3
 
 
 def validate_verb(
@@ -33,21 +31,14 @@ def validate_verb(
     """Measure OUT again, here or on a board, and write verdict, times and samples into it."""
 
     def body(progress: Progress) -> Outcome:
-        from zipc.profiler.device import LocalDevice
-        from zipc.profiler.remote import Host, RemoteDevice
         from zipc.validation import validate
 
-        manifest = Manifest.read(out)
-        pairs = None
-        if max_time is not None:
-            pairs = pairs_within(parse_seconds(max_time, "--max-time"), manifest)
-        runtime = "onnxruntime"
-        board = None if host is None else RemoteDevice(Host(host, host_python), runtime)
-        made = validate(out, device=board or LocalDevice(runtime), pairs=pairs, progress=progress)
+        pairs, device = measurement(out, max_time=max_time, host=host, host_python=host_python)
+        made = validate(out, device=device, pairs=pairs, progress=progress)
         return Outcome(
             made.to_json(),
             lambda console: show_manifest(console, made, out=out),
-            EXIT_CODES.get(made.verdict, 3),
+            verdict_exit_code(made.verdict, require=None),
         )
 
     run_verb(body, output=format)
