@@ -17,7 +17,7 @@ from torch import fx
 from zipc.core.types import Expert, Level, Site
 from zipc.pruner.graph.axes import Atom, leaves
 from zipc.pruner.graph.cuts import Kept
-from zipc.pruner.graph.rules import Axes, argument
+from zipc.pruner.graph.rules.state import Axes, argument
 from zipc.pruner.graph.trace import MapCall, op_name
 
 _COPIES = frozenset(

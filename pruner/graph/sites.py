@@ -11,7 +11,8 @@ import numpy as np
 from zipc.core.types import Consumer, Expert, Index, Kind, LeftAlone, Site, Slice
 from zipc.pruner.graph.axes import Atom, Dim, flatten, leaves, owners, pin, repeats
 from zipc.pruner.graph.mixtures import experts
-from zipc.pruner.graph.rules import HEADS, NORMED, RESIDUAL, Axes
+from zipc.pruner.graph.rules import follow
+from zipc.pruner.graph.rules.state import HEADS, NORMED, RESIDUAL, Axes
 from zipc.pruner.graph.trace import MapCall, Program, op_name
 
 EXCLUDED = "excluded by --include/--exclude"
@@ -98,7 +99,7 @@ def find_sites(
     the experts that the outputs of a map choose from.
     `include`/`exclude` are globs over site names.
     """
-    axes = Axes(program)
+    axes = follow(program)
     for dims in axes.of.values():
         for dim in dims:
             if repeats(dim):

@@ -1,0 +1,133 @@
+"""Linear maps, convolutions, embeddings and products of activations."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from zipc.pruner.graph.axes import Atom, Dim, flatten, is_concrete, mark, pin, product, tie, unify
+from zipc.pruner.graph.rules.state import GROUPED, HEADS, Axes, argument, fresh, shape_of, unknown
+from zipc.pruner.graph.trace import MAP_MODULES, MapCall, Program, op_name
+
+
+def linear(axes: Axes, node: fx.Node) -> list[Dim]:
+    call = axes.calls.get(node.name)
+    if call is None:
+        return unknown(axes, node)
+    weight = axes.parameters[call.weight]
+    out, contracted = weight[call.out_dim], weight[call.in_dim]
+    source = next(n for n in node.all_input_nodes if n.name == call.source)
+    x = axes.dims(source)
+    unify(x[-1], contracted, where=node.name)
+    if call.bias is not None:
+        unify(out, axes.parameters[call.bias][0], where=node.name)
+    _pin_foreign(axes, node, call, [out, contracted])
+    return [*x[:-1], out]
+
+
+def convolution(axes: Axes, node: fx.Node) -> list[Dim]:
+    call = axes.calls.get(node.name)
+    if call is None or (call.window is None and not call.transposed):
+        return unknown(axes, node)
+    weight = axes.parameters[call.weight]
+    x = axes.dims(node.args[0])
+    own, other = weight[call.out_dim], weight[call.in_dim]
+    pin(weight[2:], "it is the kernel")
+    if call.groups == 1:
+        out, contracted = own, other
+    else:
+        groups: Dim = [Atom(call.groups)]
+        mark([groups], GROUPED)
+        axes.groups[node.name] = groups
+        dim0 = other if call.transposed else own  # the dimension that holds all groups
+        per_group = Atom(product(flatten(dim0)) // call.groups)
+        unify(dim0, [*groups, per_group], where=node.name)
+        if call.transposed:
+            out, contracted = [*groups, *own], other
+        else:
+            out, contracted = own, [*groups, *other]
+    unify(x[1], contracted, where=node.name)
+    if call.bias is not None:
+        unify(out, axes.parameters[call.bias][0], where=node.name)
+    _pin_foreign(axes, node, call, [out, contracted])
+    positions = fresh(node)[2:]
+    pin(positions, "it is a position")
+    return [x[0], out, *positions]
+
+
+def _pin_foreign(axes: Axes, node: fx.Node, call: MapCall, dims: list[Dim]) -> None:
+    foreign, whole = _foreign(axes.program, node, call)
+    if foreign:
+        pin(dims if whole else dims[1:], foreign)
+        tie(dims, foreign)
+
+
+def _foreign(program: Program, node: fx.Node, call: MapCall) -> tuple[str | None, bool]:
+    """Why the weight is not that of a plain map module: nothing else can be put in its place.
+
+    And whether its rows have to stay too: those of a router go with its experts.
+    """
+    place = 1 if op_name(node) in ("linear", "mm", "matmul") or call.convolution else 2
+    weight = node.args[place]
+    assert isinstance(weight, fx.Node)
+    if any(u.target is not node.target or u.args.index(weight) != place for u in weight.users):
+        return f"{call.weight} is used by other operations too", True
+    stack = node.meta.get("nn_module_stack") or {"": ("", "")}
+    path, kind = list(stack.values())[-1]
+    kind = str(kind).rpartition(".")[2]
+    names = [call.weight] + ([call.bias] if call.bias else [])
+    if kind not in MAP_MODULES:
+        reason = f"{call.weight} belongs to a {kind}, not to a plain linear map or convolution"
+        return reason, call.convolution
+    if names != [f"{path}.weight", f"{path}.bias"][: len(names)]:
+        return f"{path} computes with the weights of another module ({', '.join(names)})", True
+    return None, False
+
+
+def embedding(axes: Axes, node: fx.Node) -> list[Dim]:
+    weight, index = axes.dims(node.args[0]), axes.dims(node.args[1])
+    pin([weight[0]], "it is a vocabulary")
+    return [*index, weight[1]]
+
+
+def matmul(axes: Axes, node: fx.Node) -> list[Dim]:
+    """Batched product of two activations (eager attention), or a map without a module."""
+    if node.name in axes.calls:
+        return linear(axes, node)
+    a, b = (axes.dims(x) for x in node.args[:2])
+    if len(a) < 3 or len(a) != len(b):
+        return unknown(axes, node)
+    for i in range(len(a) - 2):
+        unify(a[i], b[i], where=node.name)
+        mark([a[i]], HEADS)
+    unify(a[-1], b[-2], where=node.name)
+    pin([a[-1]], f"it is contracted between activations ({node.name})")
+    pin([a[-2], b[-1]], f"it belongs to an attention product ({node.name})")
+    return [*a[:-1], b[-1]]
+
+
+def attention(axes: Axes, node: fx.Node) -> list[Dim]:
+    """softmax(q k' + mask) v: batch-like dimensions are shared, the inner ones are contracted."""
+    q, k, v = (axes.dims(a) for a in node.args[:3])
+    grouped = bool(argument(node, 7, "enable_gqa", False))
+    for i in range(len(q) - 2):
+        keys = k[i]
+        if grouped and i == len(q) - 3 and is_concrete(q[i]) and is_concrete(k[i]):
+            share = product(flatten(q[i])) // max(product(flatten(k[i])), 1)
+            each = Atom(share)
+            if product(flatten(k[i])) > 1:
+                pin([[each]], "query heads that share a key and a value go together")
+            keys = [*k[i], each]
+        unify(q[i], keys, where=node.name)
+        unify(k[i], v[i], where=node.name)
+        mark([q[i]], HEADS)
+    unify(q[-1], k[-1], where=node.name)
+    unify(k[-2], v[-2], where=node.name)
+    pin([q[-1], v[-1]], "the size of a head is built into the scale of the attention")
+    pin([q[-2], k[-2]], "it is the sequence")
+    mask = argument(node, 3, "attn_mask")
+    if isinstance(mask, fx.Node):
+        dims, sizes = axes.dims(mask), shape_of(mask)
+        for i in range(3, len(dims) + 1):
+            if sizes[-i] != 1:
+                unify(dims[-i], q[-i], where=node.name)
+    return [*q[:-1], v[-1]]
