@@ -68,6 +68,10 @@ def trace_source(source: SourceModel, *, batch: int = 1) -> Program:
         program = _trace(source)
     except UnsupportedModel as error:
         program = _trace_usual_lengths(source) or _trace_one_batch(source, batch, error)
+    if program.refused:
+        source.notes.append(
+            f"torch.export does not follow the code ({program.refused}): traced by torch.fx"
+        )
     given = program.outputs
     program.outputs = [given[i] for i, _ in source.outputs]
     if source.cache is not None:

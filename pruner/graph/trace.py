@@ -58,6 +58,7 @@ class Program:
     fixed: dict[str, str] = field(default_factory=dict)  # tensor that must keep its size -> why
     caches: frozenset[str] = frozenset()  # inputs that follow what is pruned, and may be missing
     kept: list[fx.Node] = field(default_factory=list)  # what goes into a cache: no output
+    refused: str = ""  # why torch.export did not follow the code; torch.fx then did
 
     def tensor_of(self, node: Any) -> tuple[str, Tensor] | None:
         """Qualified name and value if `node` is a parameter, buffer or constant."""
@@ -80,8 +81,10 @@ def trace(
     An axis may be named as a sum, as in "past+1" or "past+sequence". `limits` gives the largest
     size of a named axis, `least` the smallest.
 
+    What torch.export does not follow, such as a branch on the value of a buffer, torch.fx may.
+
     Raises:
-        UnsupportedModel: torch.export cannot follow the module; names the reason.
+        UnsupportedModel: neither can follow the module; names the reason.
     """
     limits = limits or {}
     names = dict.fromkeys(name for axes in dynamic.values() for name in axes.values())
@@ -95,22 +98,46 @@ def trace(
         if more:  # torch takes no sum of two axes: it finds that out from the code
             dims[name] = dims[root] + int(more) if more.isdigit() else torch.export.Dim.AUTO
     shapes = {k: {i: dims[n] for i, n in dynamic.get(k, {}).items()} for k in example}
+    refused = ""
     try:
-        with torch.no_grad(), hush():
-            exported = torch.export.export(
-                model, (), kwargs=dict(example), dynamic_shapes=shapes, strict=False
-            )
-            if any(_in_place(node) for node in exported.graph.nodes):
-                exported = exported.run_decompositions({})  # the same operations, none in place
+        exported = _export(model, example, shapes)
     except Exception as error:  # torch.export raises many unrelated types
-        raise UnsupportedModel(
-            f"{type(model).__name__} cannot be traced by torch.export: "
-            f"{type(error).__name__}: {_reason(error)}. Data-dependent control flow and custom ops "
-            "must be rewritten or the part excluded."
-        ) from error
+        refused = f"{type(error).__name__}: {_reason(error)}"
+        followed = _symbolic(model)
+        try:
+            if followed is None:
+                raise
+            exported = _export(followed, example, shapes)
+        except Exception:
+            raise UnsupportedModel(
+                f"{type(model).__name__} cannot be traced by torch.export: {refused}. "
+                "Data-dependent control flow and custom ops must be rewritten or the part excluded."
+            ) from error
     program = program_of(exported)
+    program.refused = refused
     program.fixed |= _tied(model)
     return program
+
+
+def _export(
+    model: nn.Module, example: Mapping[str, Tensor], shapes: dict[str, Any]
+) -> torch.export.ExportedProgram:
+    with torch.no_grad(), hush():
+        exported = torch.export.export(
+            model, (), kwargs=dict(example), dynamic_shapes=shapes, strict=False
+        )
+        if any(_in_place(node) for node in exported.graph.nodes):
+            exported = exported.run_decompositions({})  # the same operations, none in place
+    return exported
+
+
+def _symbolic(model: nn.Module) -> nn.Module | None:
+    """What torch.fx makes of a module, which reads the values of buffers; None where it fails."""
+    try:
+        with torch.no_grad(), hush():
+            return fx.symbolic_trace(model)
+    except Exception:  # the error of torch.export says more
+        return None
 
 
 def _reason(error: Exception) -> str:

@@ -19,6 +19,23 @@ from zipc.core.errors import ExportMismatch, UnsupportedModel, UsageError
 from zipc.inspect import inspect_model, inspect_onnx
 
 ROOT = Path(__file__).parents[2]
+BRANCHES = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 4)
+        self.register_buffer("doubled", torch.tensor(1))
+
+    def forward(self, x):
+        x = self.up(x).relu()
+        return self.down(2 * x if self.doubled > 0 else x)
+
+def net():
+    return Net()
+"""
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +135,21 @@ def test_command_line_inspects_a_model_of_the_users_own_file(tmp_path: Path) -> 
     assert "nets.py:bad, called without arguments, raised ValueError: out of luck" in message
     assert "nets.py, line 3, in bad" in message
     assert "Traceback" not in ran.stderr
+
+
+def test_what_torch_export_does_not_follow_is_traced_by_torch_fx_and_said(tmp_path: Path) -> None:
+    (tmp_path / "nets.py").write_text(BRANCHES)
+    command = [sys.executable, "-m", "zipc", "inspect", f"{tmp_path}/nets.py:net", "--no-latency"]
+    ran = subprocess.run(
+        [*command, "--input-shapes", "x:1x16", "--format", "json"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    found = json.loads(ran.stdout)
+    assert [site["units"] for site in found["sites"]] == [32]
+    assert any("traced by torch.fx" in note for note in found["notes"])
+    assert "def forward" not in ran.stderr
 
 
 def test_folder_that_is_neither_model_nor_output_is_refused(tmp_path: Path) -> None:

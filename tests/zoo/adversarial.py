@@ -368,6 +368,17 @@ class BufferPerChannel(Trap):
         return x * self.scale[:, None, None]
 
 
+class BranchOnBuffer(Trap):
+    """A branch that depends on a value, which torch.export does not follow; torch.fx does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("doubled", torch.tensor(1))
+
+    def trap(self, x: Tensor) -> Tensor:
+        return 2 * x if self.doubled > 0 else x
+
+
 class PReluPerChannel(Trap):
     """A slope per channel."""
 
@@ -626,6 +637,7 @@ ADVERSARIES: dict[str, Family] = {
         "unknown-op": UnknownOp,
         "added-per-channel": AddedPerChannel,
         "buffer-per-channel": BufferPerChannel,
+        "branch-on-buffer": BranchOnBuffer,
         "prelu-per-channel": PReluPerChannel,
         "depth-multiplier": DepthMultiplier,
         "grouped-uneven": GroupedUneven,
@@ -647,7 +659,7 @@ ADVERSARIES: dict[str, Family] = {
 # Every `Trap` has the inner width 6 between conv2 and the head, which is always free; so is the
 # width that these names are about.
 SOLVABLE = frozenset(
-    "twice-concatenated halves-added prelu-per-channel added-per-channel many-readers "
-    "wrong-flatten depth-multiplier residual-of-input same-module-apart norm-per-channel "
-    "shaped-like-another".split()
+    "twice-concatenated halves-added branch-on-buffer prelu-per-channel added-per-channel "
+    "many-readers wrong-flatten depth-multiplier residual-of-input same-module-apart "
+    "norm-per-channel shaped-like-another".split()
 )

@@ -8,7 +8,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 
-_NOISY = ("torch.onnx", "torch.export", "torch.onnx._internal.exporter", "onnxscript", "onnx_ir")
+_NOISY = ("torch.onnx", "torch.export", "torch.fx", "onnxscript", "onnx_ir")
 
 
 @contextlib.contextmanager
@@ -19,7 +19,11 @@ def hush() -> Iterator[None]:
     for log in loggers:
         log.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),  # torch.export prints graphs that fail there
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:
