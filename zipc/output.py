@@ -29,6 +29,7 @@ KINDS = {
     "build.sh": "builds and times the engine on the device",
     "samples.json": "raw timing samples of the verdict",
 }
+FOLDERS = {"checkpoint": "checkpoint", "triton": "model repository for Triton"}
 
 
 def check_output(out: Path) -> None:
@@ -135,6 +136,7 @@ def write_artifacts(
     reference: bytes | None,
     engine: bytes | None,
     script: str | None,
+    layout: Mapping[str, bytes],
     structure: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
     source_folder: Path | None,
@@ -142,7 +144,8 @@ def write_artifacts(
 ) -> tuple[Artifact, ...]:
     """Write everything but the manifest; returns the list of files for it.
 
-    Without `samples` nothing was timed. `script` builds the engine on the device.
+    Without `samples` nothing was timed. `script` builds the engine on the device; `layout` are
+    more files, by path.
     """
     write_atomic(folder / "model.onnx", model)
     if reference is not None:
@@ -152,6 +155,9 @@ def write_artifacts(
     if script is not None:
         write_atomic(folder / "build.sh", script.encode())
         (folder / "build.sh").chmod(0o755)
+    for name, content in layout.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / name, content)
     if samples is not None:
         write_json(folder / "samples.json", samples)
     checkpoint = folder / "checkpoint"
@@ -164,7 +170,7 @@ def write_artifacts(
     files = sorted(p for p in folder.rglob("*") if p.is_file())
 
     def kind(name: str) -> str:
-        found = KINDS.get(name, "checkpoint")
+        found = FOLDERS.get(name.partition("/")[0]) or KINDS[name]
         return found if samples is not None else found.removesuffix(TIMED)
 
     names = [(str(p.relative_to(folder)), p) for p in files]

@@ -51,7 +51,7 @@ from zipc.profiler.timing import interleave, warm_up
 from zipc.proof import default_pairs, paired_speedup, paired_timing
 from zipc.record import make_manifest, read_quality, samples_of
 from zipc.samples import Samples, kind_of, open_samples
-from zipc.shipped import Shipped, ship
+from zipc.shipped import Shipped, layout, ship
 from zipc.sources.common import BATCH
 from zipc.stage_cache import StageCache
 from zipc.targets import load_target
@@ -137,6 +137,9 @@ def compile_model(request: Request, *, progress: Progress) -> Manifest:
                 reference=shipped.reference if request.keep_reference else None,
                 engine=engine,
                 script=None if measured else build_script(shipped.model, request.workload, timing),
+                layout=layout(
+                    shipped, request, source=setup.prepared.source.source, target=setup.target
+                ),
                 structure=structure,
                 tensors=tensors,
                 source_folder=setup.prepared.source.folder,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from zipc.build import INT8_BOUND, Built, edit_of
+from zipc.core.request import Request
 from zipc.core.types import Target, Workload
 from zipc.exporters.onnx_export import check_parity
 from zipc.exporters.origin import places
@@ -17,6 +19,7 @@ from zipc.exporters.specialise import Edit
 from zipc.exporters.tensorrt.emit import emit
 from zipc.exporters.tensorrt.half import kept_in_fp32
 from zipc.exporters.tensorrt.maxima import maxima
+from zipc.exporters.triton import repository
 from zipc.prepare import Prepared
 from zipc.profiler.runners.onnxruntime import OnnxRuntimeRunner
 from zipc.pruner.graph.sites import sizes_at
@@ -75,3 +78,17 @@ def ship(
     kept = Counter(k.reason for k in kept_in_fp32(model))
     notes = [f"{count} operators stay in fp32: {reason}" for reason, count in kept.items()]
     return Shipped(made, reference.to_bytes(), places(model, prepared.program.exported), (*notes,))
+
+
+def layout(shipped: Shipped, request: Request, *, source: str, target: Target) -> dict[str, bytes]:
+    """The files of the layout that was asked for, by path; the model bears the name of its source.
+
+    Raises:
+        UsageError: the server has no name for the type of an input or output.
+    """
+    if request.layout is None:
+        return {}
+    name = re.split("[/:]", source.rstrip("/"))[-1]
+    return repository(
+        name, shipped.model, workload=request.workload, tensorrt=target.runtime == "tensorrt"
+    )

@@ -51,6 +51,25 @@ def profiles(model: ModelProto, workload: Workload) -> dict[str, Profile]:
     return found
 
 
+def profile_texts(found: Mapping[str, Profile]) -> dict[str, str]:
+    """The least, best and largest sizes of all inputs, "a:1x1,b:1x1" under "min", "opt" and "max".
+
+    Empty where no axis is open.
+    """
+    if all(p.least == p.most for p in found.values()):
+        return {}
+    ends = {"min": "least", "opt": "most", "max": "most"}
+    return {
+        end: ",".join(f"{n}:{sizes(getattr(p, field))}" for n, p in found.items())
+        for end, field in ends.items()
+    }
+
+
+def sizes(shape: Shape) -> str:
+    """A shape as trtexec spells it, "8x128"."""
+    return "x".join(map(str, shape))
+
+
 def _size(name: str, dim: int | str, axes: Mapping[str, int]) -> int:
     if isinstance(dim, int):
         return dim

@@ -50,6 +50,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     root = tmp_path_factory.mktemp("modelled")
     model, data = model_folder(root / "model"), pairs_file(root / "pairs.csv")
     asked = request(model, data, root / "out", root / "cache", target="a100", speedup=1.5)
+    asked = replace(asked, layout="triton")
     manifest = compile_model(asked, progress=Told())
     return Project(model, data, root / "cache", root / "out", manifest)
 
@@ -88,6 +89,16 @@ def test_quality_is_read_from_the_graph_and_levels_are_in_fp16(project: Project)
     assert project.manifest.quality.compiled is not None
     kept = [a.level for a in project.manifest.allocation if not a.level.removed]
     assert {level.numeric for level in kept} <= {"fp16", "int8-static"}
+
+
+def test_the_model_repository_holds_the_same_graph_and_is_named_after_the_model(
+    project: Project,
+) -> None:
+    folder = project.out / "triton" / project.model.name
+    assert (folder / "1/model.onnx").read_bytes() == (project.out / "model.onnx").read_bytes()
+    assert "tensorrt" in (folder / "config.pbtxt").read_text()
+    kinds = {f.kind for f in project.manifest.files if f.path.startswith("triton/")}
+    assert kinds == {"model repository for Triton"}
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "reference.onnx"])

@@ -317,6 +317,10 @@ class CompileFlags(SearchFlags):
             "Nothing runs it: OUT/build.sh builds and times one on the device.",
         ),
     ] = None
+    layout: Annotated[
+        Literal["triton"] | None,
+        typer.Option("--layout", help="Also write a model repository for Triton."),
+    ] = None
     require: Annotated[
         Literal["validated"] | None,
         typer.Option("--require", help="Exit 1 unless the verdict is this one."),
@@ -327,6 +331,7 @@ class CompileFlags(SearchFlags):
             "output": self.output,
             "keep_reference": not self.no_reference,
             "engine": self.engine,
+            "layout": self.layout,
             "require": self.require,
         }
 

@@ -46,6 +46,7 @@ class Request:
     keep_reference: bool = True
     allow_table_mismatch: bool = False
     engine: str | None = None  # "rtx": TensorRT-RTX builds one for the target's GPU, untested
+    layout: str | None = None  # "triton": a model repository for that server beside the rest
     require: str | None = None  # "validated": a predicted verdict is a failure too
 
     def check(self, target: Target) -> None:
