@@ -136,7 +136,15 @@ def compile_model(request: Request, *, progress: Progress) -> Manifest:
                 model=shipped.model,
                 reference=shipped.reference if request.keep_reference else None,
                 engine=engine,
-                script=None if measured else build_script(shipped.model, request.workload, timing),
+                script=None
+                if measured
+                else build_script(
+                    shipped.model,
+                    target=setup.target,
+                    workload=request.workload,
+                    timing=timing,
+                    predicted_ms=found.solution.predicted_ratio * setup.prices.dense_ms,
+                ),
                 layout=layout(
                     shipped, request, source=setup.prepared.source.source, target=setup.target
                 ),

@@ -1,60 +1,138 @@
-"""The shell script that builds and times the engine on the device, with TensorRT's own trtexec."""
+"""The shell script that builds and times the engines on the device, with TensorRT's own trtexec."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import onnx
 
-from zipc.core.types import PairedTiming, Workload
-from zipc.exporters.tensorrt.profiles import Shape, profiles
+from zipc.core.types import PairedTiming, Target, Workload
+from zipc.exporters.tensorrt.profiles import Profile, profile_texts, profiles, sizes
 
 # TensorRT 11 knows no other typing than the graph's, and times with CUDA graphs, spinning and
 # without transfers unless told otherwise; TensorRT 10 has to be told.
+TYPING = {"10": ["--stronglyTyped"], "11": []}
+TIMING = {"10": ["--useCudaGraph", "--useSpinWait", "--noDataTransfers"], "11": []}
+SPARSE = "--sparsity=enable"
+WARM_UP = "--warmUp=500"
+ORIN_MODES = {"orin": 0, "orin:50w": 3, "orin:30w": 2}  # of an AGX Orin, for nvpmodel -m
+JETSON = """
+# Jetson: JetPack 6.1 and 6.2 have TensorRT 10.3, JetPack 7.2 has 10.16, and 11.4.1 needs JetPack
+# 7.2.2. Before timing, {mode}
+# sudo jetson_clocks. Boards of 8 GB: stop what else runs, for tactics that find no memory are
+# dropped without an error; the script says if that happened."""
 SCRIPT = """#!/bin/sh
-# Builds model.engine from model.onnx with trtexec and times it: GPU compute, without transfers.
-# {expected}
+# Builds engines of model.onnx and reference.onnx with trtexec, times them in turns (GPU compute,
+# without transfers) and prints the speedup. Flags are passed on to the builds, as in
+#     sh build.sh --builderOptimizationLevel=5
+# BUILDS=3 sh build.sh builds anew as often, without a timing cache: what differs is luck.
+# Predicted: {expected}
 # Inputs: {inputs}
-# TensorRT 10.3 to 11.4. Before timing on a Jetson: sudo nvpmodel -m 0 && sudo jetson_clocks
+# TensorRT 10.3 to 11.4.{jetson}
 set -eu
 cd "$(dirname "$0")"
 command -v trtexec >/dev/null || PATH="$PATH:/usr/src/tensorrt/bin"
 command -v trtexec >/dev/null || {{ echo "trtexec, of TensorRT, is not on PATH" >&2; exit 2; }}
-version='s/.*TensorRT v\\([0-9]*\\)[0-9]\\{{4\\}}\\].*/\\1/p'
-major=$(trtexec --help 2>&1 | sed -n "$version" | head -n 1)
-case "$major" in
-10) typing="--stronglyTyped --useCudaGraph --useSpinWait --noDataTransfers" ;;
-11) typing="" ;;
-*) echo "trtexec is of TensorRT ${{major:-unknown}}; this graph is for 10 and 11" >&2; exit 2 ;;
+version=$(trtexec --help 2>&1 | sed -n 's/.*TensorRT v\\([0-9]*\\)\\].*/\\1/p' | head -n 1)
+case "$version" in
+{majors}
+*)
+    echo "trtexec is of TensorRT ${{version:-unknown}}; these graphs are for 10 and 11" >&2
+    exit 2
+    ;;
 esac
-exec trtexec --onnx=model.onnx --saveEngine=model.engine $typing --sparsity=enable \\
-    --timingCacheFile=timing.cache{shapes} \\
-    --warmUp=500 --duration=10 --percentile=50,90,99 --exportTimes=times.json "$@"
+builds=${{BUILDS:-1}}
+cache="--timingCacheFile=timing.$version.cache"
+[ "$builds" -eq 1 ] || cache=""
+
+build() {{
+    name=$1; shift
+    echo "building $name.engine ($name.log)"
+    trtexec --onnx="$name.onnx" --saveEngine="$name.engine.new" $typing $cache{shapes} \\
+        {sparse} --profilingVerbosity=detailed --exportLayerInfo="$name.layers.json" \\
+        --verbose --skipInference "$@" >"$name.log" 2>&1 ||
+        {{ tail -n 20 "$name.log" >&2; exit 1; }}
+    mv "$name.engine.new" "$name.engine"
+    sed -n 's/.*\\((Sparsity) [A-Z][a-z]* [0-9]* layer(s)[a-z ]*\\).*/\\1/p' "$name.log" | tail -n 2
+    ! grep -qi 'out of memory\\|outofmemory\\|nvmap' "$name.log" ||
+        echo "memory ran out: tactics were dropped, and $name.engine may be slow" >&2
+}}
+
+median() {{
+    trtexec --loadEngine="$1.engine" $timing{run_shapes} {warm_up} --duration=3 \\
+        --percentile=50,90,99 --exportTimes="$1.times.json" 2>&1 |
+        sed -n 's/.*GPU Compute Time:.* median = \\([0-9.]*\\) ms.*/\\1/p'
+}}
+
+if command -v nvpmodel >/dev/null; then nvpmodel -q || true; fi
+turn=0
+while [ "$turn" -lt "$builds" ]; do
+    turn=$((turn + 1))
+    build model "$@"
+    if [ -e reference.onnx ]; then build reference "$@"; fi
+    for _ in 1 2 3 4 5; do
+        if [ -e reference.onnx ]; then echo "$(median model) $(median reference)"
+        else echo "$(median model)"; fi
+    done | awk -v build="$turn of $builds" '
+        !($1 > 0) || (NF > 1 && !($2 > 0)) {{ failed = 1 }}
+        {{ a[NR] = $1; b[NR] = $2; r[NR] = NF > 1 ? $2 / $1 : 0 }}
+        function middle(x,   i, j, t) {{
+            for (i = 1; i < NR; i++) for (j = i + 1; j <= NR; j++)
+                if (x[j] < x[i]) {{ t = x[i]; x[i] = x[j]; x[j] = t }}
+            return x[(NR + 1) / 2]
+        }}
+        END {{
+            if (failed) {{ print "trtexec gave no times; run it by hand" > "/dev/stderr"; exit 1 }}
+            printf "build %s: model %.4f ms", build, middle(a)
+            if (r[1]) printf ", reference %.4f ms, speedup %.3fx", middle(b), middle(r)
+            if (r[1]) printf " (%.3f to %.3f over %d turns)", r[1], r[NR], NR
+            print ""
+        }}'
+done
 """
 
 
-def build_script(model: bytes, workload: Workload, timing: PairedTiming) -> str:
-    """The text of build.sh for an emitted graph.
+def build_script(
+    model: bytes,
+    *,
+    target: Target,
+    workload: Workload,
+    timing: PairedTiming,
+    predicted_ms: float,
+) -> str:
+    """The text of build.sh for an emitted graph and its reference.
 
     Raises:
         UsageError: the workload does not say how large an input is.
     """
     found = profiles(onnx.load_from_string(model), workload)
     low, high = timing.ci95
-    flags = {
-        "minShapes": {n: p.least for n, p in found.items()},
-        "optShapes": {n: p.most for n, p in found.items()},
-        "maxShapes": {n: p.most for n, p in found.items()},
-    }
-    open_axes = any(p.least != p.most for p in found.values())
-    shapes = "".join(
-        f" \\\n    --{flag}={','.join(f'{n}:{_sizes(s)}' for n, s in sizes.items())}"
-        for flag, sizes in flags.items()
+    majors = (
+        f'{m}????) typing="{" ".join(TYPING[m])}" timing="{" ".join(TIMING[m])}" ;;' for m in TYPING
     )
+    best = profile_texts(found).get("opt")
     return SCRIPT.format(
-        expected=f"Expected: {timing.speedup:.2f}x of reference.onnx, 95 % {low:.2f} to {high:.2f}",
-        inputs=", ".join(f"{n} {_sizes(p.most)}" for n, p in found.items()),
-        shapes=shapes if open_axes else "",
+        expected=f"{predicted_ms:.3g} ms, {timing.speedup:.2f}x of reference.onnx, "
+        f"95 % {low:.2f} to {high:.2f}",
+        inputs=", ".join(f"{n} {sizes(p.most)}" for n, p in found.items()),
+        jetson=_jetson(target),
+        majors="\n".join(majors),
+        sparse=SPARSE,
+        warm_up=WARM_UP,
+        shapes="".join(f" \\\n        {flag}" for flag in shape_flags(found)),
+        run_shapes="" if best is None else f" --shapes={best}",
     )
 
 
-def _sizes(shape: Shape) -> str:
-    return "x".join(map(str, shape))
+def shape_flags(found: Mapping[str, Profile]) -> list[str]:
+    """The profile of the engine; none where no axis is open."""
+    return [f"--{end}Shapes={text}" for end, text in profile_texts(found).items()]
+
+
+def _jetson(target: Target) -> str:
+    if target.sheet is None or target.sheet.anchors != "orin":
+        return ""
+    mode = "choose the power mode with sudo nvpmodel -m, then"
+    if target.name in ORIN_MODES:
+        mode = f"sudo nvpmodel -m {ORIN_MODES[target.name]} ({target.mode or 'MAXN'}), then"
+    return JETSON.format(mode=mode)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from tests.zoo import ZOO
 from zipc.core.errors import EngineFailed, ExportMismatch, UsageError
-from zipc.core.types import PairedTiming, Workload
+from zipc.core.types import Workload
 from zipc.exporters.graph import OnnxGraph, attribute
 from zipc.exporters.onnx_export import check_parity, export_dense
 from zipc.exporters.origin import places
@@ -28,7 +27,6 @@ from zipc.exporters.tensorrt.emit import emit
 from zipc.exporters.tensorrt.engine import COMPUTE_CAPABILITIES, build_engine, run_limited
 from zipc.exporters.tensorrt.half import kept_in_fp32
 from zipc.exporters.tensorrt.maxima import maxima
-from zipc.exporters.tensorrt.script import build_script
 from zipc.numerics.int8 import (
     ActivationRange,
     activation_range,
@@ -349,46 +347,3 @@ def test_a_builder_that_fails_is_stopped_and_says_how(
 def test_gpus_that_rtx_does_not_build_for_are_told_before_anything_is_built() -> None:
     with pytest.raises(UsageError, match=r"sm87.*build\.sh"):
         build_engine(b"", compute_capability="sm87", workload=Workload())
-
-
-def call_script(folder: Path, version: str) -> tuple[int, list[str], str]:
-    """Exit code of build.sh beside a trtexec of that version, what it was called with, errors."""
-    tool, called = folder / "trtexec", folder / "called"
-    tool.write_text(
-        f'#!/bin/sh\necho "&&&& RUNNING TensorRT.trtexec [TensorRT {version}] [b1] # trtexec"\n'
-        f'[ "$1" = --help ] || echo "$@" > {called}\n'
-    )
-    tool.chmod(0o755)
-    graph, timing = emit(made("bert")[1], Edit(), maxima={}), PairedTiming((), (), 2.0, (1.5, 2.5))
-    text = build_script(graph.to_bytes(), Workload(batch_size=8, sequence_length=16), timing)
-    assert "2.00x of reference.onnx, 95 % 1.50 to 2.50" in text
-    (folder / "build.sh").write_text(text)
-    ended = subprocess.run(
-        ["sh", str(folder / "build.sh"), "--verbose"],
-        env={"PATH": f"{folder}:/usr/bin:/bin"},
-        check=False,
-        capture_output=True,
-        text=True,
-    )
-    return ended.returncode, called.read_text().split() if called.exists() else [], ended.stderr
-
-
-@pytest.mark.parametrize(
-    ("version", "typed"), [("v100300", True), ("v101602", True), ("v110400", False)]
-)
-def test_the_script_tells_each_tensorrt_what_it_needs(
-    tmp_path: Path, version: str, typed: bool
-) -> None:
-    code, called, _ = call_script(tmp_path, version)
-    assert code == 0
-    assert {"--onnx=model.onnx", "--saveEngine=model.engine", "--verbose"} <= set(called)
-    assert any(f.startswith("--optShapes=") and "input_ids:8x16" in f for f in called)
-    assert ("--stronglyTyped" in called) == typed
-    assert ("--noDataTransfers" in called) == typed
-
-
-@pytest.mark.parametrize("version", ["v8601", "v120000"])
-def test_the_script_refuses_other_versions(tmp_path: Path, version: str) -> None:
-    code, called, said = call_script(tmp_path, version)
-    assert (code, called) == (2, [])
-    assert "10 and 11" in said
