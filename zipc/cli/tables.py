@@ -20,14 +20,14 @@ from zipc.core.errors import CorruptFile, UsageError
 from zipc.core.files import write_atomic
 from zipc.core.types import Progress
 from zipc.latency_tables.compare import Comparison, compare, dominated
-from zipc.latency_tables.store import TableStore, default_cache_dir, read_table
+from zipc.latency_tables.draw import draw
+from zipc.latency_tables.store import TableStore, default_cache_dir, read_table, short_name
 from zipc.latency_tables.table import LatencyTable
 
 tables_app = typer.Typer(
     help="List, show, compare, join and check latency tables.", no_args_is_help=True
 )
 BAR = 24  # characters of the longest bar
-NAME = 12  # characters of a table's name that are printed
 WORST = 10  # entries of a comparison that are printed
 COLUMNS = ("signature", "width", "numeric", "pattern", "ms", "ratio", "noise", "samples")
 
@@ -37,7 +37,7 @@ CacheFlag = Annotated[
 TableArgument = Annotated[
     str,
     typer.Argument(
-        help="A table: its file, or the beginning of its name in `zipc tables list`.",
+        help="A table: its file, or its name in `zipc tables list`, shortened at will.",
         metavar="TABLE",
         show_default=False,
     ),
@@ -62,13 +62,30 @@ def list_verb(*, cache_dir: CacheFlag = None, format: FormatFlag = "table") -> N
 
 @tables_app.command("show")
 def show_verb(
-    table: TableArgument, *, cache_dir: CacheFlag = None, format: FormatFlag = "table"
+    table: TableArgument,
+    *,
+    png: Annotated[
+        Path | None,
+        typer.Option("--png", help="Draw it into this file, too.", metavar="FILE.png"),
+    ] = None,
+    cache_dir: CacheFlag = None,
+    format: FormatFlag = "table",
 ) -> None:
-    """Print the prices of a table: latency against width for every site and precision."""
+    """Print the prices of a table: latency against width for every site and precision.
+
+    Where a name stands for a model at several workloads, these are listed.
+    """
 
     def body(progress: Progress) -> Outcome:
-        path = _store(cache_dir).find(table)
+        store = _store(cache_dir)
+        found = store.matching(table)
+        if png is None and len(found) > 1 and len({p.stem for p in found}) == 1:
+            rows = {"tables": [_summary(path) for path in found]}
+            return Outcome(rows, lambda console: _show_list(console, rows))
+        path = store.find(table)
         held = read_table(path)
+        if png is not None:
+            draw(held, png)
         document = _facts(path, held) | {
             "fingerprint": held.fingerprint,
             "state": held.state,
@@ -219,6 +236,7 @@ def _facts(path: Path, held: LatencyTable) -> dict[str, Any]:
         "target": held.target,
         "runtime": held.runtime,
         "workload": str(held.workload),
+        "workload_key": held.workload.key,
         "entries": len(held.entries),
         "noise": held.noise,
         "correction_error": held.correction.median_error if held.correction else None,
@@ -274,7 +292,7 @@ def _show_list(console: Console, document: Mapping[str, Any]) -> None:
         if row["error"] is None:
             off = row["correction_error"]
             table.add_row(
-                escape(row["name"][:NAME]),
+                escape(short_name(row["name"], row["workload_key"])),
                 *(escape(row[n]) for n in ("kind", "target", "runtime", "workload")),
                 str(row["entries"]),
                 f"{row['noise']:.1%}",
