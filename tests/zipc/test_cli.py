@@ -491,7 +491,7 @@ class TestOtherVerbs:
     @pytest.mark.parametrize("sizes", ["", "0x128", "1x", "1x128,", "axb", "1x2x3", "-1x5"])
     def test_workloads_that_are_no_sizes(self, run: Run, profiling: Any, sizes: str) -> None:
         code, _, err = run("profile", "minilm", f"--workloads={sizes}")
-        assert (code, "1x128,8x128,1x384" in err, profiling.requests) == (2, True, [])
+        assert (code, "1x128,8x128 for several" in err, profiling.requests) == (2, True, [])
 
     def test_sizes_are_given_once(self, run: Run, profiling: Any) -> None:
         code, _, err = run("profile", "minilm", "--workloads", "1x128", "--batch-size", "2")

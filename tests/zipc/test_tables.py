@@ -107,6 +107,39 @@ def test_show_lists_the_workloads_of_a_model_and_draws_the_one_named(
     assert png.read_bytes().startswith(b"\x89PNG")
 
 
+def test_interpolate_prints_prices_with_the_error_of_what_was_left_out(
+    run: Run, tmp_path: Path
+) -> None:
+    store = TableStore(tmp_path / "tables")
+    for length, ms in ((16, 1.0), (32, 2.2), (64, 4.0)):
+        table = made({(8, "fp32"): ms}, workload=Workload(1, length))
+        store.save(table, store.path("cpu", table.workload, table.runtime, "abc"))
+    here = ["--cache-dir", str(tmp_path)]
+    code, out, _ = run("tables", "interpolate", "abc", "1x48", *here, "--format", "json")
+    document = json.loads(out)
+    assert (code, document["workload"]) == (0, "batch 1, sequence 48, 1 thread")
+    assert [p["ms"] for p in document["prices"]] == pytest.approx([3.1])
+    assert document["held_out"][0]["median_error"] == pytest.approx(0.2 / 2.2, rel=1e-3)
+    code, out, _ = run("tables", "interpolate", "abc", "1x48", *here)
+    assert (code, "off by 9.1% (median)" in out, "3.100" in out) == (0, True, True)
+    for size, message in (
+        ("1x99", "not between"),
+        ("ax", "batch x length"),
+        ("1x8,1x9", "2 sizes"),
+    ):
+        code, _, err = run("tables", "interpolate", "abc", size, *here)
+        assert (code, message in err) == (2, True)
+
+
+def test_outliers_are_told_beside_their_price(run: Run, tmp_path: Path) -> None:
+    table = made({(8, "fp32"): 1.0})
+    (steady,) = table.entries
+    samples = (1.0, 1.01, 0.99, 1.02, 0.98, 1.0, 1.01, 9.0)
+    spiky = steady.model_copy(update={"samples_ms": samples, "anchor_ms": (2.0,) * len(samples)})
+    TableStore(tmp_path).save(table.with_entries([spiky]), tmp_path / "spiky.json")
+    assert "12% outliers" in run("tables", "show", str(tmp_path / "spiky.json"))[1]
+
+
 def test_export_and_merge_write_new_files_only(run: Run, cache: Path, tmp_path: Path) -> None:
     here = ["--cache-dir", str(cache)]
     whole, prices, joined = (tmp_path / n for n in ("whole.json", "prices.csv", "joined.json"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
@@ -16,6 +15,7 @@ from zipc.cli.running import Outcome, run_verb
 from zipc.core.errors import UsageError
 from zipc.core.request import Request
 from zipc.core.types import Progress
+from zipc.core.workload import parse_workloads
 
 if TYPE_CHECKING:
     from zipc.profiling import ProfileResult
@@ -55,17 +55,6 @@ class ProfileFlags(ModelFlags):
             Request(**(self._fields() | {"batch_size": batch, length: tokens}))
             for batch, tokens in parse_workloads(self.workloads)
         ]
-
-
-def parse_workloads(text: str) -> list[tuple[int, int | None]]:
-    """Read "1x128,8x128" as pairs of batch and length, "1,8" as batches."""
-    found = [re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", part.strip()) for part in text.split(",")]
-    pairs = [(int(m[1]), int(m[2]) if m[2] else None) for m in found if m]
-    if len(pairs) < len(found):
-        raise UsageError(
-            f"--workloads '{text}' are no sizes. Write batch x sequence, as in 1x128,8x128,1x384."
-        )
-    return list(dict.fromkeys(pairs))
 
 
 @verb(ProfileFlags)
