@@ -86,7 +86,7 @@ def _key(request: Request) -> str | None:
         return None
     target = load_target(request.target)
     request.check(target)
-    device = open_device(target, request.host, python=request.host_python)
+    prints = open_device(target, request.host, python=request.host_python).fingerprint()
     folder, _ = locate(request.model)
     files = sorted({path for pattern in PATTERNS for path in folder.glob(pattern)})
     asked = {k: v for k, v in dataclasses.asdict(request).items() if k not in NOT_ASKED}
@@ -94,7 +94,7 @@ def _key(request: Request) -> str | None:
         [zipc.__version__, EMISSION, *map(version, LIBRARIES)],
         asked,
         dataclasses.asdict(target),
-        device.fingerprint(),
+        prints,
         [(str(path.relative_to(folder)), sha256_file(path)) for path in files],
     )
 
