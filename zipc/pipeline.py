@@ -298,13 +298,24 @@ def plan_model(request: Request, *, progress: Progress) -> Plan:
         )
 
 
-def price_model(request: Request, *, progress: Progress) -> Prices:
+@dataclass(frozen=True, slots=True)
+class Priced:
+    """A model whose sites have their prices, and the device these are of."""
+
+    target: Target
+    device: Device
+    prepared: Prepared
+    prices: Prices
+
+
+def price_model(request: Request, *, progress: Progress) -> Priced:
     """The prices of a model's sites on the target; what its table lacks is measured."""
     with _one_thread():
         clock = Clock(progress)
         target, device = _open(request)
         source, request = _load(request, clock)
-        return _price(source, request, target, device, clock)[1]
+        prepared, prices = _price(source, request, target, device, clock)
+        return Priced(target, device, prepared, prices)
 
 
 @dataclass(slots=True)

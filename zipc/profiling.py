@@ -62,7 +62,7 @@ def profile_model(request: Request, *, progress: Progress) -> ProfileResult:
         return known
     from zipc.pipeline import price_model
 
-    prices = price_model(request, progress=progress)
+    prices = price_model(request, progress=progress).prices
     fitted = prices.table.correction
     result = ProfileResult(
         table_path=prices.path,

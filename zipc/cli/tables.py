@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -89,6 +90,7 @@ def show_verb(
             "fingerprint": held.fingerprint,
             "state": held.state,
             "notes": list(held.notes),
+            "prediction_factor95": math.exp(held.correction.reach) if held.correction else None,
             "prices": _prices(held),
         }
         return Outcome(document, lambda console: show_table(console, document))

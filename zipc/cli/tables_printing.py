@@ -50,7 +50,8 @@ def show_list(console: Console, document: Mapping[str, Any]) -> None:
 
 def show_table(console: Console, document: Mapping[str, Any]) -> None:
     shown = ("path", "kind", "target", "runtime", "workload", "created", "fingerprint", "notes")
-    show_fields(console, {n: document[n] for n in (*shown, "noise", "correction_error")})
+    errors = ("noise", "correction_error", "prediction_factor95")
+    show_fields(console, {n: document[n] for n in (*shown, *errors)})
     _show_sites(console, document["prices"], doubt="noise")
 
 
