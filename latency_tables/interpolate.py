@@ -74,10 +74,14 @@ def interpolate(tables: Sequence[LatencyTable], workload: Workload) -> Interpola
     first = tables[0]
     fields = ("kind", "target", "runtime", "fingerprint")
     if any(getattr(t, name) != getattr(first, name) for t in tables for name in fields):
-        raise UsageError("Only prices of one device are interpolated: give tables of one target.")
+        raise UsageError(
+            "Only prices of one device are interpolated, and these tables are of several."
+        )
     measure = profile_command(first.target, workload)
     if any(t.workload == workload for t in tables):
-        raise UsageError(f"{workload} was profiled itself: see zipc tables show.")
+        raise UsageError(
+            f"{workload} was profiled itself: run zipc tables show KEY@{workload.key}."
+        )
     lines = {
         axis: [t for t in tables if move(t.workload, workload) == workload]
         for axis, move in AXES.items()

@@ -67,7 +67,7 @@ def test_a_decode_step_lies_between_past_lengths_and_images_between_batches() ->
         ((64, 128, 256), 512, "not between"),
         ((64, 128, 256), 32, "not between"),
         ((64, 256), 128, "error could not be told.*zipc profile MODEL"),
-        ((64, 128, 256), 128, "profiled itself"),
+        ((64, 128, 256), 128, "zipc tables show KEY@b1s128t1"),
     ],
 )
 def test_what_cannot_be_known_is_refused(sizes: tuple[int, ...], asked: int, message: str) -> None:

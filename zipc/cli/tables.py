@@ -147,6 +147,10 @@ def interpolate_verb(
         ),
     ],
     *,
+    target: Annotated[
+        str | None,
+        typer.Option("--target", help="Whose tables, if those of several: cpu, cpu@board, a100."),
+    ] = None,
     cache_dir: CacheFlag = None,
     format: FormatFlag = "table",
 ) -> None:
@@ -157,10 +161,7 @@ def interpolate_verb(
     """
 
     def body(progress: Progress) -> Outcome:
-        found = _store(cache_dir).matching(model)
-        if len({path.stem for path in found}) > 1:
-            raise UsageError(f"'{model}' may mean several models. Run: zipc tables list")
-        tables = [read_table(path) for path in found]
+        tables = [read_table(path) for path in _of_one_model(_store(cache_dir), model, target)]
         asked = interpolate(tables, _workload(size, like=tables[0].workload))
         document = {
             "workload": str(asked.workload),
@@ -269,6 +270,24 @@ def validate_verb(
 
 def _store(cache_dir: Path | None) -> TableStore:
     return TableStore((cache_dir or default_cache_dir()) / "tables")
+
+
+def _of_one_model(store: TableStore, name: str, target: str | None) -> list[Path]:
+    """Tables at every workload of one model on one target.
+
+    Raises:
+        UsageError: there is none, or there are several models or targets of that name.
+    """
+    found = [p for p in store.matching(name) if target in (None, p.parts[-3])]
+    places = sorted({p.parts[-3] for p in found})
+    if len(places) == 1 and len({p.stem for p in found}) == 1:
+        return found
+    raise UsageError(
+        f"'{name}' means tables of several models or targets ({', '.join(places)}), and one is "
+        "needed. Give more of KEY, or --target; see zipc tables list."
+        if places
+        else f"'{name}' has no table of target '{target}'. Run: zipc tables list"
+    )
 
 
 def _workload(size: str, *, like: Workload) -> Workload:
