@@ -92,6 +92,7 @@ def _key(request: Request) -> str | None:
     asked = {k: v for k, v in dataclasses.asdict(request).items() if k not in NOT_ASKED}
     return fingerprint(
         [zipc.__version__, EMISSION, *map(version, LIBRARIES)],
+        [field.name for field in dataclasses.fields(ProfileResult)],
         asked,
         dataclasses.asdict(target),
         prints,
