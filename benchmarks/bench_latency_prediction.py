@@ -1,17 +1,23 @@
-"""The predicted latency ratio of random allocations is within 5 % of the measured one (median).
+"""Predicted latency of random allocations is within 3 % of measured (median), 10 % at worst.
 
-    python benchmarks/bench_latency_prediction.py [--allocations 10]
+    python benchmarks/bench_latency_prediction.py --case minilm
+    python benchmarks/bench_latency_prediction.py --case resnet56 --data-dir DIR
 
 Random allocations, mixing widths and numerics, of a seed that the correction was not fitted with.
-Predicted is the sum of the prices of their levels, corrected for the whole model; measured is the
-median of paired ratios to the dense graph, the two timed run by run in turn. The latency table is
-made first where there is none. Results go to benchmarks/results/latency_prediction.json.
+Predicted is the sum of the prices of their levels, corrected for the whole model, as a ratio to the
+dense graph; measured is the median of paired ratios, the two timed run by run in turn. The 95 %
+interval of a prediction is the one its table states: it has to hold nine in ten measurements of
+all cases together. The latency table is made first where there is none. Weights are random but for
+minilm and resnet56, whose safetensors lie under DIR/resnet_cifar10. Each case replaces itself in
+benchmarks/results/latency_prediction.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import platform
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -19,29 +25,45 @@ from typing import Any
 
 import numpy as np
 import torch
+from bench_families import save_model
 from provenance import commit
 
-from zipc.core.files import write_json
+from zipc.core.files import read_json, write_json
 from zipc.core.request import Request
 from zipc.core.types import Silent
-from zipc.devices import open_device
-from zipc.latency_tables.store import TableStore, default_cache_dir
-from zipc.model_source import load_source, settle
-from zipc.prepare import prepare
-from zipc.pricing import measure_points, price
-from zipc.stage_cache import StageCache
-from zipc.targets import load_target
+from zipc.latency_tables.store import default_cache_dir
+from zipc.pipeline import price_model
+from zipc.pricing import measure_points
 
-RESULTS = Path(__file__).parent / "results" / "latency_prediction.json"
-BAR = 0.05  # median relative error
-ROUNDS = 60
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "latency_prediction.json"
+MEDIAN, WORST, COVERAGE = 0.03, 0.10, 0.90
+ROUNDS = 40
 MIN_SEED = 1000  # the fit of the correction uses small seeds
+BERT: dict[str, Any] = {}  # the defaults of transformers are the shape of BERT-base
+LLAMA: dict[str, Any] = {
+    "vocab_size": 8000,
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 512,
+}
+# case -> architecture and settings of a random model, and what is timed
+SHAPES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "bert-base": ("BertModel", BERT, {}),
+    "llama-prefill": ("LlamaForCausalLM", LLAMA, {}),
+    "llama-decode": ("LlamaForCausalLM", LLAMA, {"phase": "decode", "past_length": 128}),
+}
+CASES = ("minilm", "resnet56", *SHAPES)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--allocations", type=int, default=10)
-    parser.add_argument("--model", default="minilm")
+    parser.add_argument("--case", choices=CASES, required=True)
+    parser.add_argument("--allocations", type=int, default=30)
+    parser.add_argument("--data-dir", type=Path, help="has resnet_cifar10/resnet56.safetensors")
     parser.add_argument("--target", default="cpu")
     parser.add_argument("--seed", type=int, default=MIN_SEED)
     parser.add_argument("--cache-dir", type=Path, default=default_cache_dir())
@@ -49,39 +71,53 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.seed < MIN_SEED:
         parser.error(f"--seed must be at least {MIN_SEED}: the correction was fitted with others")
+    if arguments.case == "resnet56" and arguments.data_dir is None:
+        parser.error("--case resnet56 needs --data-dir")
     torch.set_num_threads(1)
-    document = measure(arguments)
+    with tempfile.TemporaryDirectory(prefix="zipc-bench-") as folder:
+        result = measure(arguments, request_of(arguments, Path(folder)))
     print("  predicted  measured   error")
-    for row in document["allocations"]:
+    for row in result["allocations"]:
         print(f"  {row['predicted']:9.4f}  {row['measured']:8.4f}  {row['error']:+6.1%}")
     print(
-        f"median {document['median_error']:.1%}, worst {document['worst_error']:.1%}; "
-        f"uncorrected: median {document['median_error_uncorrected']:.1%}"
+        f"{arguments.case}: median {result['median_error']:.1%}, worst {result['worst_error']:.1%}"
+        f" (uncorrected: median {result['median_error_uncorrected']:.1%}); "
+        f"{result['covered']} of {len(result['allocations'])} within the stated interval"
     )
-    write_json(arguments.out, document)
-    print(f"passed: {document['passed']}; written to {arguments.out}")
+    held = read_json(arguments.out) if arguments.out.is_file() else {}
+    found = document({**held.get("cases", {}), arguments.case: result})
+    write_json(arguments.out, found)
+    print(f"passed: {found['passed']}; written to {arguments.out}")
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    source = load_source(arguments.model)
-    request = settle(Request(model=arguments.model, target=arguments.target), source)
-    target = load_target(request.target)
-    device = open_device(target)
-    cache = StageCache(arguments.cache_dir)
-    prepared = prepare(source, request, cache=cache, progress=Silent())
-    store = TableStore(arguments.cache_dir / "tables")
-    prices = price(prepared, target, request, device=device, store=store, progress=Silent())
-    state = device.state()
+def request_of(arguments: argparse.Namespace, folder: Path) -> Request:
+    """What is asked of zipc for a case; random models are saved to `folder`."""
+    common = {"target": arguments.target, "cache_dir": arguments.cache_dir}
+    if arguments.case == "resnet56":
+        weights = arguments.data_dir / "resnet_cifar10" / "resnet56.safetensors"
+        return Request(model=f"{HERE / 'networks.py'}:resnet56", weights=str(weights), **common)
+    if arguments.case not in SHAPES:
+        return Request(model=arguments.case, **common)
+    architecture, settings, timed = SHAPES[arguments.case]
+    save_model(architecture, settings, folder / "model")
+    return Request(model=str(folder / "model"), **timed, **common)
+
+
+def measure(arguments: argparse.Namespace, request: Request) -> dict[str, Any]:
+    priced = price_model(request, progress=Silent())
+    prices, state = priced.prices, priced.device.state()
     points = measure_points(
-        prepared,
-        target,
+        priced.prepared,
+        priced.target,
         prices,
-        timer=device.timer(),
+        timer=priced.device.timer(),
         points=arguments.allocations,
         rng=np.random.default_rng(arguments.seed),
         rounds=ROUNDS,
         progress=Silent(),
     )
+    fitted = prices.table.correction
+    reach = fitted.reach if fitted else math.nan
     rows = []
     for raw, measured in points:
         predicted = prices.ratio(raw * prices.dense_ms)
@@ -91,32 +127,46 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                 "predicted": predicted,
                 "measured": measured,
                 "error": predicted / measured - 1,
+                "covered": abs(math.log(predicted / measured)) <= reach,
             }
         )
     errors = [abs(r["error"]) for r in rows]
     return {
-        "schema_version": 1,
-        "claim": __doc__.splitlines()[0],
-        "passed": median(errors) <= BAR,
         "median_error": median(errors),
         "worst_error": max(errors),
         "median_error_uncorrected": median(
             abs(r["sum_of_prices"] / r["measured"] - 1) for r in rows
         ),
+        "reach": reach,
+        "covered": sum(r["covered"] for r in rows),
         "allocations": rows,
-        "model": arguments.model,
-        "model_sha256": prepared.source.sha256,
-        "workload": request.workload.key,
+        "model_sha256": priced.prepared.source.sha256,
+        "workload": prices.table.workload.key,
+        "numeric": prices.numeric,
         "rounds": ROUNDS,
         "seed": arguments.seed,
         "table_entries": len(prices.table.entries),
-        "table_from_cache": prices.from_cache,
+        "table_noise": prices.table.noise,
+        "table_seconds": prices.seconds,
         "dense_ms": prices.dense_ms,
         "commit": commit(),
-        "device": device.fingerprint(),
+        "device": priced.device.fingerprint(),
         "device_state": state,
         "versions": {n: version(n) for n in ("onnxruntime", "torch", "numpy")}
         | {"python": platform.python_version()},
+    }
+
+
+def document(cases: dict[str, Any]) -> dict[str, Any]:
+    rows = [row for case in cases.values() for row in case["allocations"]]
+    coverage = sum(row["covered"] for row in rows) / len(rows)
+    close = all(c["median_error"] <= MEDIAN and c["worst_error"] <= WORST for c in cases.values())
+    return {
+        "schema_version": 2,
+        "claim": __doc__.splitlines()[0],
+        "passed": close and coverage >= COVERAGE,
+        "coverage_of_95": coverage,
+        "cases": cases,
     }
 
 

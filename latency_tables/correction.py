@@ -8,9 +8,10 @@ the dense graph is by definition.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from itertools import combinations
-from statistics import median
+from statistics import fmean, median
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -42,6 +43,17 @@ class Correction(BaseModel):
     @property
     def n(self) -> int:
         return len(self.points)
+
+    @property
+    def reach(self) -> float:
+        """Half of the 95 % interval of the logarithm of a predicted ratio.
+
+        By Student's t over the left-out errors: as wide as so few points demand.
+        """
+        from scipy.special import stdtrit  # slow to import, and few callers need it
+
+        squares = fmean(math.log1p(error) ** 2 for error in _left_out_errors(self.points))
+        return float(stdtrit(self.n, 0.975)) * math.sqrt(squares)
 
     def apply(self, ratio: float) -> float:
         """Predict the measured ratio. Monotone, and positive for every positive `ratio`."""

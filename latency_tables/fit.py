@@ -17,7 +17,6 @@ from typing import Annotated, Literal, Protocol
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
-from scipy.optimize import least_squares
 
 from zipc.core.errors import CorruptFile
 from zipc.core.types import Difference, Pattern, SpecSheet
@@ -117,6 +116,8 @@ class Measured(Protocol):
 
 def fit(laid: Sequence[Measured]) -> Fractions:
     """The fractions of least robust squared log-error; every source counts alike."""
+    from scipy.optimize import least_squares  # half a second that no other verb should pay
+
     start, least, most = (np.log(astuple(f)) for f in (START, LEAST, MOST))
 
     def residuals(logs: Array) -> Array:

@@ -17,6 +17,9 @@ from zipc.core.files import read_json, write_json
 from zipc.core.types import Workload
 from zipc.latency_tables.table import SCHEMA_VERSION, LatencyTable, profile_command
 
+KEY = 12  # letters of a table's key that its short name has
+MOST_NAMED = 6  # tables that a message names
+
 
 class TableStore:
     """The latency tables under one folder."""
@@ -35,22 +38,41 @@ class TableStore:
         return sorted(self.root.rglob("*.json"))
 
     def find(self, name: str) -> Path:
-        """A table by the path of its file, or by the beginning of its name under this folder.
+        """A table by the path of its file, or by its name under this folder; see `matching`.
 
         Raises:
             UsageError: there is no such table, or there are several.
         """
-        path = Path(name)
-        if path.is_file():
-            return path
-        found = [p for p in self.paths() if p.stem.startswith(name)]
+        found = self.matching(name)
         if len(found) == 1:
             return found[0]
-        many = f"{len(found)} tables begin with it" if found else "there is no such table"
+        names = ", ".join(short_name(p.stem, _workload_key(p)) for p in found[:MOST_NAMED])
         raise UsageError(
-            f"'{name}' is neither a file nor the name of one table under {self.root}: {many}. "
-            "Run: zipc tables list"
+            f"'{name}' may mean {len(found)} tables: {names}. Give one of these, or its path, "
+            "which zipc tables list --format json has."
         )
+
+    def matching(self, name: str) -> list[Path]:
+        """The tables `name` may mean: the path of a file, or KEY or KEY@WORKLOAD, KEY shortened.
+
+        Raises:
+            UsageError: it means none.
+        """
+        path = Path(name)
+        if path.is_file():
+            return [path]
+        key, _, workload = name.partition("@")
+        found = [
+            p
+            for p in self.paths()
+            if p.stem.startswith(key) and (not workload or _workload_key(p) == workload)
+        ]
+        if not found:
+            raise UsageError(
+                f"'{name}' is neither a file nor the name of a table under {self.root}. "
+                "Run: zipc tables list"
+            )
+        return found
 
     def load(
         self, path: Path, *, fingerprint: Mapping[str, Any] | None, allow_mismatch: bool = False
@@ -86,6 +108,11 @@ class TableStore:
         """
         document = table.model_dump(mode="json")
         write_json(path, document | {"digest": digest_of(document)})
+
+
+def short_name(key: str, workload: str) -> str:
+    """What `TableStore.find` takes for the table of a key and of the key of a workload."""
+    return f"{key[:KEY]}@{workload}"
 
 
 def default_cache_dir() -> Path:
@@ -158,6 +185,11 @@ def _describe(entry: Mapping[str, Any]) -> str:
     if isinstance(level, dict):
         level = f"{level.get('width')}@{level.get('numeric')}"
     return f"{entry['signature']} at {level}"
+
+
+def _workload_key(path: Path) -> str:
+    """The workload a table in a store is of, from the name of its folder: RUNTIME-WORKLOAD."""
+    return path.parent.name.partition("-")[2]
 
 
 def _safe(name: str) -> str:

@@ -17,6 +17,7 @@ BESIDE = 2  # graphs timed between one run of the anchor and its next
 QUIET, NOISY = 0.01, 0.03  # relative noise: below, stop early; above, take more rounds
 MAX_EXTENSION = 4  # times `rounds`
 STEP = 0.05  # a narrower level slower by more than this is looked at twice
+RESERVED = 0.15  # of the budget of time, for what breaks the order of its neighbours
 MIN_ROUNDS = 6  # fewer say nothing about the noise
 
 T = TypeVar("T")
@@ -64,7 +65,7 @@ def sweep(
     measured: dict[EntryKey, Entry] = {}
     progress.stage("measuring prices", total=len(todo))
     for number, group in enumerate(groups, start=1):
-        deadline = _share(started, seconds_budget, number / len(groups))
+        deadline = _share(started, seconds_budget, (1 - RESERVED) * number / len(groups))
         entries = _measure(group, anchor, make_runner, rounds, _until(deadline, clock))
         measured |= {entry.key: entry for entry in entries}
         report(entries)

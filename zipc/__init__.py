@@ -8,7 +8,8 @@ if TYPE_CHECKING:
     from zipc.checkpoint import load
     from zipc.core.request import Request
     from zipc.inspect import inspect_model, inspect_onnx
-    from zipc.pipeline import compile_model, plan_model, profile_model
+    from zipc.pipeline import compile_model, plan_model
+    from zipc.profiling import profile_model
 
 __version__ = "0.1.0"
 __all__ = [
@@ -28,7 +29,7 @@ _HOMES = {  # imported on first use: `import zipc` needs no torch
     "inspect_onnx": "zipc.inspect",
     "load": "zipc.checkpoint",
     "plan_model": "zipc.pipeline",
-    "profile_model": "zipc.pipeline",
+    "profile_model": "zipc.profiling",
 }
 
 

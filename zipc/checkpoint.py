@@ -10,9 +10,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from zipc.build import rebuild
-from zipc.core.errors import CorruptFile, UsageError
+from zipc.core.errors import CorruptFile, UsageError, first_line
 from zipc.core.files import read_json
-from zipc.sources.common import first_line
 from zipc.sources.factory import KIND as FACTORY
 from zipc.sources.factory import Factory, find_factory, make_blank
 from zipc.sources.huggingface import build_module, load_config

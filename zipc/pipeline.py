@@ -30,7 +30,6 @@ from zipc.core.types import (
     Progress,
     Runner,
     Site,
-    TableKind,
     Target,
 )
 from zipc.devices import open_device
@@ -311,46 +310,23 @@ def plan_model(request: Request, *, progress: Progress) -> Plan:
 
 
 @dataclass(frozen=True, slots=True)
-class ProfileResult:
-    """Where the table is, of what kind, and what it cost to make."""
+class Priced:
+    """A model whose sites have their prices, and the device these are of."""
 
-    table_path: Path
-    kind: TableKind
-    entries: int
-    seconds: float
-    from_cache: bool
-    dense_ms: float
-    correction_error: float | None
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "table_path": str(self.table_path),
-            "kind": self.kind,
-            "entries": self.entries,
-            "seconds": self.seconds,
-            "from_cache": self.from_cache,
-            "dense_ms": self.dense_ms,
-            "correction_error": self.correction_error,
-        }
+    target: Target
+    device: Device
+    prepared: Prepared
+    prices: Prices
 
 
-def profile_model(request: Request, *, progress: Progress) -> ProfileResult:
-    """Build or extend the latency table of a model's sites on the target."""
+def price_model(request: Request, *, progress: Progress) -> Priced:
+    """The prices of a model's sites on the target; what its table lacks is measured."""
     with _one_thread():
         clock = Clock(progress)
         target, device = _open(request)
         source, request = _load(request, clock)
-        _, prices = _price(source, request, target, device, clock)
-        fitted = prices.table.correction
-        return ProfileResult(
-            table_path=prices.path,
-            kind=prices.table.kind,
-            entries=len(prices.table.entries),
-            seconds=prices.seconds,
-            from_cache=prices.from_cache,
-            dense_ms=prices.dense_ms,
-            correction_error=fitted.median_error if fitted else None,
-        )
+        prepared, prices = _price(source, request, target, device, clock)
+        return Priced(target, device, prepared, prices)
 
 
 @dataclass(slots=True)

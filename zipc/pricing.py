@@ -40,6 +40,7 @@ from zipc.pruner.sparse import halved, refusal
 WHOLE, NARROWEST = "model", "model-narrowest"  # stand in a table at the level of width 1
 MIN_SHARE = 0.05
 SWEEP_ROUNDS = 20
+SWEEP_SECONDS = 200.0  # spent, as on a busy machine, noisy prices get no more rounds
 SHARE_ROUNDS = 10
 CORRECTION_POINTS = 6
 TRUSTED_ERROR = 0.06  # a table whose sums are further off than this (median) is not kept
@@ -345,6 +346,7 @@ def _measure(
             anchor=timer.load(anchor_bytes, workload=workload),
             make_runner=lambda model: timer.load(model, workload=workload),
             rounds=SWEEP_ROUNDS,
+            seconds_budget=SWEEP_SECONDS,
             progress=progress,
             on_entries=keep,
         )

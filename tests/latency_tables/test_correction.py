@@ -52,6 +52,20 @@ def test_noisy_points_give_the_true_line_within_the_noise() -> None:
     assert correction.n == 10
 
 
+def test_the_interval_of_a_prediction_holds_what_it_promises() -> None:
+    rng = random.Random(0)
+
+    def measured(p: float) -> float:
+        return (0.06 + 0.94 * p) * rng.gauss(1, 0.03)
+
+    held = []
+    for _ in range(60):
+        correction = fit((p, measured(p)) for p in (rng.uniform(0.15, 0.9) for _ in range(6)))
+        for p in (0.2, 0.4, 0.6, 0.8):
+            held.append(abs(math.log(measured(p) / correction.apply(p))) <= correction.reach)
+    assert 0.9 < sum(held) / len(held) < 1
+
+
 @settings(max_examples=60, deadline=None)
 @given(clouds, st.floats(0.01, 2.0), st.floats(0.01, 2.0))
 def test_any_correction_is_sane_monotone_positive_and_invertible(

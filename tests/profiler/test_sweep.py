@@ -208,6 +208,21 @@ def test_a_budget_of_time_is_shared_by_the_groups() -> None:
     assert max(len(entries[w].samples_ms) for w in range(24, 32)) > 6
 
 
+def test_a_spent_budget_leaves_time_for_what_is_out_of_order() -> None:
+    """Every graph would take extra rounds for ever, and the first is slow the first time."""
+    tries: list[int] = []
+
+    def unlucky(machine: Machine, runs: int) -> float:
+        if runs == 0:
+            tries.append(1)
+        return (90.0 if len(tries) == 1 else 1.0) * machine.rng.uniform(0.5, 1.5)
+
+    costs = {ANCHOR: gaussian(2.0, 0.5), 0: unlucky} | {w: gaussian(8.0, 0.5) for w in range(1, 24)}
+    machine = Machine(costs)
+    run(machine, [machine.graph(w) for w in range(24)], seconds_budget=20.0)
+    assert machine.built.count(0) == 2
+
+
 def test_finished_groups_are_reported_before_a_failure() -> None:
     def broken(_machine: Machine, _runs: int) -> float:
         return float("nan")

@@ -70,6 +70,16 @@ def pipeline(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     return module
 
 
+@pytest.fixture
+def profiling(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """`zipc.profiling` that measures nothing; requests it was given lie in `requests`."""
+    module: Any = ModuleType("zipc.profiling")
+    module.requests = []
+    module.profile_model = answer(module, FakeProfile)
+    monkeypatch.setitem(sys.modules, "zipc.profiling", module)
+    return module
+
+
 def answer(module: Any, result: Callable[[], Any]) -> Callable[..., Any]:
     def function(request: Request, *, progress: Progress) -> Any:
         module.requests.append(request)
@@ -459,12 +469,33 @@ class TestOtherVerbs:
         assert code == 2
         assert "--speedup" in err
 
-    def test_profile_prints_where_the_table_is(self, run: Run, pipeline: Any) -> None:
-        pipeline.profile_model = answer(pipeline, FakeProfile)
+    def test_profile_prints_where_the_table_is(self, run: Run, profiling: Any) -> None:
         code, out, _ = run("profile", "minilm")
         assert code == 0
         assert "130 measured prices, made in 42 s" in out
         assert "tables/cpu.json" in out
+
+    def test_profile_makes_a_table_for_each_workload(self, run: Run, profiling: Any) -> None:
+        sizes = ("--workloads", "1x128, 8x128,1x384,1x128")
+        code, out, _ = run("profile", "minilm", *sizes, "--format", "json")
+        asked = [(r.batch_size, r.sequence_length) for r in profiling.requests]
+        assert (code, len(json.loads(out)["tables"])) == (0, 3)
+        assert asked == [(1, 128), (8, 128), (1, 384)]
+
+    def test_workloads_of_a_decode_step_and_of_images(self, run: Run, profiling: Any) -> None:
+        assert run("profile", "m", "--phase", "decode", "--workloads", "2x64")[0] == 0
+        assert run("profile", "m", "--workloads", "1,8")[0] == 0
+        asked = [(r.batch_size, r.sequence_length, r.past_length) for r in profiling.requests]
+        assert asked == [(2, None, 64), (1, None, None), (8, None, None)]
+
+    @pytest.mark.parametrize("sizes", ["", "0x128", "1x", "1x128,", "axb", "1x2x3", "-1x5"])
+    def test_workloads_that_are_no_sizes(self, run: Run, profiling: Any, sizes: str) -> None:
+        code, _, err = run("profile", "minilm", f"--workloads={sizes}")
+        assert (code, "1x128,8x128 for several" in err, profiling.requests) == (2, True, [])
+
+    def test_sizes_are_given_once(self, run: Run, profiling: Any) -> None:
+        code, _, err = run("profile", "minilm", "--workloads", "1x128", "--batch-size", "2")
+        assert (code, "leave out --batch-size" in err) == (2, True)
 
     def test_inspect_prints_the_same_report(self, run: Run, tmp_path: Path) -> None:
         manifest().write(tmp_path)
@@ -617,6 +648,7 @@ class FakeProfile:
     entries: int = 130
     seconds: float = 42.0
     from_cache: bool = False
+    workload: str = "batch 1"
 
     def to_json(self) -> dict[str, Any]:
         return {"entries": self.entries}

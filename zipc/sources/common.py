@@ -201,11 +201,6 @@ def forward_parameters(module: nn.Module) -> dict[str, inspect.Parameter]:
     return {name: p for name, p in found.items() if p.kind not in kinds}
 
 
-def first_line(error: BaseException, limit: int = 300) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:limit] if text else ""
-
-
 def _key(entry: Any) -> str:
     for attribute in ("key", "name", "idx"):
         if hasattr(entry, attribute):

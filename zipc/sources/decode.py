@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zipc.core.errors import UnsupportedModel
+from zipc.core.errors import UnsupportedModel, first_line
 from zipc.core.types import InputSpec
 from zipc.sources.common import (
     BATCH,
@@ -28,7 +28,6 @@ from zipc.sources.common import (
     TOTAL,
     Cache,
     SourceModel,
-    first_line,
 )
 
 MASK = "attention_mask"

@@ -14,14 +14,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from zipc.core.errors import UnsupportedModel, UsageError
+from zipc.core.errors import UnsupportedModel, UsageError, first_line
 from zipc.core.files import sha256_file
 from zipc.core.types import InputSpec, ModelTask
 from zipc.sources.checks import check_files, check_weights
 from zipc.sources.common import (
     BATCH,
     SourceModel,
-    first_line,
     forward_parameters,
     make_example,
     named_outputs,

@@ -7,10 +7,11 @@ import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
-from zipc.core.errors import UsageError
+from zipc.core.errors import UsageError, first_line
 from zipc.core.files import sha256_file
 from zipc.core.quiet import hush
-from zipc.sources.common import first_line
+
+PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.model", "*/config.json")  # all that is read
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,10 +101,9 @@ def digest_of(model: str, folder: Path, files: list[Path]) -> str:
 def _from_hub(hub_id: str, *, hint: str) -> tuple[Path, str | None]:
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*/config.json"]
     try:
         with hush():
-            folder = Path(snapshot_download(hub_id, allow_patterns=patterns))
+            folder = Path(snapshot_download(hub_id, allow_patterns=[*PATTERNS]))
     except Exception as error:  # many: offline, gated, unknown id
         raise UsageError(
             f"Model {hub_id!r} is neither a folder here nor in the local hub cache, and the hub "

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zipc.core.errors import UnsupportedModel, UsageError
+from zipc.core.errors import UnsupportedModel, UsageError, first_line
 from zipc.core.quiet import hush
 from zipc.core.types import InputSpec, ModelTask
 from zipc.sources.attention import ATTENTION, register_attention
@@ -24,7 +24,6 @@ from zipc.sources.common import (
     DECODER,
     SEQUENCE,
     SourceModel,
-    first_line,
     forward_parameters,
     named_outputs,
 )

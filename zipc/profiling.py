@@ -1,0 +1,113 @@
+"""The latency table of a model: known from files and flags where nothing has changed.
+
+Importing torch and tracing a network take longer than all that is asked when a table is there, so
+that both come after it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import zipc
+from zipc.core.files import fingerprint, sha256_file
+from zipc.core.request import Request
+from zipc.core.types import Progress, TableKind
+from zipc.devices import open_device
+from zipc.exporters.specialise import EMISSION
+from zipc.latency_tables.store import default_cache_dir
+from zipc.sources.hub import PATTERNS, locate
+from zipc.stage_cache import StageCache
+from zipc.targets import load_target
+from zipc.user_code import split_reference
+
+STAGE, FILE = "profile", "result.json"
+LIBRARIES = ("torch", "transformers", "onnx")  # that of the runtime is in the fingerprint
+NOT_ASKED = ("cache_dir", "output")  # of a request: where things are kept
+
+
+@dataclass(frozen=True, slots=True)
+class ProfileResult:
+    """Where the table is, of what kind and workload, and what it cost to make."""
+
+    table_path: Path
+    kind: TableKind
+    workload: str
+    entries: int
+    seconds: float
+    from_cache: bool
+    dense_ms: float
+    correction_error: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self) | {"table_path": str(self.table_path)}
+
+
+def profile_model(request: Request, *, progress: Progress) -> ProfileResult:
+    """Build or extend the latency table of a model's sites on the target.
+
+    Asked again for the same files, flags and device, and with the table as it was left, the answer
+    is what was said then. A model from a factory is always loaded: its code may import any other.
+    """
+    cache = StageCache(request.cache_dir or default_cache_dir())
+    key = _key(request)
+    known = None if key is None else _recall(cache, key)
+    if known is not None:
+        progress.stage("prices")
+        progress.done(f"reused {known.entries} from the latency table")
+        return known
+    from zipc.pipeline import price_model
+
+    prices = price_model(request, progress=progress).prices
+    fitted = prices.table.correction
+    result = ProfileResult(
+        table_path=prices.path,
+        kind=prices.table.kind,
+        workload=str(prices.table.workload),
+        entries=len(prices.table.entries),
+        seconds=prices.seconds,
+        from_cache=prices.from_cache,
+        dense_ms=prices.dense_ms,
+        correction_error=fitted.median_error if fitted else None,
+    )
+    if key is not None and result.table_path.exists():
+        held = {"result": result.to_json(), "table_sha256": sha256_file(result.table_path)}
+        cache.put(STAGE, key, {FILE: json.dumps(held).encode()})
+    return result
+
+
+def _key(request: Request) -> str | None:
+    """Names all that a table follows from; None where that is not known without running code."""
+    if split_reference(request.model) is not None:
+        return None
+    target = load_target(request.target)
+    request.check(target)
+    prints = open_device(target, request.host, python=request.host_python).fingerprint()
+    folder, _ = locate(request.model)
+    files = sorted({path for pattern in PATTERNS for path in folder.glob(pattern)})
+    asked = {k: v for k, v in dataclasses.asdict(request).items() if k not in NOT_ASKED}
+    return fingerprint(
+        [zipc.__version__, EMISSION, *map(version, LIBRARIES)],
+        [field.name for field in dataclasses.fields(ProfileResult)],
+        asked,
+        dataclasses.asdict(target),
+        prints,
+        [(str(path.relative_to(folder)), sha256_file(path)) for path in files],
+    )
+
+
+def _recall(cache: StageCache, key: str) -> ProfileResult | None:
+    """What was said when the same was asked before, if its table is still the same."""
+    folder = cache.get(STAGE, key)
+    if folder is None:
+        return None
+    held = json.loads((folder / FILE).read_text())
+    path = Path(held["result"]["table_path"])
+    if not path.is_file() or sha256_file(path) != held["table_sha256"]:
+        return None
+    again = {"table_path": path, "seconds": 0.0, "from_cache": True}
+    return ProfileResult(**(held["result"] | again))
