@@ -25,7 +25,7 @@ TIMED = " (timed)"
 KINDS = {
     "model.onnx": "model" + TIMED,
     "reference.onnx": "dense reference" + TIMED,
-    "model.engine": "engine by TensorRT-RTX, never run",
+    "model.engine": "engine, never run; latency.notes say by what",
     "build.sh": "builds and times the engine on the device",
     "samples.json": "raw timing samples of the verdict",
 }

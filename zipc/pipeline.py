@@ -34,7 +34,7 @@ from zipc.core.types import (
 )
 from zipc.devices import open_device
 from zipc.effort import effort_of
-from zipc.exporters.tensorrt.engine import build_engine, check_builder
+from zipc.exporters.tensorrt.engine import Engine, build_engine, choose_builder
 from zipc.exporters.tensorrt.script import build_script
 from zipc.integer_body import IntegerBody
 from zipc.latency_tables.store import TableStore, default_cache_dir
@@ -121,6 +121,8 @@ def compile_model(request: Request, *, progress: Progress) -> Manifest:
         )
         setup.candidates.notes += shipped.notes
         engine = _engine(setup.target, shipped, request, clock)
+        if engine is not None:
+            setup.candidates.notes.append(str(engine))
         clock.stage("quality on test")
         quality = read_quality(
             setup.samples,
@@ -134,7 +136,7 @@ def compile_model(request: Request, *, progress: Progress) -> Manifest:
                 folder,
                 model=shipped.model,
                 reference=shipped.reference if request.keep_reference else None,
-                engine=engine,
+                engine=None if engine is None else engine.plan,
                 script=None
                 if measured
                 else build_script(
@@ -145,7 +147,11 @@ def compile_model(request: Request, *, progress: Progress) -> Manifest:
                     predicted_ms=found.solution.predicted_ratio * setup.prices.dense_ms,
                 ),
                 layout=layout(
-                    shipped, request, source=setup.prepared.source.source, target=setup.target
+                    shipped,
+                    request,
+                    source=setup.prepared.source.source,
+                    target=setup.target,
+                    plan=None if engine is None or engine.rtx else engine.plan,
                 ),
                 structure=structure,
                 tensors=tensors,
@@ -187,20 +193,22 @@ def _proved(loop: ClosedLoop, goal: float | None) -> tuple[Found, TimedGraph, Pa
     return found, compiled, timing
 
 
-def _engine(target: Target, shipped: Shipped, request: Request, clock: Clock) -> bytes | None:
-    """The engine that was asked for, built by TensorRT-RTX for the GPU of the target."""
+def _engine(target: Target, shipped: Shipped, request: Request, clock: Clock) -> Engine | None:
+    """The engine that was asked for, for the GPU of the target."""
     if request.engine is None:
         return None
     assert target.sheet is not None
     clock.stage("engine")
     built = build_engine(
         shipped.model,
+        builder=choose_builder(request.engine, target.sheet.sm),
         compute_capability=target.sheet.sm,
         workload=request.workload,
         places=shipped.places,
+        cache=_cache_root(request) / "tensorrt",
     )
-    clock.done(f"{len(built.plan) / 1e6:.1f} MB for {built.compute_capability}, not validated")
-    return built.plan
+    clock.done(f"{len(built.plan) / 1e6:.1f} MB for {built.compute_capability}, never run")
+    return built
 
 
 def _by_default(device: Device, models: list[bytes], request: Request, clock: Clock) -> str:
@@ -380,7 +388,7 @@ def _open(request: Request) -> tuple[Target, Device]:
     target = load_target(request.target)
     request.check(target)
     if request.engine is not None and target.sheet is not None:
-        check_builder(target.sheet.sm)
+        choose_builder(request.engine, target.sheet.sm)
     device = open_device(target, request.host, python=request.host_python)
     processors = device.fingerprint().get("cores", request.threads)
     if request.threads > processors:

@@ -80,8 +80,12 @@ def ship(
     return Shipped(made, reference.to_bytes(), places(model, prepared.program.exported), (*notes,))
 
 
-def layout(shipped: Shipped, request: Request, *, source: str, target: Target) -> dict[str, bytes]:
+def layout(
+    shipped: Shipped, request: Request, *, source: str, target: Target, plan: bytes | None
+) -> dict[str, bytes]:
     """The files of the layout that was asked for, by path; the model bears the name of its source.
+
+    The server runs engines by TensorRT, a `plan`, but not those by TensorRT-RTX.
 
     Raises:
         UsageError: the server has no name for the type of an input or output.
@@ -90,5 +94,9 @@ def layout(shipped: Shipped, request: Request, *, source: str, target: Target) -
         return {}
     name = re.split("[/:]", source.rstrip("/"))[-1]
     return repository(
-        name, shipped.model, workload=request.workload, tensorrt=target.runtime == "tensorrt"
+        name,
+        shipped.model,
+        workload=request.workload,
+        tensorrt=target.runtime == "tensorrt",
+        plan=plan,
     )

@@ -234,6 +234,7 @@ def test_tensorrt_builds_the_graph_of_every_family(family: str) -> None:
     graph = emit(made(family)[2], Edit(), maxima={})
     shapes = {name: tuple(t.shape) for name, t in ZOO[family].example().items()}
     workload = Workload(sequence_length=None, input_shapes=shapes)
-    built = build_engine(graph.to_bytes(), compute_capability="sm80", workload=workload)
+    built = build_engine(
+        graph.to_bytes(), builder="rtx", compute_capability="sm80", workload=workload
+    )
     assert len(built.plan) > 1000
-    assert not built.validated

@@ -126,6 +126,8 @@ def test_an_engine_of_a_pruned_sparse_graph_in_int8(project: Project) -> None:
     assert {"QuantizeLinear", "DequantizeLinear"} <= operators
     (engine,) = [f for f in manifest.files if f.path == "model.engine"]
     assert "never run" in engine.kind
+    (told,) = [n for n in manifest.latency.notes if n.startswith("engine by TensorRT-RTX")]
+    assert "sm80, never run: not read back" in told
     assert (out / "model.engine").stat().st_size > 1000
 
 

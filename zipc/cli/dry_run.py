@@ -25,9 +25,9 @@ def dry_run(request: Request) -> Outcome:
     target = load_target(request.target)
     request.check(target)
     if request.engine is not None and target.sheet is not None:
-        from zipc.exporters.tensorrt.engine import check_builder
+        from zipc.exporters.tensorrt.engine import choose_builder
 
-        check_builder(target.sheet.sm)
+        choose_builder(request.engine, target.sheet.sm)
     if request.host is not None:
         _check_host(target, request)
     data = None if request.data is None else _describe_data(request)

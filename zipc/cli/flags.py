@@ -310,11 +310,12 @@ class CompileFlags(SearchFlags):
         bool, typer.Option("--no-reference", help="Leave out reference.onnx; bench needs it.")
     ] = False
     engine: Annotated[
-        Literal["rtx"] | None,
+        Literal["auto", "trt", "trtexec", "rtx"] | None,
         typer.Option(
             "--engine",
-            help="Build an engine for the target's GPU with TensorRT-RTX, which needs no GPU. "
-            "Nothing runs it: OUT/build.sh builds and times one on the device.",
+            help="Build an engine for the target's GPU: with TensorRT's Python package or trtexec, "
+            "where that GPU is here, or with TensorRT-RTX, which needs none. Nothing runs it: "
+            "OUT/build.sh builds and times one on the device.",
         ),
     ] = None
     layout: Annotated[

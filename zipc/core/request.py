@@ -45,7 +45,7 @@ class Request:
     cache_dir: Path | None = None
     keep_reference: bool = True
     allow_table_mismatch: bool = False
-    engine: str | None = None  # "rtx": TensorRT-RTX builds one for the target's GPU, untested
+    engine: str | None = None  # auto | trt | trtexec | rtx: what builds one for the target's GPU
     layout: str | None = None  # "triton": a model repository for that server beside the rest
     require: str | None = None  # "validated": a predicted verdict is a failure too
 
