@@ -8,8 +8,8 @@ Predicted is the sum of the prices of their levels, corrected for the whole mode
 dense graph; measured is the median of paired ratios, the two timed run by run in turn. The 95 %
 interval of a prediction is the one its table states: it has to hold nine in ten measurements of
 all cases together. The latency table is made first where there is none. Weights are random but for
-minilm and resnet56, whose safetensors lie under DIR/resnet_cifar10. Each case replaces itself in
-benchmarks/results/latency_prediction.json.
+minilm and resnet56, whose safetensors lie under DIR/resnet_cifar10. Each case replaces its last run
+on its target in benchmarks/results/latency_prediction.json.
 """
 
 from __future__ import annotations
@@ -85,7 +85,8 @@ def main() -> None:
         f"{result['covered']} of {len(result['allocations'])} within the stated interval"
     )
     held = read_json(arguments.out) if arguments.out.is_file() else {}
-    found = document({**held.get("cases", {}), arguments.case: result})
+    name = f"{arguments.case} on {arguments.target}"
+    found = document({**held.get("cases", {}), name: result})
     write_json(arguments.out, found)
     print(f"passed: {found['passed']}; written to {arguments.out}")
 

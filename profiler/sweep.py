@@ -1,4 +1,9 @@
-"""The sweep: price many small graphs, each beside the anchor, in as little time as noise allows."""
+"""The sweep: price many small graphs, each beside the anchor, in as little time as noise allows.
+
+Threads are not tied to processors: on a machine that others use too, a tied thread waits behind
+whatever shares its processor. (Two processors at a load of 7: ratios within a series of runs spread
+by 50 % where tied, by 22 % where not.)
+"""
 
 from __future__ import annotations
 
