@@ -77,8 +77,8 @@ class Request:
             )
         if self.layout is not None and target.runtime == "openvino":
             raise UsageError(
-                f"--layout {self.layout} serves the graph under ONNX Runtime. Leave it out, or give "
-                "--runtime onnxruntime."
+                f"--layout {self.layout} serves the graph under ONNX Runtime. Leave it out, or "
+                "give --runtime onnxruntime."
             )
         if self.past_length is not None and self.phase != "decode":
             raise UsageError("--past-length is of a decode step: give --phase decode with it.")
