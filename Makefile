@@ -34,5 +34,5 @@ clean:
 	@touch $@
 
 .venv/dev: .venv/demo
-	$(PIP) -e '.[demo,dev,tensorrt-rtx]'
+	$(PIP) -e '.[demo,dev,openvino,tensorrt-rtx]'
 	@touch $@

@@ -1,8 +1,8 @@
 """Times graphs on the machine it runs on, and says what that machine is.
 
 One file for this machine and for a board over ssh: it is sent as text to a Python of 3.8 or newer,
-needs nothing beside the standard library to start, and times with the ONNX Runtime and numpy it
-finds there. Commands come on standard input, each a line of JSON followed by as
+needs nothing beside the standard library to start, and times with the runtime and numpy it finds
+there. Commands come on standard input, each a line of JSON followed by as
 many bytes as it says; each is answered by one line of JSON.
 """
 
@@ -24,9 +24,11 @@ from pathlib import Path
 from time import perf_counter_ns
 from typing import Any, BinaryIO
 
-GREETING = "zipc-agent-2"  # raised with every change of what is said
+GREETING = "zipc-agent-3"  # raised with every change of what is said
 MAX_ID = 8  # random token ids stay below the size of any vocabulary (those of letters have ~30)
 PROVIDERS = ["CPUExecutionProvider"]
+TITLES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}  # those that time graphs here
+PRECISION = "INFERENCE_PRECISION_HINT"
 DISTRIBUTIONS = {
     "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
     "openvino": ("openvino",),
@@ -80,7 +82,9 @@ class Agent:
             self._graphs.pop(dropped, None)
         what = command["do"]
         if what == "load":
-            graph = Session(content, command["options"], command["inputs"])
+            graph = Session(
+                content, command["options"], command["inputs"], runtime=command["runtime"]
+            )
             self._graphs[command["graph"]] = graph
             return None
         if what == "run":
@@ -96,23 +100,36 @@ class Agent:
 
 
 class Session:
-    """A graph in ONNX Runtime, fed with inputs of given shapes."""
+    """A graph in a runtime, fed with inputs of given shapes."""
 
     def __init__(
-        self, model: bytes, options: dict[str, Any], inputs: dict[str, dict[str, Any]]
+        self,
+        model: bytes,
+        options: dict[str, Any],
+        inputs: dict[str, dict[str, Any]],
+        *,
+        runtime: str,
     ) -> None:
+        title = TITLES[runtime]
+        self._runtime = runtime
         try:
-            self._session = open_session(model, options)
+            self._session = (
+                OpenVinoSession(model, options)
+                if runtime == "openvino"
+                else open_session(model, options)
+            )
         except ImportError as error:
             raise Failure(
-                f"{sys.executable} has no ONNX Runtime ({error}). Run there: {sys.executable} "
-                "-m pip install onnxruntime; or name a Python that has it with --host-python.",
+                f"{sys.executable} has no {title} ({error}). Run there: {sys.executable} "
+                f"-m pip install {runtime}; or name a Python that has it with --host-python.",
                 "RemoteError",
             ) from error
-        except Exception as error:  # ONNX Runtime's errors share no base
+        except Failure:
+            raise
+        except Exception as error:  # errors of runtimes share no base
             raise Failure(
-                f"ONNX Runtime {_version('onnxruntime')} cannot load the graph: {one_line(error)}. "
-                "Export it again, or install the ONNX Runtime it was made for."
+                f"{title} {_version(runtime)} cannot load the graph: {one_line(error)}. "
+                f"Export it again, or install the {title} it was made for."
             ) from None
         self._feeds = {
             name: values(name, wanted["shape"], wanted["dtype"]) for name, wanted in inputs.items()
@@ -122,9 +139,10 @@ class Session:
         """Do one inference and return its milliseconds."""
         try:
             return one_inference(self._session, self._feeds)
-        except Exception as error:  # ONNX Runtime's errors share no base
+        except Exception as error:  # errors of runtimes share no base
             raise Failure(
-                f"ONNX Runtime {_version('onnxruntime')} cannot run the graph: {one_line(error)}. "
+                f"{TITLES[self._runtime]} {_version(self._runtime)} cannot run the graph: "
+                f"{one_line(error)}. "
                 "A sequence may be longer than the graph takes: give a smaller --sequence-length."
             ) from None
 
@@ -178,6 +196,32 @@ def open_session(model: Any, options: Mapping[str, Any]) -> Any:
         else:
             setattr(opened, key, value)
     return ort.InferenceSession(model, opened, providers=PROVIDERS)
+
+
+class OpenVinoSession:
+    """A graph that OpenVINO has compiled for the CPU; it is run as an ONNX Runtime session is."""
+
+    def __init__(self, model: Any, options: Mapping[str, Any]) -> None:
+        import openvino
+
+        core = openvino.Core()
+        self.compiled = core.compile_model(core.read_model(model), "CPU", dict(options))
+        wanted = options[PRECISION]
+        found = self.compiled.get_property(PRECISION)
+        if found != getattr(openvino.Type, wanted):
+            raise Failure(
+                f"OpenVINO {_version('openvino')} was asked for {wanted} and computes in "
+                f"{found.get_type_name()}: its times would be of another network. Use --runtime "
+                "onnxruntime."
+            )
+        # A value may have further names; those of inputs that nothing reads are gone.
+        self.inputs = [port.get_node().get_friendly_name() for port in self.compiled.inputs]
+        self._request = self.compiled.create_infer_request()
+
+    def run(self, _: None, feeds: Mapping[str, Any]) -> None:
+        """Do one inference; nothing is copied, in or out."""
+        taken = [feeds[name] for name in self.inputs]
+        self._request.infer(taken, share_inputs=True, share_outputs=True)
 
 
 def one_inference(session: Any, feeds: Mapping[str, Any]) -> float:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from zipc.core.errors import UsageError
 from zipc.core.types import Runner, TableKind, Workload
 from zipc.latency_tables.modelled import Doubt
 from zipc.profiler.fingerprint import device_fingerprint, device_state
@@ -85,4 +87,18 @@ class LocalDevice:
         return None
 
     def timer(self) -> TimingProcess:
-        return TimingProcess()
+        return TimingProcess(self.runtime)
+
+
+def local_device(runtime: str) -> LocalDevice:
+    """This machine under a runtime.
+
+    Raises:
+        UsageError: it is not installed.
+    """
+    if runtime == "openvino" and importlib.util.find_spec(runtime) is None:
+        raise UsageError(
+            "OpenVINO is not installed. Run: pip install 'zipc[openvino]'; or choose --runtime "
+            "onnxruntime."
+        )
+    return LocalDevice(runtime)

@@ -98,7 +98,7 @@ class RemoteProcess(TimingProcess):
         self._worst = SLOWER
         self._slow_since: float | None = None
         try:
-            super().__init__()
+            super().__init__(device.runtime)
         except LinkLost as lost:
             raise RemoteError(explanation(device.host, lost)) from lost
 

@@ -19,7 +19,8 @@ from zipc.core.request import Request
 from zipc.core.types import Silent, Workload
 from zipc.effort import EFFORTS
 from zipc.profiler.runners.apart import TimingProcess
-from zipc.profiler.runners.onnxruntime import OnnxRuntimeRunner
+from zipc.profiler.runners.registry import RUNNERS
+from zipc.profiler.runners.session import SessionRunner
 
 WORDS = (
     "the a cat dog bird tree house river runs sits sings falls grows stands quickly slowly "
@@ -134,7 +135,7 @@ def fake_clock(patch: pytest.MonkeyPatch) -> None:
 
     Graphs still run for real where their outputs are read.
     """
-    really = OnnxRuntimeRunner.__init__
+    really = SessionRunner.__init__
 
     def open_session(self: Any, model: Path | bytes, **rest: Any) -> None:
         really(self, model, **rest)
@@ -144,8 +145,8 @@ def fake_clock(patch: pytest.MonkeyPatch) -> None:
         self.ms = 0.5 + size / 40_000
         self.jitter = itertools.cycle((1.0, 1.002, 0.999, 1.001, 0.998))
 
-    patch.setattr(OnnxRuntimeRunner, "__init__", open_session)
-    patch.setattr(OnnxRuntimeRunner, "run", lambda self: self.ms * next(self.jitter))
+    patch.setattr(SessionRunner, "__init__", open_session)
+    patch.setattr(SessionRunner, "run", lambda self: self.ms * next(self.jitter))
     keep_timing_here(patch)
 
 
@@ -170,8 +171,11 @@ def request(model: Path, data: Path | None, out: Path | None, cache: Path, **res
 def keep_timing_here(patch: pytest.MonkeyPatch) -> None:
     """Time graphs in this process, where a test has replaced how."""
 
-    def load(_: TimingProcess, model: bytes, *, workload: Workload) -> OnnxRuntimeRunner:
-        return OnnxRuntimeRunner(model, workload=workload)
+    def start(self: TimingProcess, runtime: str) -> None:
+        self._runtime = RUNNERS[runtime]
 
-    patch.setattr(TimingProcess, "__init__", lambda _: None)
+    def load(self: TimingProcess, model: bytes, *, workload: Workload) -> SessionRunner:
+        return self._runtime(model, workload=workload)
+
+    patch.setattr(TimingProcess, "__init__", start)
     patch.setattr(TimingProcess, "load", load)

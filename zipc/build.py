@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,11 +16,10 @@ from zipc.core.types import Allocation, Workload
 from zipc.exporters.onnx_export import check_parity
 from zipc.exporters.shapes import SizeOf
 from zipc.exporters.sparse_weights import sparse_weights
-from zipc.exporters.specialise import Edit, Int8Weights, count_integer_kernels, specialise
+from zipc.exporters.specialise import Edit, Int8Weights
 from zipc.integer_body import IntegerBody
 from zipc.numerics.int8 import STATIC
 from zipc.prepare import Prepared
-from zipc.profiler.runners.onnxruntime import OnnxRuntimeRunner, one_line
 from zipc.pruner.graph.sites import Structure, sizes_at
 from zipc.pruner.graph.surgery import apply_structure_, describe
 from zipc.pruner.graph.trace import Program
@@ -47,7 +45,7 @@ class Built:
 
 def dense_model(prepared: Prepared) -> bytes:
     """The dense reference, through the same path as every compiled graph."""
-    return specialise(prepared.dense, Edit()).to_bytes()
+    return prepared.specialise(prepared.dense, Edit()).to_bytes()
 
 
 def build(
@@ -56,7 +54,7 @@ def build(
     """Emit the graph of an allocation and check it.
 
     Raises:
-        ExportMismatch: ONNX Runtime disagrees with the torch simulation, or would not run the
+        ExportMismatch: the runtime disagrees with the torch simulation, or would not run the
             integer kernels the graph was written for.
     """
     floats = build_floats(prepared, allocation, states, workload=workload)
@@ -74,16 +72,17 @@ def build_floats(
         ExportMismatch: see `build`.
     """
     edit = edit_of(states, sizes_at(prepared.structure, allocation.widths))
-    model = specialise(prepared.dense, edit).to_bytes()
+    model = prepared.specialise(prepared.dense, edit).to_bytes()
+    runtime = prepared.runtime
     integers = sum(
         call.module in states.maps and states.maps[call.module].integer is not None
         for call in prepared.program.maps
     )
     if integers:
-        found = integer_kernels(model)
+        found = runtime.integer_products(model)
         if found < integers:
             raise ExportMismatch(
-                f"ONNX Runtime runs {found} of {integers} integer products of the graph as "
+                f"{runtime.title} runs {found} of {integers} integer products of the graph as "
                 "integers: the rest would be slower than fp32. Use --numerics fp32."
             )
     sparse = sum(state.pattern != "dense" for state in states.maps.values())
@@ -97,7 +96,7 @@ def build_floats(
             )
     example = prepared.example(batch=1, length=32, widths=allocation.widths)
     expected, _ = prepared.executor.run(example, variant_of(allocation, states))
-    runner = OnnxRuntimeRunner(model, workload=workload)
+    runner = runtime.runner(model, workload=workload)
     outputs = runner.outputs(prepared.for_graph(example))
     parity = check_parity(
         [outputs[name] for _, name in prepared.source.outputs],
@@ -117,13 +116,14 @@ def in_integers(
         ExportMismatch: it is far from the one in floats, or no product of it runs on integers.
     """
     integer = body.emit(floats.model)
-    integers = integer_kernels(integer)
+    runtime = prepared.runtime
+    integers = runtime.integer_products(integer)
     if not integers:
         raise ExportMismatch(
-            "ONNX Runtime runs no product of the graph as integers. Use --numerics fp32."
+            f"{runtime.title} runs no product of the graph as integers. Use --numerics fp32."
         )
     models, feeds = (integer, floats.model), body.batches[0]
-    both = [OnnxRuntimeRunner(m, workload=workload).outputs(feeds) for m in models]
+    both = [runtime.runner(m, workload=workload).outputs(feeds) for m in models]
     names = [name for _, name in prepared.source.outputs]
     parity = check_parity(
         *([found[name] for name in names] for found in both),
@@ -131,31 +131,6 @@ def in_integers(
         what="the graph in INT8 against the same in floats",
     )
     return replace(floats, model=integer, parity=parity, integer_products=integers)
-
-
-def integer_kernels(model: bytes | Path) -> int:
-    """Integer products in the graph as ONNX Runtime optimises it under default options.
-
-    Raises:
-        ExportMismatch: ONNX Runtime cannot load the graph.
-    """
-    import onnxruntime
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "optimised.onnx"
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4
-        options.optimized_model_filepath = str(path)
-        source = str(model) if isinstance(model, Path) else model
-        try:
-            onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # ONNX Runtime's errors share no base
-            name = str(model) if isinstance(model, Path) else "the graph"
-            raise ExportMismatch(
-                f"ONNX Runtime {onnxruntime.__version__} cannot load {name}: {one_line(error)}. "
-                "Export it again, or install the ONNX Runtime it was made for."
-            ) from error
-        return count_integer_kernels(onnx.load(path, load_external_data=False).graph.node)
 
 
 def checkpoint(

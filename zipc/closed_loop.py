@@ -27,7 +27,7 @@ from zipc.integer_body import RANGES, IntegerBody
 from zipc.prepare import Prepared
 from zipc.pricing import Prices
 from zipc.profiler.device import GraphTimer, TimedGraph
-from zipc.profiler.runners.onnxruntime import OnnxRuntimeRunner
+from zipc.profiler.runners.session import SessionRunner
 from zipc.proof import paired_speedup, paired_timing
 from zipc.pruner.allocate.search import Problem, SearchState, build_problem, search
 from zipc.pruner.allocate.sensitivity import probe_count, site_losses
@@ -140,11 +140,9 @@ def _best_ranges(
             refused[ranges] = error
             candidates.notes.append(f"INT8 ranges by {ranges} are not possible: {error}")
             continue
-        runner = OnnxRuntimeRunner(built.model, workload=request.workload)
+        runner = prepared.runtime.runner(built.model, workload=request.workload)
 
-        def outputs(
-            feeds: Mapping[str, Tensor], runner: OnnxRuntimeRunner = runner
-        ) -> list[Tensor]:
+        def outputs(feeds: Mapping[str, Tensor], runner: SessionRunner = runner) -> list[Tensor]:
             values = runner.outputs(prepared.for_graph(feeds))
             return [torch.from_numpy(values[name]) for _, name in prepared.source.outputs]
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from zipc.core.errors import UsageError
 from zipc.core.types import Target
 from zipc.modelled_device import ModelledDevice
-from zipc.profiler.device import Device, LocalDevice
+from zipc.profiler.agent import TITLES
+from zipc.profiler.device import Device, local_device
 from zipc.profiler.remote import Host, RemoteDevice
 
 
@@ -19,12 +20,13 @@ def open_device(target: Target, host: str | None = None, *, python: str = "pytho
     """
     if host is not None:
         board = Host(host, python)
-        if target.runtime != "onnxruntime":
+        if target.runtime not in TITLES:
             raise UsageError(
-                f"Boards are timed under ONNX Runtime, and target '{target.name}' runs "
-                f"{target.runtime}. Leave --host out for a predicted verdict, or give --target cpu."
+                f"Boards are timed under {' or '.join(TITLES.values())}, and target "
+                f"'{target.name}' runs {target.runtime}. Leave --host out for a predicted verdict, "
+                "or give --target cpu."
             )
         return RemoteDevice(board, target.runtime)
     if target.sheet is not None:
         return ModelledDevice.of(target.name, target.sheet)
-    return LocalDevice(target.runtime)
+    return local_device(target.runtime)

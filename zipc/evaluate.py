@@ -86,16 +86,17 @@ class Evaluator:
         threads: int = 1,
         batch_size: int = 32,
         reference: EvalResult | Literal["self"] | None = None,
+        runtime: str = "onnxruntime",
     ) -> EvalResult:
-        """Read the metric from an ONNX file with ONNX Runtime.
+        """Read the metric from an ONNX file as a runtime runs it.
 
         `reference` is the dense model's result on the same rows; only the metric "agreement" needs
         it, and takes "self" when the dense model itself is scored.
 
         Raises:
-            UsageError: ONNX Runtime cannot load or run it, or its outputs are not finite.
+            UsageError: the runtime cannot load or run it, or its outputs are not finite.
         """
-        run = onnx_run(model, self.pooling, threads=threads)
+        run = onnx_run(model, self.pooling, threads=threads, runtime=runtime)
         return self._score(run, rows, batch_size=batch_size, reference=reference)
 
     def score_torch(
@@ -116,7 +117,13 @@ class Evaluator:
             module.train(training)
 
     def sentence_alone_deviation(
-        self, model: Path | bytes, rows: Sequence[Row], *, n: int = 32, threads: int = 1
+        self,
+        model: Path | bytes,
+        rows: Sequence[Row],
+        *,
+        n: int = 32,
+        threads: int = 1,
+        runtime: str = "onnxruntime",
     ) -> float:
         """Return how far a text alone may be from the same text in a batch of `n`.
 
@@ -126,7 +133,7 @@ class Evaluator:
         texts = sorted(self.texts(rows), key=lambda t: len(t if isinstance(t, str) else t[0]))
         picked = np.unique(np.linspace(0, len(texts) - 1, min(n, len(texts))).astype(int))
         chosen = [texts[i] for i in picked]
-        run = onnx_run(model, self.pooling, threads=threads)
+        run = onnx_run(model, self.pooling, threads=threads, runtime=runtime)
         together = self._encode(run, chosen, batch_size=len(chosen))
         alone = self._encode(run, chosen, batch_size=1)
         if self.head == "embedding":

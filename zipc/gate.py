@@ -24,7 +24,8 @@ from zipc.core.errors import CorruptFile, UsageError
 from zipc.core.files import read_json
 from zipc.core.types import Progress, Runner, Silent, Workload
 from zipc.core.workload import read_workload, workload_document
-from zipc.profiler.runners.onnxruntime import OnnxRuntimeRunner
+from zipc.profiler.device import local_device
+from zipc.profiler.runners.registry import RUNNERS
 from zipc.profiler.timing import interleave, warm_up
 from zipc.proof import (
     MIN_PAIRS,
@@ -32,6 +33,7 @@ from zipc.proof import (
     batch_interval,
     log_ratio_interval,
     percentiles,
+    recorded_runtime,
     refuse_predicted,
 )
 
@@ -112,11 +114,11 @@ def check(
     """Compare two artifacts (output folders or .onnx files) by the rules of `fail_on`.
 
     A slowdown below `min_delta_ms` is never a regression. `runners` are those of new and base;
-    by default ONNX Runtime on the workload of the baseline's manifest.
+    by default each of the runtime it was compiled for, on the workload of the baseline's manifest.
 
     Raises:
         UsageError: a rule cannot be read, or an artifact is missing.
-        ExportMismatch: ONNX Runtime cannot load or run a graph.
+        ExportMismatch: a runtime cannot load or run a graph.
         NoisyMeasurement: the clock gave something that is not a positive time.
     """
     rules = parse_rules(fail_on)
@@ -129,10 +131,7 @@ def check(
         workload = workload or workload_of(new, base)
         for artifact in (new, base):
             refuse_predicted(_recorded(artifact), artifact)
-        runners = (
-            OnnxRuntimeRunner(graph_of(new), workload=workload),
-            OnnxRuntimeRunner(graph_of(base), workload=workload),
-        )
+        runners = _runner(new, base, workload), _runner(base, new, workload)
     trial = _Trial(
         timed, max_time_s=max_time_s, min_delta_ms=min_delta_ms, progress=progress, clock=clock
     )
@@ -345,6 +344,13 @@ def _recorded(artifact: Path) -> Any:
     """The manifest of an output folder as it stands; empty where there is none."""
     path = artifact / "manifest.json"
     return read_json(path, advice="Compile again.") if path.is_file() else {}
+
+
+def _runner(artifact: Path, other: Path, workload: Workload) -> Runner:
+    """The graph in the runtime it was compiled for; a mere file, in that of the other."""
+    name = recorded_runtime(_recorded(artifact) or _recorded(other))
+    local_device(name)
+    return RUNNERS[name](graph_of(artifact), workload=workload)
 
 
 def _recorded_workload(artifact: Path) -> Workload | None:

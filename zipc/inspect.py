@@ -10,7 +10,6 @@ from typing import Any
 
 import onnx
 
-from zipc.build import integer_kernels
 from zipc.core.errors import UsageError, ZipcError
 from zipc.core.request import Request
 from zipc.core.types import InputSpec, Progress, Silent, Site
@@ -24,6 +23,7 @@ from zipc.profiler.runners.apart import TimingProcess
 from zipc.pruner.graph.sites import Structure
 from zipc.pruner.graph.trace import Program
 from zipc.pruner.ladder import widths_of
+from zipc.runtimes import integer_kernels
 from zipc.targets import load_target
 
 
@@ -141,7 +141,7 @@ def _measured(
         dense = export_dense(
             program.exported, source.example(), outputs=source.outputs, dynamic=source.dynamic
         )
-        found = dense_shares(dense, structure.sites, request.workload, TimingProcess())
+        found = dense_shares(dense, structure.sites, request.workload, TimingProcess("onnxruntime"))
     except ZipcError as error:
         source.notes.append(f"the latency was not measured: {error}")
         progress.done("not possible")

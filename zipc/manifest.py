@@ -15,13 +15,14 @@ from zipc.core.request import Request
 from zipc.core.types import Artifact, LeftAlone, Level, TableKind, VerdictName
 from zipc.core.workload import WorkloadField
 
-SCHEMA_VERSION = 1  # raised by every change of a field below
+SCHEMA_VERSION = 2  # raised by every change of a field below
 FILE_NAME = "manifest.json"
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0)]
+Runtime = Annotated[str, Field(pattern="^(onnxruntime|openvino|tensorrt)$")]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
@@ -122,6 +123,7 @@ class Manifest(Record):
     schema_version: int = SCHEMA_VERSION
     zipc_version: str = zipc.__version__
     target: str
+    runtime: Runtime = "onnxruntime"  # schema 1 did not say; nothing else could be timed
     workload: WorkloadField
     model: ModelRecord
     request: RequestRecord

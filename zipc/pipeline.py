@@ -46,17 +46,18 @@ from zipc.output import check_output, staged, write_artifacts
 from zipc.prepare import Prepared, prepare
 from zipc.pricing import Prices, price
 from zipc.profiler.device import Device, TimedGraph
-from zipc.profiler.timing import interleave, warm_up
-from zipc.proof import default_pairs, paired_speedup, paired_timing
+from zipc.profiler.timing import warm_up
+from zipc.proof import default_pairs, paired_speedup
 from zipc.record import make_manifest, read_quality, samples_of
+from zipc.runtimes import runtime_of
 from zipc.samples import Samples, kind_of, open_samples
 from zipc.shipped import Shipped, layout, ship
 from zipc.sources.common import BATCH
 from zipc.stage_cache import StageCache
-from zipc.targets import load_target
+from zipc.targets import AUTO, ON_CPU, on_runtime, requested_target
+from zipc.turns import by_default, faster_runtime
 
 BODY_PAIRS = 60
-DEFAULT_TURNS, DEFAULT_RUNS = 6, 8  # of what is told beside the verdict
 LEAST_MORE, MOST_MORE = 1.01, 1.05  # asked for where the first artifact missed by little
 BODY_GAIN = 1.4  # least speedup of the unpruned network for which it is brought to INT8
 
@@ -102,8 +103,9 @@ def compile_model(request: Request, *, progress: Progress) -> Manifest:
                 setup.candidates.notes.append(told)
                 found, compiled, timing = again
         if measured:
+            models = [dense, found.built.model]
             setup.candidates.notes.append(
-                _by_default(setup.device, [dense, found.built.model], request, clock)
+                by_default(setup.device, models, request.workload, setup.target, clock)
             )
         setup.candidates.notes += [
             n for n in setup.device.notes if n not in setup.prices.table.notes
@@ -128,6 +130,7 @@ def compile_model(request: Request, *, progress: Progress) -> Manifest:
             setup.samples,
             dense=shipped.reference,
             compiled=shipped.model,
+            runtime=runtime_of(setup.target).runner.runtime,
             seed=request.seed,
         )
         clock.done()
@@ -209,28 +212,6 @@ def _engine(target: Target, shipped: Shipped, request: Request, clock: Clock) ->
     )
     clock.done(f"{len(built.plan) / 1e6:.1f} MB for {built.compute_capability}, never run")
     return built
-
-
-def _by_default(device: Device, models: list[bytes], request: Request, clock: Clock) -> str:
-    """What the speedup is with as many threads as ONNX Runtime takes by itself.
-
-    Its idle threads spin, and would take the processors of a graph that runs beside: each has a
-    process of its own, and they are timed in turns.
-    """
-    clock.stage("default session options")
-    workload = replace(request.workload, threads=0)
-    runners = [device.timer().load(model, workload=workload) for model in models]
-    samples: list[list[float]] = [[], []]
-    for _ in range(DEFAULT_TURNS):
-        for runner, held in zip(runners, samples, strict=True):
-            warm_up(runner, max_runs=DEFAULT_RUNS)
-            held += interleave([runner], rounds=DEFAULT_RUNS)[0]
-    timing = paired_timing(*samples)
-    low, high = timing.ci95
-    told = f"{timing.speedup:.2f}x [{low:.2f}, {high:.2f}]"
-    clock.done(told)
-    processors = device.fingerprint()["cores"]
-    return f"under ONNX Runtime's default options ({processors} processors): {told}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -333,7 +314,10 @@ def price_model(request: Request, *, progress: Progress) -> Priced:
         clock = Clock(progress)
         target, device = _open(request)
         source, request = _load(request, clock)
-        prepared, prices = _price(source, request, target, device, clock)
+        prepared = _prepare(source, request, clock)
+        if request.runtime == AUTO:
+            target, device, _ = faster_runtime(prepared, request, target, clock)
+        prices = _price(prepared, request, target, device, clock)
         return Priced(target, device, prepared, prices)
 
 
@@ -361,7 +345,12 @@ def _set_up(request: Request, progress: Progress) -> Setup:
     samples = open_samples(source, request)
     for line in (f"data: {samples.description}", *samples.notes):
         progress.info(line)
-    prepared, prices = _price(source, request, target, device, progress)
+    prepared = _prepare(source, request, progress)
+    told = []
+    if request.runtime == AUTO:
+        target, device, note = faster_runtime(prepared, request, target, progress)
+        told = [note]
+    prices = _price(prepared, request, target, device, progress)
     candidates = gather(
         prepared,
         prices,
@@ -375,6 +364,7 @@ def _set_up(request: Request, progress: Progress) -> Setup:
     _tell_discarded(cache, progress)
     for note in candidates.notes:
         progress.info(note)
+    candidates.notes += told
     return Setup(request, target, device, samples, prepared, prices, candidates)
 
 
@@ -385,11 +375,13 @@ def _open(request: Request) -> tuple[Target, Device]:
         RemoteError: the board cannot be reached.
         UsageError: two wishes contradict each other, or there are not as many processors.
     """
-    target = load_target(request.target)
-    request.check(target)
+    target = requested_target(request)
     if request.engine is not None and target.sheet is not None:
         choose_builder(request.engine, target.sheet.sm)
     device = open_device(target, request.host, python=request.host_python)
+    if request.runtime == AUTO:
+        for name in ON_CPU:  # one that is missing is told before anything is loaded
+            open_device(on_runtime(target, name), request.host, python=request.host_python)
     processors = device.fingerprint().get("cores", request.threads)
     if request.threads > processors:
         raise UsageError(
@@ -410,16 +402,20 @@ def _load(request: Request, progress: Progress) -> tuple[SourceModel, Request]:
     return source, settle(request, source)
 
 
-def _price(
-    source: SourceModel, request: Request, target: Target, device: Device, progress: Progress
-) -> tuple[Prepared, Prices]:
+def _prepare(source: SourceModel, request: Request, progress: Progress) -> Prepared:
     cache = _cache(request)
     prepared = prepare(source, request, cache=cache, progress=progress)
-    prepared.floats = target.reference_numeric
     _tell_discarded(cache, progress)
+    return prepared
+
+
+def _price(
+    prepared: Prepared, request: Request, target: Target, device: Device, progress: Progress
+) -> Prices:
+    prepared.floats, prepared.runtime = target.reference_numeric, runtime_of(target)
     prepared.body = _body(prepared, request, target, device, progress)
     store = TableStore(_cache_root(request) / "tables")
-    return prepared, price(prepared, target, request, device=device, store=store, progress=progress)
+    return price(prepared, target, request, device=device, store=store, progress=progress)
 
 
 def _body(

@@ -8,12 +8,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime as ort
 import torch
 
 from zipc.batches import Batch
 from zipc.core.errors import UsageError
+from zipc.core.types import Workload
 from zipc.pooling import Pooling, pool
+from zipc.profiler.agent import TITLES
+from zipc.profiler.runners.registry import RUNNERS
 from zipc.sources.common import CACHED
 
 Array = npt.NDArray[Any]
@@ -33,13 +35,15 @@ TYPES: dict[str, Any] = {
 }
 
 
-def onnx_run(model: Path | bytes, pooling: Pooling, *, threads: int = 1) -> Run:
-    """Load a graph into ONNX Runtime (CPU, default optimisations) as a function of batches.
+def onnx_run(
+    model: Path | bytes, pooling: Pooling, *, threads: int = 1, runtime: str = "onnxruntime"
+) -> Run:
+    """Load a graph into a runtime (CPU, default optimisations) as a function of batches.
 
     Raises:
         UsageError: it cannot be loaded, or has inputs or outputs other than a text encoder's.
     """
-    session, name = _open(model, threads)
+    session, name = _open(model, threads, runtime)
     types = {value.name: value.type for value in session.get_inputs()}
     unknown = set(types) - {"input_ids", "attention_mask", "token_type_ids"}
     if unknown:
@@ -53,7 +57,7 @@ def onnx_run(model: Path | bytes, pooling: Pooling, *, threads: int = 1) -> Run:
         feeds = batch.feeds
         feeds.setdefault("token_type_ids", np.zeros_like(batch.input_ids))
         cast = {key: feeds[key].astype(INTEGERS.get(kind, np.int64)) for key, kind in types.items()}
-        (found,) = _run(session, [wanted], cast, name=name)
+        (found,) = _run(session, [wanted], cast, name=name, runtime=runtime)
         return pool(np.asarray(found), batch.attention_mask, pooling)
 
     return run
@@ -75,15 +79,21 @@ def torch_run(module: torch.nn.Module, pooling: Pooling) -> Run:
     return run
 
 
-def onnx_predict(model: Path | bytes, outputs: Sequence[str], *, threads: int = 1) -> Predict:
-    """Load a graph into ONNX Runtime (CPU, default optimisations) as a function of named arrays.
+def onnx_predict(
+    model: Path | bytes,
+    outputs: Sequence[str],
+    *,
+    threads: int = 1,
+    runtime: str = "onnxruntime",
+) -> Predict:
+    """Load a graph into a runtime (CPU, default optimisations) as a function of named arrays.
 
     Arrays the graph has no input for are left out; a cache that is not given is empty.
 
     Raises:
         UsageError: it cannot be loaded, lacks an output, or an input is not among the arrays.
     """
-    session, name = _open(model, threads)
+    session, name = _open(model, threads, runtime)
     types = {value.name: value.type for value in session.get_inputs()}
     caches = {v.name: v.shape for v in session.get_inputs() if v.name.startswith(CACHED)}
     results = [value.name for value in session.get_outputs()]
@@ -103,7 +113,8 @@ def onnx_predict(model: Path | bytes, outputs: Sequence[str], *, threads: int = 
         for cache, shape in caches.items():
             given.setdefault(cache, np.empty((rows, *_known(shape[1:]))))
         cast = {k: np.asarray(given[k]).astype(TYPES[t]) for k, t in types.items()}
-        return dict(zip(outputs, _run(session, outputs, cast, name=name), strict=True))
+        found = _run(session, outputs, cast, name=name, runtime=runtime)
+        return dict(zip(outputs, found, strict=True))
 
     return predict
 
@@ -113,30 +124,24 @@ def _known(shape: Sequence[int | str]) -> list[int]:
     return [size if isinstance(size, int) else 0 for size in shape]
 
 
-def _open(model: Path | bytes, threads: int) -> tuple[Any, str]:
+def _open(model: Path | bytes, threads: int, runtime: str) -> tuple[Any, str]:
     name = "the model" if isinstance(model, bytes) else str(model)
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 4
+    source = model if isinstance(model, bytes) else str(model)
+    runner = RUNNERS[runtime]
     try:
-        session = ort.InferenceSession(
-            model if isinstance(model, bytes) else str(model),
-            options,
-            providers=["CPUExecutionProvider"],
-        )
-    except Exception as error:  # ONNX Runtime's own exceptions share no public base
-        raise UsageError(f"ONNX Runtime cannot load {name}: {_first_line(error)}") from error
+        session = runner.open(source, runner.options(Workload(threads=threads)))
+    except Exception as error:  # errors of runtimes share no base
+        raise UsageError(f"{TITLES[runtime]} cannot load {name}: {_first_line(error)}") from error
     return session, name
 
 
 def _run(
-    session: Any, outputs: Sequence[str], feeds: Mapping[str, Array], *, name: str
+    session: Any, outputs: Sequence[str], feeds: Mapping[str, Array], *, name: str, runtime: str
 ) -> list[Array]:
     try:
         return list(session.run(list(outputs), dict(feeds)))
     except Exception as error:
-        raise UsageError(f"ONNX Runtime cannot run {name}: {_first_line(error)}") from error
+        raise UsageError(f"{TITLES[runtime]} cannot run {name}: {_first_line(error)}") from error
 
 
 def _pick(out: Any, wanted: str) -> torch.Tensor:

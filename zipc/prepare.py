@@ -21,14 +21,15 @@ from zipc.core.request import Request
 from zipc.core.types import LeftAlone, Progress, Site
 from zipc.exporters.graph import OnnxGraph
 from zipc.exporters.onnx_export import check_parity, export_dense
+from zipc.exporters.specialise import Edit, specialise
 from zipc.integer_body import IntegerBody
 from zipc.model_source import SourceModel, trace_source
 from zipc.numerics.int8 import STATIC
-from zipc.profiler.runners.onnxruntime import OnnxRuntimeRunner
 from zipc.pruner.graph.interpret import Executor, Variant
 from zipc.pruner.graph.sites import EXCLUDED, Structure, extent_size, find_sites, without
 from zipc.pruner.graph.trace import MapCall, Program
 from zipc.pruner.graph.verify import verify
+from zipc.runtimes import RUNTIMES, CpuRuntime
 from zipc.sources.common import Cache
 from zipc.stage_cache import StageCache
 
@@ -48,6 +49,7 @@ class Prepared:
     key: str  # names the model's structure and weights in the cache
     body: IntegerBody | None = None  # the whole network runs in INT8; sites are cut in floats
     floats: str = "fp32"  # what floats are on the target, whatever they are here
+    runtime: CpuRuntime = RUNTIMES["onnxruntime"]
 
     @property
     def sites(self) -> dict[str, Site]:
@@ -70,6 +72,10 @@ class Prepared:
     def numeric(self) -> str:
         """What a site runs in whose level says nothing else."""
         return self.floats if self.body is None else STATIC
+
+    def specialise(self, graph: OnnxGraph, edit: Edit, *, part: bool = False) -> OnnxGraph:
+        """The dense graph, or that of one site, with an edit applied, as its runtime takes it."""
+        return specialise(graph, edit, part=part, emitter=self.runtime.emitter)
 
     def emit(self, graph: OnnxGraph, *, part: bool = False) -> bytes:
         """A graph, or that of one site, as it is deployed."""
@@ -184,7 +190,7 @@ def _check(prepared: Prepared, request: Request) -> float:
     caches = [] if source.cache is None else [name for _, name in source.cache.outputs]
     kept = {node.name: torch.empty(0) for node in prepared.program.kept}
     expected, _ = prepared.executor.run(example, Variant(), captured=kept)
-    runner = OnnxRuntimeRunner(prepared.dense.to_bytes(), workload=request.workload)
+    runner = prepared.runtime.runner(prepared.dense.to_bytes(), workload=request.workload)
     outputs = runner.outputs(prepared.for_graph(example))
     return check_parity(
         [outputs[name] for name in (*(n for _, n in source.outputs), *caches)],

@@ -204,7 +204,7 @@ def price(
             f"the latency table is of another device or state ({'; '.join(changed)}): measured anew"
         )
         stored = None
-    dense_bytes = specialise(prepared.dense, Edit()).to_bytes()
+    dense_bytes = prepared.specialise(prepared.dense, Edit()).to_bytes()
     dense, whole = Level(1, prepared.floats), Level(1, prepared.numeric)
     graphs = [PricedGraph(WHOLE, dense, lambda: dense_bytes)]
     if prepared.body is not None:
@@ -219,7 +219,7 @@ def price(
             for level in offered_levels(prepared, site, target)
         ]
     largest = max(parts, key=lambda s: sum(a.size for a in parts[s].arrays.values()))
-    anchor_bytes = specialise(parts[largest], Edit()).to_bytes()
+    anchor_bytes = prepared.specialise(parts[largest], Edit()).to_bytes()
     table = stored or LatencyTable(
         kind=device.kind,
         target=target.name,
@@ -382,7 +382,7 @@ def _narrowest(prepared: Prepared, target: Target) -> dict[str, Level]:
 def _whole(prepared: Prepared, levels: Mapping[str, Level]) -> bytes:
     """The whole model at some levels, with unrepaired weights."""
     edit = plain_edit(prepared, levels, first_units(levels))
-    return prepared.emit(specialise(prepared.dense, edit))
+    return prepared.emit(prepared.specialise(prepared.dense, edit))
 
 
 def _builder(part: OnnxGraph, site: Site, level: Level, prepared: Prepared) -> Callable[[], bytes]:
@@ -391,7 +391,7 @@ def _builder(part: OnnxGraph, site: Site, level: Level, prepared: Prepared) -> C
     def build() -> bytes:
         kept = {site.name: tuple(range(level.width))}
         edit = plain_edit(prepared, {site.name: cut}, kept)
-        return prepared.emit(specialise(part, edit, part=True), part=True)
+        return prepared.emit(prepared.specialise(part, edit, part=True), part=True)
 
     return build
 
@@ -484,7 +484,7 @@ def measure_points(
     Without `rounds`, each is timed as often as its time allows.
     """
     workload = prices.table.workload
-    dense = timer.load(specialise(prepared.dense, Edit()).to_bytes(), workload=workload)
+    dense = timer.load(prepared.specialise(prepared.dense, Edit()).to_bytes(), workload=workload)
     if rounds is None:  # a round runs each graph twice
         least, most = CORRECTION_ROUNDS
         rounds = max(least, min(most, int(CORRECTION_MS / (4 * prices.dense_ms))))

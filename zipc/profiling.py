@@ -22,7 +22,7 @@ from zipc.exporters.specialise import EMISSION
 from zipc.latency_tables.store import default_cache_dir
 from zipc.sources.hub import PATTERNS, locate
 from zipc.stage_cache import StageCache
-from zipc.targets import load_target
+from zipc.targets import AUTO, requested_target
 from zipc.user_code import split_reference
 
 STAGE, FILE = "profile", "result.json"
@@ -81,11 +81,11 @@ def profile_model(request: Request, *, progress: Progress) -> ProfileResult:
 
 
 def _key(request: Request) -> str | None:
-    """Names all that a table follows from; None where that is not known without running code."""
-    if split_reference(request.model) is not None:
+    """Names all that a table follows from; None where that is not known without running code, or a
+    runtime is still to be chosen."""
+    if split_reference(request.model) is not None or request.runtime == AUTO:
         return None
-    target = load_target(request.target)
-    request.check(target)
+    target = requested_target(request)
     prints = open_device(target, request.host, python=request.host_python).fingerprint()
     folder, _ = locate(request.model)
     files = sorted({path for pattern in PATTERNS for path in folder.glob(pattern)})

@@ -15,7 +15,8 @@ from zipc.core.errors import CorruptFile, UsageError
 from zipc.core.files import read_json
 from zipc.core.types import PairedTiming, Progress, Runner, Silent, VerdictName, Workload
 from zipc.core.workload import read_workload, workload_document
-from zipc.profiler.device import Device, LocalDevice
+from zipc.profiler.agent import TITLES
+from zipc.profiler.device import Device, local_device
 from zipc.profiler.timing import interleave, warm_up
 
 MIN_PAIRS = 16  # fewer give no interval
@@ -153,7 +154,8 @@ def bench(
     """Measure OUT/model.onnx against OUT/reference.onnx again and judge the manifest's promise.
 
     The promise is the requested speedup; where a latency was requested, that latency; where
-    neither was, the lower end of the recorded interval. Without a `device`, it is this machine.
+    neither was, the lower end of the recorded interval. Without a `device`, it is this machine
+    under the runtime of the manifest.
 
     Raises:
         UsageError: a file of the folder is missing.
@@ -167,7 +169,7 @@ def bench(
     recorded = _recorded(manifest, path=path)
     refuse_predicted(manifest, out)
     _promise(manifest, reference_ms=1.0, path=path)  # fails before minutes of measuring
-    timer = (device or LocalDevice("onnxruntime")).timer()
+    timer = (device or local_device(recorded_runtime(manifest))).timer()
     reference, candidate = (
         timer.load((out / name).read_bytes(), workload=workload)
         for name in ("reference.onnx", "model.onnx")
@@ -185,6 +187,18 @@ def bench(
         verdict=verdict(timing, promised),
         session_options=candidate.session_options,
     )
+
+
+def recorded_runtime(manifest: Any) -> str:
+    """What the graphs of a manifest, as it stands, run in.
+
+    Raises:
+        CorruptFile: nothing that graphs can be timed in here.
+    """
+    name = manifest.get("runtime", "onnxruntime")
+    if name not in TITLES:
+        raise CorruptFile(f"The manifest names the runtime {name!r}. Compile again.")
+    return str(name)
 
 
 def refuse_predicted(manifest: Any, out: Path) -> None:

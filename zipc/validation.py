@@ -16,7 +16,7 @@ from zipc.proof import BenchResult, bench
 from zipc.record import samples_of, times_of
 
 SAMPLES = "samples.json"
-OF_A_TIMING = re.compile(r"\d+ pairs in |too noisy: |under ONNX Runtime's default options")
+OF_A_TIMING = re.compile(r"\d+ pairs in |too noisy: |under [A-Za-z ]+'s default options")
 
 
 def validate(
@@ -46,7 +46,7 @@ def validate(
         made = manifest.model_copy(
             update={
                 "verdict": result.verdict,
-                "latency": _measured(manifest.latency, result, device),
+                "latency": _measured(manifest, result, device),
                 "files": (*(f for f in manifest.files if f.path != SAMPLES), artifact),
             }
         )
@@ -54,7 +54,8 @@ def validate(
     return made
 
 
-def _measured(before: LatencyRecord, result: BenchResult, device: Device) -> LatencyRecord:
+def _measured(manifest: Manifest, result: BenchResult, device: Device) -> LatencyRecord:
+    before, asked = manifest.latency, (manifest.request.model_extra or {}).get("runtime")
     timing, prints = result.timing, device.fingerprint()
     place = prints.get("host", "this machine")
     told = f"validated again on {place}; before: {result.recorded_speedup:.3f}x"
@@ -64,7 +65,7 @@ def _measured(before: LatencyRecord, result: BenchResult, device: Device) -> Lat
         error = (error + 1) * timing.speedup / result.recorded_speedup - 1
     return before.model_copy(
         update={
-            **times_of(timing),
+            **times_of(timing, runtime=manifest.runtime, asked=asked),
             "prediction_error": error,
             "fingerprint": prints,
             "session_options": dict(result.session_options),

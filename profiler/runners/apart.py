@@ -16,13 +16,14 @@ from zipc.core.errors import ExportMismatch
 from zipc.core.types import Runner, Workload
 from zipc.profiler.link import Link, LinkLost, checked_time, checked_times
 from zipc.profiler.runners.inputs import graph_inputs
-from zipc.profiler.runners.onnxruntime import PROVIDERS, session_options
+from zipc.profiler.runners.registry import RUNNERS
 
 
 class TimingProcess:
-    """A process that holds graphs and times them one run at a time; it ends with this object."""
+    """A process that times graphs in a runtime, one run at a time; it ends with this object."""
 
-    def __init__(self) -> None:
+    def __init__(self, runtime: str) -> None:
+        self._runtime = RUNNERS[runtime]
         self._loaded = 0
         self._dropped: list[int] = []
         self._link = self._connect()
@@ -36,8 +37,7 @@ class TimingProcess:
         """
         self._loaded += 1
         self.ask(self._loading(self._loaded, model, workload), model)
-        options = {**session_options(workload), "providers": list(PROVIDERS)}
-        return ApartRunner(self, self._loaded, options)
+        return ApartRunner(self, self._loaded, self._runtime.opened_with(workload))
 
     def series(self, graphs: Sequence[int], *, rounds: int, untimed: int) -> list[list[float]]:
         """Time graphs by their numbers in turns."""
@@ -64,7 +64,8 @@ class TimingProcess:
         return {
             "do": "load",
             "graph": number,
-            "options": session_options(workload),
+            "runtime": self._runtime.runtime,
+            "options": self._runtime.options(workload),
             "inputs": graph_inputs(model, workload),
         }
 

@@ -18,7 +18,7 @@ from zipc.profiler.timing import interleave
 
 
 def test_graphs_are_loaded_timed_and_dropped() -> None:
-    apart = TimingProcess()
+    apart = TimingProcess("onnxruntime")
     first, second = (apart.load(graph(), workload=WORKLOAD) for _ in range(2))
     assert all(np.isfinite(r.run()) and r.run() > 0 for r in (first, second))
     del first
@@ -29,7 +29,7 @@ def test_graphs_are_loaded_timed_and_dropped() -> None:
 
 
 def test_a_series_is_interleaved_over_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    apart = TimingProcess()
+    apart = TimingProcess("onnxruntime")
     runners = [apart.load(graph(), workload=WORKLOAD) for _ in range(2)]
     asked: list[dict[str, Any]] = []
     ask = apart.ask
@@ -43,19 +43,19 @@ def test_a_series_is_interleaved_over_there(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_runners_of_two_processes_are_not_mixed_up() -> None:
-    runners = [TimingProcess().load(graph(), workload=WORKLOAD) for _ in range(2)]
+    runners = [TimingProcess("onnxruntime").load(graph(), workload=WORKLOAD) for _ in range(2)]
     with pytest.raises(ValueError, match="different processes"):
         interleave(runners, rounds=2)
 
 
 def test_a_workload_of_default_threads_and_of_given_shapes_is_taken() -> None:
-    apart = TimingProcess()
+    apart = TimingProcess("onnxruntime")
     workload = Workload(1, None, 0, {"x": (5, 3)})
     assert apart.load(graph(), workload=workload).run() > 0
 
 
 def test_errors_come_back_as_they_are_raised() -> None:
-    apart = TimingProcess()
+    apart = TimingProcess("onnxruntime")
     with pytest.raises(ExportMismatch, match="cannot load"):
         apart.load(b"no graph", workload=WORKLOAD)
     with pytest.raises(UsageError, match="--input-shapes"):
@@ -70,7 +70,7 @@ def onnx_with_open_axis() -> bytes:
 
 
 def test_a_process_that_dies_is_said_to_have() -> None:
-    apart = TimingProcess()
+    apart = TimingProcess("onnxruntime")
     runner = apart.load(graph(), workload=WORKLOAD)
     os.kill(apart._link._process.pid, signal.SIGKILL)
     with pytest.raises(ExportMismatch, match="exit code -9"):
@@ -78,7 +78,7 @@ def test_a_process_that_dies_is_said_to_have() -> None:
 
 
 def test_the_process_ends_with_its_object() -> None:
-    apart = TimingProcess()
+    apart = TimingProcess("onnxruntime")
     process = apart._link._process
     runner = apart.load(graph(), workload=WORKLOAD)
     del apart

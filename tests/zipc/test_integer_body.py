@@ -16,7 +16,7 @@ import zipc
 from tests.three_ways import all_exported, case_of
 from tests.tiny_project import Told, fake_clock, keep_timing_here, request, small_effort
 from tests.zoo import ZOO
-from zipc.build import FP32_BOUND, INT8_BOUND, integer_kernels
+from zipc.build import FP32_BOUND, INT8_BOUND
 from zipc.core.errors import ExportMismatch
 from zipc.core.types import Workload
 from zipc.exporters.specialise import Edit, specialise
@@ -24,7 +24,9 @@ from zipc.integer_body import IntegerBody
 from zipc.manifest import Manifest
 from zipc.pipeline import compile_model, plan_model
 from zipc.profiler.runners.onnxruntime import OnnxRuntimeRunner
+from zipc.profiler.runners.openvino import OpenVinoRunner, count_integer_products
 from zipc.pruner.graph.interpret import Variant
+from zipc.runtimes import integer_kernels
 
 NETS = """
 import torch
@@ -236,3 +238,16 @@ def test_a_percentile_is_taken_of_as_many_rows_as_fit(monkeypatch: pytest.Monkey
 def test_a_graph_the_quantiser_refuses_is_an_error() -> None:
     with pytest.raises(ExportMismatch, match="cannot bring the graph to INT8"):
         IntegerBody(Workload()).emit(b"no graph")
+
+
+def test_openvino_runs_such_a_network_on_integers(compiled: Path) -> None:
+    pytest.importorskip("openvino", reason="OpenVINO is not installed")
+    model = compiled / "model.onnx"
+    products = [n for n in onnx.load(model).graph.node if n.op_type in ("Conv", "Gemm", "MatMul")]
+    assert count_integer_products(model) == len(products) == 6
+    images = np.random.default_rng(1).standard_normal((4, 3, 16, 16), dtype=np.float32)
+    mine, theirs = (
+        runner(model, workload=Workload(4, None)).outputs({"x": images})["output"]
+        for runner in (OpenVinoRunner, OnnxRuntimeRunner)
+    )
+    assert np.linalg.norm(mine - theirs) < INT8_BOUND * np.linalg.norm(theirs)

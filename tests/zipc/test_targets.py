@@ -111,7 +111,11 @@ def test_own_target_is_read_from_its_file(tmp_path: Path) -> None:
         ('runtime = "x"\nnumerics = ["fp32"]\nwidth_step = 0', "width_step"),
         ('runtime = "x"\nnumerics = ["int8-static"]', "reference numeric"),
         ('runtime = "tensorrt"\nnumerics = ["fp32"]', "sheet"),
-        ('runtime = "openvino"\nnumerics = ["fp32"]', "runtime 'openvino'.*onnxruntime"),
+        ('runtime = "tvm"\nnumerics = ["fp32"]', "runtime 'tvm'.*onnxruntime, openvino"),
+        (
+            'runtime = "openvino"\nnumerics = ["fp32", "int8-dynamic"]',
+            "openvino has no kernels for int8-dynamic",
+        ),
         (f'{OWN}numerics = ["fp32", "int3"]', "numerics 'int3'.*int8-static"),
         (f'{OWN}numerics = ["fp32"]\nconnection = "ssh"', "connection 'ssh'.*local"),
         (

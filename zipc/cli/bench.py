@@ -52,17 +52,16 @@ def measurement(
     out: Path, *, max_time: str | None, host: str | None, host_python: str
 ) -> tuple[int | None, Device]:
     """How many pairs are to be timed, None for as many as usual, and where."""
-    from zipc.profiler.device import LocalDevice
+    from zipc.profiler.device import local_device
     from zipc.profiler.remote import Host, RemoteDevice
 
     manifest = Manifest.read(out)
     pairs = None
     if max_time is not None:
         pairs = pairs_within(parse_seconds(max_time, "--max-time"), manifest)
-    runtime = "onnxruntime"
     if host is None:
-        return pairs, LocalDevice(runtime)
-    return pairs, RemoteDevice(Host(host, host_python), runtime)
+        return pairs, local_device(manifest.runtime)
+    return pairs, RemoteDevice(Host(host, host_python), manifest.runtime)
 
 
 def pairs_within(seconds: float, manifest: Manifest) -> int:

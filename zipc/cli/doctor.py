@@ -63,7 +63,7 @@ def doctor_verb(
 def examine() -> tuple[Finding, ...]:
     """Look at interpreter, packages, runtime, cache folder and demo model."""
     packages = (_package(name) for name in NEEDED)
-    return (_python(), *packages, _runtime(), _processor(), _cache(), _demo())
+    return (_python(), *packages, _runtime(), _openvino(), _processor(), _cache(), _demo())
 
 
 def examine_target(name: str) -> tuple[Finding, ...]:
@@ -114,6 +114,26 @@ def _runtime() -> Finding:
         return ", ".join(onnxruntime.get_available_providers())
 
     return _try("onnxruntime providers", providers, "pip install --force-reinstall onnxruntime")
+
+
+def _openvino() -> Finding:
+    if importlib.util.find_spec("openvino") is None:
+        detail = "not installed; --runtime openvino needs it"
+        return Finding("openvino", "optional", detail, "pip install 'zipc[openvino]'")
+
+    def precisions() -> str:
+        import openvino
+
+        from zipc.profiler.agent import PRECISION
+
+        core = openvino.Core()
+        usual = core.get_property("CPU", PRECISION).get_type_name()
+        core.set_property("CPU", {PRECISION: "f32"})
+        found = core.get_property("CPU", PRECISION).get_type_name()
+        version = metadata.version("openvino")
+        return f"{version}, computes in {usual} by itself, in {found} when asked to"
+
+    return _try("openvino", precisions, "pip install --force-reinstall openvino")
 
 
 def _processor() -> Finding:

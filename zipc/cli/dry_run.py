@@ -12,7 +12,7 @@ from rich.table import Table
 from zipc.cli.running import Outcome
 from zipc.core.request import Request
 from zipc.core.types import Target
-from zipc.targets import load_target
+from zipc.targets import requested_target
 
 
 def dry_run(request: Request) -> Outcome:
@@ -22,8 +22,7 @@ def dry_run(request: Request) -> Outcome:
         UsageError: there is no such target, the data cannot be used, or two wishes contradict
             each other.
     """
-    target = load_target(request.target)
-    request.check(target)
+    target = requested_target(request)
     if request.engine is not None and target.sheet is not None:
         from zipc.exporters.tensorrt.engine import choose_builder
 
@@ -45,7 +44,8 @@ def dry_run(request: Request) -> Outcome:
         for name, value in asked.items():
             if value not in (None, [], False):
                 table.add_row(name, escape(str(value)))
-        table.add_row("runtime", target.runtime)
+        if request.runtime is None:
+            table.add_row("runtime", target.runtime)
         if data is not None:
             table.add_row("data, splits", escape(data))
         console.print(table)

@@ -20,6 +20,7 @@ Numerics = Literal["auto", "fp32", "fp16", "int8", "int8-dynamic", "int8-static"
 PatternChoice = Literal["auto", "2:4", "none"]
 _WORKLOAD, _SEARCH, _DATA, _RUN = "Workload", "Search", "Reading the data", "Running"
 Phase = Literal["prefill", "decode"]
+Runtime = Literal["onnxruntime", "openvino", "auto"]
 Effort = Literal["quick", "default", "extensive"]
 FormatFlag = Annotated[
     Format, typer.Option("--format", help="table for people, json: one document on stdout.")
@@ -69,7 +70,7 @@ HostFlag = Annotated[
     ),
 ]
 HostPythonFlag = Annotated[
-    str, typer.Option("--host-python", help="The board's Python that has ONNX Runtime.")
+    str, typer.Option("--host-python", help="The board's Python that has the runtime.")
 ]
 
 
@@ -89,6 +90,15 @@ class ModelFlags:
     target: Annotated[
         str, typer.Option("--target", help="A built-in target, or the path of a .toml file.")
     ] = "cpu"
+    runtime: Annotated[
+        Runtime | None,
+        typer.Option(
+            "--runtime",
+            help="What runs the graph on a processor: that of the target, or the one named; auto "
+            "times the dense model under both and takes the faster.",
+            show_default=False,
+        ),
+    ] = None
     host: HostFlag = None
     host_python: HostPythonFlag = "python3"
     numerics: Annotated[
@@ -172,6 +182,7 @@ class ModelFlags:
         return {
             "model": self.model,
             "target": self.target,
+            "runtime": self.runtime,
             "host": self.host,
             "host_python": self.host_python,
             "numerics": self.numerics,

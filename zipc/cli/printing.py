@@ -142,7 +142,7 @@ def _facts(manifest: Manifest) -> Iterable[tuple[str, str]]:
     yield "model", f"{manifest.model.source}  sha256 {manifest.model.sha256[:12]}"
     host = latency.fingerprint.get("host")
     place = "" if host is None else f" on {host}"
-    yield "target", f"{manifest.target}{place}: {manifest.workload}"
+    yield "target", f"{manifest.target}{place} under {manifest.runtime}: {manifest.workload}"
     times = "not measured: the device is not here"
     if latency.reference_ms is not None:
         times = f"reference {_ms(latency.reference_ms)}, compiled {_ms(latency.compiled_ms)}"
@@ -288,6 +288,7 @@ def _value(value: Any) -> str:
 
 
 _FLAGS: Mapping[str, str] = {  # those whose value is their text
+    "runtime": "--runtime",
     "host": "--host",
     "host_python": "--host-python",
     "data": "--data",

@@ -20,6 +20,7 @@ class Request:
     data: str | None = None
     output: Path | None = None
     target: str = "cpu"
+    runtime: str | None = None  # onnxruntime | openvino | auto; None is that of the target
     host: str | None = None  # the board to measure on, as ssh names it; None is this machine
     host_python: str = "python3"
     speedup: float | None = None
@@ -68,6 +69,16 @@ class Request:
             raise UsageError(
                 f"--engine {self.engine} is for targets under TensorRT, and '{target.name}' runs "
                 f"{target.runtime}. Leave it out, or choose one of zipc targets list."
+            )
+        if self.numerics.startswith("int8-") and self.numerics not in target.numerics:
+            raise UsageError(
+                f"--numerics {self.numerics} has no kernels on target '{target.name}' under "
+                f"{target.runtime}. Choose auto, int8, {', '.join(target.numerics)}."
+            )
+        if self.layout is not None and target.runtime == "openvino":
+            raise UsageError(
+                f"--layout {self.layout} serves the graph under ONNX Runtime. Leave it out, or "
+                "give --runtime onnxruntime."
             )
         if self.past_length is not None and self.phase != "decode":
             raise UsageError("--past-length is of a decode step: give --phase decode with it.")

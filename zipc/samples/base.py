@@ -59,14 +59,16 @@ class Samples(Protocol):
     def draw(self, part: Part, *, limit: int, seed: int) -> Drawn:
         """Rows of a part drawn by seed, about as much to compute as `limit` short texts."""
 
-    def compare(self, dense: bytes, compiled: bytes, part: Part) -> tuple[EvalResult, EvalResult]:
+    def compare(
+        self, dense: bytes, compiled: bytes, part: Part, *, runtime: str = "onnxruntime"
+    ) -> tuple[EvalResult, EvalResult]:
         """Read the metric of the dense and of the compiled ONNX file on the same rows.
 
         Raises:
-            UsageError: ONNX Runtime cannot load or run one, or its outputs are not finite.
+            UsageError: the runtime cannot load or run one, or its outputs are not finite.
         """
 
-    def deviation(self, model: bytes, part: Part) -> float | None:
+    def deviation(self, model: bytes, part: Part, *, runtime: str = "onnxruntime") -> float | None:
         """Return how far the outputs of a row alone may be from those of the row in a batch.
 
         None for a model that takes batches of one size only.

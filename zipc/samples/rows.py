@@ -84,9 +84,11 @@ class RowSamples:
         readout, oracle = self.judge.judging(len(chosen))
         return Drawn(batches, readout, oracle)
 
-    def compare(self, dense: bytes, compiled: bytes, part: Part) -> tuple[EvalResult, EvalResult]:
+    def compare(
+        self, dense: bytes, compiled: bytes, part: Part, *, runtime: str = "onnxruntime"
+    ) -> tuple[EvalResult, EvalResult]:
         """Run both batch by batch, so that the outputs of few batches are held."""
-        models = [self._predict(model) for model in (dense, compiled)]
+        models = [self._predict(model, runtime) for model in (dense, compiled)]
         items = self.parts[part]
         if self.user is not None:
             before, after = (self._by_user(self.user, model, items) for model in models)
@@ -106,7 +108,7 @@ class RowSamples:
         before, after = (self._result(np.concatenate(held)) for held in columns)
         return before, after
 
-    def deviation(self, model: bytes, part: Part) -> float | None:
+    def deviation(self, model: bytes, part: Part, *, runtime: str = "onnxruntime") -> float | None:
         """Return the largest difference, relative to the largest number of the output.
 
         Of as many rows as a batch holds, spread over the part.
@@ -118,7 +120,7 @@ class RowSamples:
             np.linspace(0, len(items) - 1, min(self.batch, 32, len(items))).astype(int)
         )
         chosen = [items[i] for i in places]
-        predict = self._predict(model)
+        predict = self._predict(model, runtime)
         together = predict(self.rows.feeds(chosen))
         worst = 0.0
         for i, item in enumerate(chosen):
@@ -134,8 +136,8 @@ class RowSamples:
         firsts = [spec.shape[0] for spec in self.source.specs if spec.shape]
         return next((size for size in firsts if isinstance(size, int)), None)
 
-    def _predict(self, model: bytes) -> Predict:
-        run = onnx_predict(model, self.outputs)
+    def _predict(self, model: bytes, runtime: str) -> Predict:
+        run = onnx_predict(model, self.outputs, runtime=runtime)
 
         def predict(feeds: Mapping[str, Array]) -> Outputs:
             rows = len(next(iter(feeds.values())))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -82,13 +83,17 @@ class TextSamples:
 
         return Drawn(feeds, readout, oracle)
 
-    def compare(self, dense: bytes, compiled: bytes, part: Part) -> tuple[EvalResult, EvalResult]:
+    def compare(
+        self, dense: bytes, compiled: bytes, part: Part, *, runtime: str = "onnxruntime"
+    ) -> tuple[EvalResult, EvalResult]:
         rows = self.splits.rows(part)
-        before = self.evaluator.score_onnx(dense, rows, reference="self")
-        return before, self.evaluator.score_onnx(compiled, rows, reference=before)
+        score = functools.partial(self.evaluator.score_onnx, rows=rows, runtime=runtime)
+        before = score(dense, reference="self")
+        return before, score(compiled, reference=before)
 
-    def deviation(self, model: bytes, part: Part) -> float:
-        return self.evaluator.sentence_alone_deviation(model, self.splits.rows(part))
+    def deviation(self, model: bytes, part: Part, *, runtime: str = "onnxruntime") -> float:
+        rows = self.splits.rows(part)
+        return self.evaluator.sentence_alone_deviation(model, rows, runtime=runtime)
 
 
 def text_samples(source: SourceModel, request: Request) -> TextSamples:

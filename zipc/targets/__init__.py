@@ -16,14 +16,18 @@ from pydantic import TypeAdapter, ValidationError
 
 from zipc.core.errors import UsageError
 from zipc.core.files import write_atomic
+from zipc.core.request import Request
 from zipc.core.types import Target
 
 SUPPORTED = {  # a target that asks for more would be measured as something it is not
-    "runtime": ("onnxruntime", "tensorrt"),
+    "runtime": ("onnxruntime", "openvino", "tensorrt"),
     "connection": ("local", "remote"),
     "reference_numeric": ("fp32", "fp16"),
     "numerics": ("fp32", "fp16", "int8-dynamic", "int8-static"),  # here: `numerics` needs torch
 }
+NO_KERNELS = {"openvino": ("int8-dynamic",)}  # numerics that run there in floats, slower than fp32
+ON_CPU = ("onnxruntime", "openvino")
+AUTO = "auto"  # the faster of those on this device
 
 
 def load_target(name: str) -> Target:
@@ -34,6 +38,41 @@ def load_target(name: str) -> Target:
     """
     base, mode = split_mode(name)
     return read_target(target_file(base), mode=mode)
+
+
+def requested_target(request: Request) -> Target:
+    """The target of a request, under the runtime it names; `auto` leaves that of the target.
+
+    Raises:
+        UsageError: see `load_target`, `on_runtime` and `Request.check`.
+    """
+    target = load_target(request.target)
+    if request.runtime == AUTO:
+        for name in ON_CPU:
+            request.check(on_runtime(target, name))
+        return target
+    if request.runtime is not None:
+        target = on_runtime(target, request.runtime)
+    request.check(target)
+    return target
+
+
+def on_runtime(target: Target, runtime: str) -> Target:
+    """The same device under another runtime, with the numerics that have kernels there.
+
+    Raises:
+        UsageError: the device has no such runtime.
+    """
+    if runtime != target.runtime and (target.sheet is not None or runtime not in ON_CPU):
+        raise UsageError(
+            f"--runtime {runtime} is for processors, and target '{target.name}' runs "
+            f"{target.runtime}. Leave it out, or give --target cpu."
+            if runtime in ON_CPU
+            else f"--runtime {runtime} is not known. Choose from: {', '.join((*ON_CPU, AUTO))}."
+        )
+    absent = NO_KERNELS.get(runtime, ())
+    numerics = tuple(n for n in target.numerics if n not in absent)
+    return dataclasses.replace(target, runtime=runtime, numerics=numerics)
 
 
 def split_mode(name: str) -> tuple[str, str]:
@@ -152,6 +191,12 @@ def _parse(text: str, *, where: str, default_name: str, mode: str) -> Target:
         raise UsageError(
             f"{where}: a [sheet] with the figures of the device belongs to the runtime tensorrt, "
             "and to no other. `zipc targets show a100` names the file to begin from."
+        )
+    absent = set(NO_KERNELS.get(target.runtime, ())).intersection(target.numerics)
+    if absent:
+        raise UsageError(
+            f"{where}: {target.runtime} has no kernels for {', '.join(absent)}. Leave it out of "
+            "numerics."
         )
     if "dense" not in target.patterns:
         raise UsageError(f'{where}: patterns must contain "dense".')

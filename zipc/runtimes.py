@@ -1,0 +1,63 @@
+"""The runtimes that graphs are built for, checked in and judged by on this machine."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import onnxruntime as ort
+
+from zipc.core.types import Target
+from zipc.exporters.openvino import OPENVINO
+from zipc.exporters.specialise import ONNX_RUNTIME, Emitter, count_integer_kernels
+from zipc.profiler.agent import TITLES
+from zipc.profiler.runners.onnxruntime import PROVIDERS, OnnxRuntimeRunner
+from zipc.profiler.runners.openvino import OpenVinoRunner, count_integer_products
+from zipc.profiler.runners.session import SessionRunner
+
+
+@dataclass(frozen=True, slots=True)
+class CpuRuntime:
+    """How graphs are written for a runtime, run in it, and asked for their integer products."""
+
+    emitter: Emitter
+    runner: type[SessionRunner]
+    integer_products: Callable[[bytes], int]
+
+    @property
+    def title(self) -> str:
+        return TITLES[self.runner.runtime]
+
+
+def integer_kernels(model: bytes | Path) -> int:
+    """Integer products in the graph as ONNX Runtime optimises it under default options.
+
+    Raises:
+        ExportMismatch: ONNX Runtime cannot load the graph.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "optimised.onnx"
+        options = ort.SessionOptions()
+        options.log_severity_level = 4
+        options.optimized_model_filepath = str(path)
+        source = str(model) if isinstance(model, Path) else model
+        try:
+            ort.InferenceSession(source, options, providers=PROVIDERS)
+        except Exception as error:  # ONNX Runtime's errors share no base
+            name = str(model) if isinstance(model, Path) else "the graph"
+            raise OnnxRuntimeRunner.cannot_load(name, error) from error
+        return count_integer_kernels(onnx.load(path, load_external_data=False).graph.node)
+
+
+RUNTIMES: Mapping[str, CpuRuntime] = {
+    "onnxruntime": CpuRuntime(ONNX_RUNTIME, OnnxRuntimeRunner, integer_kernels),
+    "openvino": CpuRuntime(OPENVINO, OpenVinoRunner, count_integer_products),
+}
+
+
+def runtime_of(target: Target) -> CpuRuntime:
+    """The runtime of a target; of one under TensorRT, ONNX Runtime stands for it here."""
+    return RUNTIMES["onnxruntime" if target.runtime == "tensorrt" else target.runtime]
