@@ -270,6 +270,42 @@ def test_scales_too_small_for_fp16_keep_their_weights() -> None:
     assert (gap <= np.abs(got) * 2**-10 + scale.astype(np.float32)[:, None] / 2).all()
 
 
+class Odd(nn.Module):
+    """Widths that are no multiple of 4, an output that is always zero, maps that only see zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.idle = nn.Linear(10, 30), nn.Linear(30, 6), nn.Linear(6, 6)
+        self.first.weight.data[3], self.first.bias.data[3] = 0.0, 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen = self.second(self.first(x).relu())
+        return seen + self.idle(seen * 0.0)
+
+
+def odd() -> tuple[nn.Module, dict[str, Tensor], OnnxGraph]:
+    """In INT8, on inputs of which one is always zero and another constant."""
+    module, x = Odd().requires_grad_(False), torch.randn(4, 10)
+    x[:, 0], x[:, 1] = 0.0, 7.0
+    dense = exported(module, {"x": x}, {"x": {0: "batch"}})
+    held = quantised(module, ["first", "second", "idle"], {"x": x})
+    return module, {"x": x}, emit(dense, Edit(int8={m: w for m, (w, _) in held.items()}), maxima={})
+
+
+def test_dead_and_constant_channels_and_odd_widths_run_in_int8() -> None:
+    module, feeds, graph = odd()
+    assert graph.op_counts()["QuantizeLinear"] == 3
+    check_parity(run(graph, feeds), [first(module(**feeds))], bound=0.1, what="odd")
+
+
+@needs_rtx
+def test_tensorrt_builds_dead_and_constant_channels_and_odd_widths() -> None:
+    workload = Workload(input_shapes={"x": (4, 10)})
+    graph = odd()[2].to_bytes()
+    assert build_engine(graph, builder="rtx", compute_capability="sm80", workload=workload).plan
+
+
 @pytest.mark.parametrize(
     ("activation", "says"), [(None, "dynamic"), ((0.1, 3), "symmetric")], ids=["none", "skew"]
 )

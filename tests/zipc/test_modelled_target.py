@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,8 +16,9 @@ from onnx import TensorProto
 
 from tests.command_line import Run, command_line
 from tests.tiny_project import Told, model_folder, pairs_file, request, small_effort
+from zipc import pipeline
 from zipc.cli.compile import verdict_exit_code
-from zipc.core.errors import UsageError
+from zipc.core.errors import EngineFailed, UsageError
 from zipc.core.types import Allocation, InputSpec, Level
 from zipc.devices import open_device
 from zipc.gate import check
@@ -129,6 +131,35 @@ def test_an_engine_of_a_pruned_sparse_graph_in_int8(project: Project) -> None:
     (told,) = [n for n in manifest.latency.notes if n.startswith("engine by TensorRT-RTX")]
     assert "sm80, never run: not read back" in told
     assert (out / "model.engine").stat().st_size > 1000
+
+
+def test_a_builder_that_fails_leaves_the_output_as_it_was(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise EngineFailed("The TensorRT builder wanted more than 1 MB of memory.")
+
+    out = shutil.copytree(project.out, project.out.with_name("earlier"))
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    monkeypatch.setattr(pipeline, "build_engine", fail)
+    monkeypatch.setattr(pipeline, "choose_builder", lambda asked, _: asked)
+    asked = request(project.model, project.data, out, project.cache, target="a100", speedup=1.5)
+    with pytest.raises(EngineFailed, match="more than 1 MB"):
+        compile_model(replace(asked, engine="trt"), progress=Told())
+    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+    assert not list(out.parent.glob(".earlier*"))
+
+
+def test_a_builder_that_is_not_here_is_told_before_anything_is_loaded(
+    run: Run, project: Project
+) -> None:
+    code, _, err = run(
+        *("compile", str(project.model), "--target", "orin", "--speedup", "2x", "--engine", "rtx"),
+        *("--data", str(project.data), "-o", str(project.out.with_name("x")), "--dry-run"),
+    )
+    assert code == 2
+    assert "sm87" in err
+    assert "build.sh" in err
 
 
 def test_an_engine_for_a_processor_is_refused(run: Run, project: Project) -> None:
