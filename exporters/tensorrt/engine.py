@@ -55,7 +55,7 @@ class Engine:
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        told = self.told or "not read back, for there is no driver here"
+        told = self.told or "not read back, which takes its GPU"
         tail = "".join(f"; {note}" for note in self.notes)
         return f"engine by {self.builder} for {self.compute_capability}, never run: {told}{tail}"
 
@@ -113,7 +113,7 @@ def build_engine(
     """Parse and build an emitted graph, and read the engine back where there is a driver.
 
     `places` says where in the torch model a node came from (`origin.places`), for errors. `cache`
-    is the folder that TensorRT's timings of kernels are kept in, one file per version and GPU. The
+    is the folder that TensorRT's timings of kernels are kept in, a file for each GPU. The
     builder runs in a process of its own: without a driver it may crash, and it may want any amount
     of time and memory.
 
@@ -146,7 +146,7 @@ def build_engine(
                 raise EngineFailed(_unreadable(answer))
             lines = answer["log"] + answer["told"]
             told = str(read_back(layers.read_text(), lines, proto, places or {}))
-            if timings is not None:
+            if timings is not None and (folder / "timing.cache").exists():
                 write_atomic(timings, (folder / "timing.cache").read_bytes())
         return Engine(
             plan.read_bytes(),
@@ -246,7 +246,10 @@ def trtexec_version() -> str:
 
 
 def _timings(builder: str, cache: Path | None) -> Path | None:
-    """The file for timings of kernels: they hold for one version and one GPU."""
+    """The file for timings of kernels: they hold for one GPU, and one version of TensorRT.
+
+    Its package refuses those of another; trtexec may not, and has a file for each.
+    """
     gpu = None if builder == "rtx" or cache is None else local_gpu()
     if gpu is None or cache is None:
         return None

@@ -86,6 +86,7 @@ def test_doctor_tells_what_works_for_a_target(run: Run) -> None:
     assert "predicted" in found["compile, plan"]["detail"]
     assert "published latencies of this device: other" in found["model"]["detail"]
     assert found["trtexec"]["status"] == "ok" or "compute capability 8.7" in found["trtexec"]["fix"]
+    assert "RTX does not build for sm87" in found["engine"]["detail"]  # nobody tests on an Orin
     code, _, err = run("doctor", "--target", "orim")
     assert (code, "Did you mean 'orin'" in err) == (2, True)
 

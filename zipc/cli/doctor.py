@@ -84,9 +84,20 @@ def examine_target(name: str) -> tuple[Finding, ...]:
     return (
         Finding("compile, plan", "ok", f"{name}: from a modelled table; verdict 'predicted'"),
         Finding("model", "ok", f"off by {worst:.0%} on the worst source left out (median); {told}"),
+        _builder(sheet.sm),
         _tool("trtexec", "builds and times engines", there),
         _tool("nvidia-smi", "tells of an NVIDIA driver", there),
     )
+
+
+def _builder(sm: str) -> Finding:
+    from zipc.exporters.tensorrt.engine import choose_builder
+
+    try:
+        name = choose_builder("auto", sm)
+    except UsageError as error:
+        return Finding("engine", "optional", str(error))
+    return Finding("engine", "ok", f"compile --engine {name} builds for {sm} here")
 
 
 def _tool(name: str, purpose: str, fix: str) -> Finding:
