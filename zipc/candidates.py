@@ -246,7 +246,8 @@ def _numerics(
         UsageError: the request names a numeric the target does not run.
     """
     wanted, sites = request.numerics, prepared.sites
-    schemes = tuple(n for n in (DYNAMIC, STATIC) if n in target.numerics)
+    known = (DYNAMIC, STATIC) if request.quantizer == "zipc" else (STATIC,)
+    schemes = tuple(n for n in known if n in target.numerics)
     if prepared.body is not None:
         ms = prices.fixed_ms + sum(prices.ms(n, Level(s.units)) for n, s in sites.items())
         notes.append(f"the whole network in {prepared.numeric}, unpruned: {ms:.2f} ms")

@@ -33,6 +33,7 @@ from zipc.pruner.allocate.search import Problem, SearchState, build_problem, sea
 from zipc.pruner.allocate.sensitivity import probe_count, site_losses
 from zipc.pruner.compensate.propagate import propagate
 from zipc.pruner.graph.mixtures import nested
+from zipc.quantizer import by_modelopt, in_floats
 from zipc.stage_cache import StageCache
 
 AIM = 1.03  # the lower end of the verdict's interval must clear the target, not its middle
@@ -106,9 +107,16 @@ def _repaired(
         progress.advance(1, site)
         trim()
 
+    theirs = request.quantizer == "modelopt"
     states = propagate(
-        prepared.executor, candidates.levels, allocation, candidates.repair, on_site=advance
+        prepared.executor,
+        candidates.levels,
+        in_floats(allocation) if theirs else allocation,
+        candidates.repair,
+        on_site=advance,
     )
+    if theirs:
+        states = by_modelopt(prepared, allocation, states, candidates.repair)
     progress.done()
     built = build_floats(prepared, allocation, states, workload=request.workload)
     if prepared.body is None:
@@ -338,7 +346,7 @@ class ClosedLoop:
         """What a solution depends on: the evidence, the table and the goal."""
         table, asked = self.prices.table.model_dump(mode="json"), self.request
         goal = [asked.speedup, asked.latency_ms, asked.prune, asked.numerics, asked.pattern]
-        how = [asked.effort, asked.metric, asked.evaluator]
+        how = [asked.effort, asked.metric, asked.evaluator, asked.quantizer]
         return fingerprint(self.candidates.key, table, goal, *how)
 
     def find(self, target: float | None) -> Found:

@@ -48,6 +48,7 @@ from zipc.pricing import Prices, price
 from zipc.profiler.device import Device, TimedGraph
 from zipc.profiler.timing import warm_up
 from zipc.proof import default_pairs, paired_speedup
+from zipc.quantizer import check_modelopt
 from zipc.record import make_manifest, read_quality, samples_of
 from zipc.runtimes import runtime_of
 from zipc.samples import Samples, kind_of, open_samples
@@ -382,6 +383,8 @@ def _open(request: Request) -> tuple[Target, Device]:
     if request.runtime == AUTO:
         for name in ON_CPU:  # one that is missing is told before anything is loaded
             open_device(on_runtime(target, name), request.host, python=request.host_python)
+    if request.quantizer == "modelopt":
+        check_modelopt(weight_limit(device.fingerprint()))
     processors = device.fingerprint().get("cores", request.threads)
     if request.threads > processors:
         raise UsageError(
@@ -430,6 +433,11 @@ def _body(
     wanted = request.numerics in ("auto", "int8", STATIC) and STATIC in target.numerics
     if "channels" not in kinds or "heads" in kinds or not wanted or target.signed:
         return None
+    if request.quantizer != "zipc":
+        raise UsageError(
+            f"--quantizer {request.quantizer} is for linear maps, and {request.model} is brought "
+            "to INT8 with its convolutions as a whole. Leave it out."
+        )
     progress.stage("whole network in INT8")
     body = IntegerBody(
         request.workload,

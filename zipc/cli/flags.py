@@ -18,6 +18,7 @@ from zipc.core.shapes import parse_input_shapes
 
 Numerics = Literal["auto", "fp32", "fp16", "int8", "int8-dynamic", "int8-static"]
 PatternChoice = Literal["auto", "2:4", "none"]
+Quantizer = Literal["zipc", "modelopt"]
 _WORKLOAD, _SEARCH, _DATA, _RUN = "Workload", "Search", "Reading the data", "Running"
 Phase = Literal["prefill", "decode"]
 Runtime = Literal["onnxruntime", "openvino", "auto"]
@@ -266,6 +267,14 @@ class SearchFlags(ModelFlags):
             rich_help_panel=_SEARCH,
         ),
     ] = "auto"
+    quantizer: Annotated[
+        Quantizer,
+        typer.Option(
+            "--quantizer",
+            help="Who chooses INT8 ranges and rounds: zipc, or NVIDIA's Model Optimizer.",
+            rich_help_panel=_SEARCH,
+        ),
+    ] = "zipc"
     no_prune: Annotated[
         bool,
         typer.Option(
@@ -304,6 +313,7 @@ class SearchFlags(ModelFlags):
             "text_columns": tuple(self.text_column or ()),
             "label_column": self.label_column,
             "pattern": self.pattern,
+            "quantizer": self.quantizer,
             "prune": not self.no_prune,
             "recover": self.recover,
             "allow_table_mismatch": self.allow_table_mismatch,

@@ -9,6 +9,7 @@ from zipc.core.errors import UsageError
 from zipc.core.types import InputSpec, Target, Workload
 
 PATTERNS = ("auto", "2:4", "none")
+QUANTIZERS = ("zipc", "modelopt")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +28,7 @@ class Request:
     latency_ms: float | None = None
     numerics: str = "auto"  # auto | fp32 | int8 | int8-dynamic | int8-static
     pattern: str = "auto"  # auto | 2:4 | none
+    quantizer: str = "zipc"  # zipc | modelopt: who chooses INT8 ranges and rounds
     prune: bool = True
     metric: str | None = None
     evaluator: str | None = None  # path/to/file.py:function
@@ -59,6 +61,15 @@ class Request:
         if self.pattern not in PATTERNS:
             raise UsageError(
                 f"--pattern {self.pattern} is not known. Choose from: {', '.join(PATTERNS)}."
+            )
+        if self.quantizer not in QUANTIZERS:
+            raise UsageError(
+                f"--quantizer {self.quantizer} is not known. Choose from: {', '.join(QUANTIZERS)}."
+            )
+        if self.quantizer != "zipc" and self.numerics not in ("auto", "int8", "int8-static"):
+            raise UsageError(
+                f"--quantizer {self.quantizer} calibrates INT8, and --numerics {self.numerics} "
+                "has nothing to calibrate. Leave one out, or use --numerics int8-static."
             )
         if self.pattern == "2:4" and target.only_dense is not None:
             raise UsageError(

@@ -1,0 +1,136 @@
+"""`--quantizer modelopt`: Model Optimizer's ranges and rounding in our graph, or a refusal."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from tests.tiny_project import Told, fake_clock, model_folder, pairs_file, request, small_effort
+from tests.zipc.test_integer_body import NETS
+from zipc.core.errors import UsageError
+from zipc.core.files import read_json
+from zipc.core.request import Request
+from zipc.core.types import Allocation, Level, Silent
+from zipc.model_source import load_source, settle
+from zipc.numerics.int8 import FULL, REDUCED, STATIC
+from zipc.pipeline import compile_model, plan_model
+from zipc.prepare import Prepared, prepare
+from zipc.pruner.levels import Levels
+from zipc.quantizer import by_modelopt, check_modelopt, in_floats, quantised, unpadded
+from zipc.samples import Feeds, open_samples
+from zipc.stage_cache import StageCache
+from zipc.targets import load_target
+
+installed = pytest.mark.skipif(
+    importlib.util.find_spec("modelopt") is None, reason="nvidia-modelopt is not installed"
+)
+
+
+def test_one_that_is_not_installed_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "modelopt", None)
+    with pytest.raises(UsageError, match=r"pip install 'zipc\[modelopt\]'"):
+        check_modelopt(FULL)
+
+
+@pytest.mark.parametrize(
+    ("rest", "said"),
+    [
+        ({"quantizer": "other"}, "Choose from: zipc, modelopt"),
+        ({"quantizer": "modelopt", "numerics": "fp32"}, "has nothing to calibrate"),
+        ({"quantizer": "modelopt", "numerics": "int8-dynamic"}, "has nothing to calibrate"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(rest: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        Request(model="minilm", **rest).check(load_target("cpu"))
+
+
+def test_weights_that_would_overflow_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zipc.quantizer._modelopt", lambda: None)
+    with pytest.raises(UsageError, match="no VNNI"):
+        check_modelopt(REDUCED)
+
+
+def test_networks_of_convolutions_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zipc.pipeline.check_modelopt", lambda _: None)
+    (tmp_path / "nets.py").write_text(NETS)
+    images = np.random.default_rng(0).standard_normal((40, 3, 16, 16), dtype=np.float32)
+    np.savez(tmp_path / "data.npz", x=images)
+    asked = request(
+        Path(f"{tmp_path / 'nets.py'}:net"),
+        tmp_path / "data.npz",
+        None,
+        tmp_path,
+        sequence_length=None,
+        quantizer="modelopt",
+    )
+    with pytest.raises(UsageError, match="is for linear maps"):
+        plan_model(asked, progress=Told())
+
+
+def test_rows_are_fed_without_their_padding() -> None:
+    batch = {"x": torch.arange(6).view(2, 3), "attention_mask": torch.tensor([[1, 1, 0], [1] * 3])}
+    assert [row["x"].tolist() for row in unpadded([batch])] == [[[0, 1]], [[3, 4, 5]]]
+    assert [row["x"].tolist() for row in unpadded([{"x": batch["x"]}])] == [
+        [[0, 1, 2]],
+        [[3, 4, 5]],
+    ]
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("quantizer")
+    model_folder(folder / "model")
+    pairs_file(folder / "pairs.csv")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prepared(project: Path) -> tuple[Prepared, list[Feeds]]:
+    asked = request(project / "model", project / "pairs.csv", None, project / "cache")
+    source = load_source(asked.model)
+    asked = settle(asked, source)
+    made = prepare(source, asked, cache=StageCache(project / "cache"), progress=Silent())
+    return made, open_samples(source, asked).draw("calibration", limit=24, seed=0).batches
+
+
+@installed
+def test_a_map_computes_what_model_optimizer_simulates(
+    prepared: tuple[Prepared, list[Feeds]],
+) -> None:
+    made, rows = prepared
+    at = Allocation({n: Level(s.units, STATIC) for n, s in made.sites.items()}, 0.0, 0.0)
+    levels = Levels(made.sites, made.calls, made.weights, {}, {})
+    states = by_modelopt(made, at, levels.states(in_floats(at)), rows)
+    theirs = quantised(load_source(str(made.source.folder)).module, rows)
+    for path, state in states.maps.items():
+        module = theirs.get_submodule(path)
+        x = torch.randn(64, state.weight.shape[1])
+        found = F.linear(state.seen(x.clone()), state.weight, state.bias)
+        torch.testing.assert_close(found, module(x), rtol=1e-4, atol=1e-4)
+
+
+@installed
+def test_a_compile_ships_its_rounding(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_clock(monkeypatch)
+    small_effort(monkeypatch)
+    asked = request(
+        project / "model",
+        project / "pairs.csv",
+        project / "out",
+        project / "cache",
+        numerics="int8",
+        quantizer="modelopt",
+    )
+    manifest = compile_model(asked, progress=Told())
+    assert {a.level.numeric for a in manifest.allocation if a.level.width} == {STATIC}
+    assert read_json(project / "out" / "manifest.json")["request"]["quantizer"] == "modelopt"
