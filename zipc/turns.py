@@ -37,7 +37,8 @@ def by_default(
     progress.done(told)
     processors = device.fingerprint()["cores"]
     title = runtime_of(target).title
-    return f"under {title}'s default options ({processors} processors): {told}"
+    but = ", but in fp32" if target.runtime == "openvino" else ""
+    return f"under {title}'s default options{but} ({processors} processors): {told}"
 
 
 def faster_runtime(

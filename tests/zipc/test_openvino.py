@@ -91,7 +91,7 @@ def test_the_manifest_says_what_it_was_made_and_measured_under(
     assert manifest.latency.session_options[PRECISION] == "f32"
     assert manifest.latency.session_options["INFERENCE_NUM_THREADS"] == 1
     assert "openvino" in manifest.versions
-    assert any("under OpenVINO's default options" in n for n in manifest.latency.notes)
+    assert any("under OpenVINO's default options, but in fp32" in n for n in manifest.latency.notes)
 
 
 def test_what_ships_says_the_same_in_both_runtimes(integers: tuple[Path, Manifest]) -> None:
