@@ -16,6 +16,7 @@ from zipc.core.files import read_json
 from zipc.core.types import PairedTiming, Progress, Runner, Silent, VerdictName, Workload
 from zipc.core.workload import read_workload, workload_document
 from zipc.profiler.device import Device, LocalDevice
+from zipc.profiler.facts import machine
 from zipc.profiler.timing import interleave, warm_up
 
 MIN_PAIRS = 16  # fewer give no interval
@@ -109,6 +110,8 @@ class BenchResult:
     timing: PairedTiming
     verdict: VerdictName
     session_options: Mapping[str, Any]
+    fingerprint: Mapping[str, Any]  # of the device
+    states: tuple[Mapping[str, Any], Mapping[str, Any]]  # its clocks and heat before and after
 
     @property
     def holds(self) -> bool:
@@ -117,6 +120,11 @@ class BenchResult:
     @property
     def exit_code(self) -> int:
         return {"validated": 0, "missed": 1}.get(self.verdict, 3)
+
+    @property
+    def state(self) -> dict[str, Any]:
+        before, after = self.states
+        return {"before": dict(before), "after": dict(after)}
 
     def to_json(self) -> dict[str, Any]:
         """Return a document for `--format json`; raw samples included."""
@@ -135,6 +143,8 @@ class BenchResult:
             "holds": self.holds,
             "notes": list(timing.notes),
             "session_options": dict(self.session_options),
+            "device": dict(self.fingerprint),
+            "state": self.state,
             "samples_ms": {
                 "reference": list(timing.reference_ms),
                 "compiled": list(timing.candidate_ms),
@@ -156,22 +166,48 @@ def bench(
     neither was, the lower end of the recorded interval. Without a `device`, it is this machine.
 
     Raises:
-        UsageError: a file of the folder is missing.
+        UsageError: a file of the folder is missing, or the proof is that of another device.
         CorruptFile: the manifest is truncated or lacks a field.
         NoisyMeasurement: the clock gave something that is not a positive time.
+        EngineFailed: TensorRT refuses a graph.
         RemoteError: the device cannot be reached, or lacks what it needs.
     """
+    if device is None or isinstance(device, LocalDevice):
+        refuse_elsewhere(_manifest(out), out)
+    return measure(
+        out,
+        pairs=pairs,
+        progress=progress,
+        threads=threads,
+        device=device or LocalDevice("onnxruntime"),
+    )
+
+
+def measure(
+    out: Path,
+    *,
+    device: Device,
+    pairs: int | None = None,
+    progress: Progress | None = None,
+    threads: int | None = None,
+) -> BenchResult:
+    """The same on any device that runs the graphs, wherever they were measured before."""
     manifest = _manifest(out)
     path = out / "manifest.json"
     workload = _workload(manifest, threads=threads, path=path)
     recorded = _recorded(manifest, path=path)
-    refuse_predicted(manifest, out)
+    _refuse_runtime(manifest, out, runtime=device.runtime)
     _promise(manifest, reference_ms=1.0, path=path)  # fails before minutes of measuring
-    timer = (device or LocalDevice("onnxruntime")).timer()
-    reference, candidate = (
-        timer.load((out / name).read_bytes(), workload=workload)
-        for name in ("reference.onnx", "model.onnx")
-    )
+    progress = progress or Silent()
+    before = device.state()
+    timer = device.timer()
+    names = ("reference.onnx", "model.onnx")
+    progress.stage("load graphs", total=len(names))
+    graphs = []
+    for name in names:
+        graphs.append(timer.load((out / name).read_bytes(), workload=workload))
+        progress.advance(note=name)
+    reference, candidate = graphs
     if pairs is None:
         pairs = default_pairs(float(np.median(warm_up(reference, max_runs=10)[-3:])))
     timing = paired_speedup(reference, candidate, pairs=pairs, progress=progress)
@@ -184,26 +220,52 @@ def bench(
         timing=timing,
         verdict=verdict(timing, promised),
         session_options=candidate.session_options,
+        fingerprint=device.fingerprint(),
+        states=(before, device.state()),
     )
 
 
-def refuse_predicted(manifest: Any, out: Path) -> None:
-    """Refuse to time an artifact here that was made for a device which is elsewhere.
+def refuse_elsewhere(manifest: Any, out: Path) -> None:
+    """Refuse to time an artifact here that was made for, or measured on, another device.
 
     Raises:
-        UsageError: its latency was predicted.
+        UsageError: its latency was predicted, or measured on a board.
     """
-    if manifest.get("verdict") == "predicted" or _table_kind(manifest) == "modelled":
+    _refuse_runtime(manifest, out, runtime="onnxruntime")
+    prints = _latency(manifest).get("fingerprint") or {}
+    if "host" in prints and prints.get("machine") != machine():
+        host = prints["host"]
         raise UsageError(
-            f"{out} was made for target '{manifest.get('target')}', which is not this machine: "
-            f"times taken here say nothing about it. Run {out}/build.sh there, "
-            "where trtexec is."
+            f"{out} was measured on {host}, which is not this machine: times taken here say "
+            f"nothing about it. Measure it there with zipc bench {out} --host {host}, or make this "
+            f"machine its device with zipc validate {out}."
         )
 
 
-def _table_kind(manifest: Any) -> Any:
+def runtime_of(manifest: Any) -> str:
+    """What runs the graphs of a manifest; modelled devices run TensorRT."""
+    latency = _latency(manifest)
+    if manifest.get("verdict") == "predicted" or latency.get("table_kind") == "modelled":
+        return "tensorrt"
+    return str((latency.get("fingerprint") or {}).get("runtime", "onnxruntime"))
+
+
+def _refuse_runtime(manifest: Any, out: Path, *, runtime: str) -> None:
+    wanted = runtime_of(manifest)
+    if wanted == runtime:
+        return
+    if wanted == "tensorrt":
+        raise UsageError(
+            f"{out} was made for target '{manifest.get('target')}', which is not this machine: "
+            "times taken here say nothing about it. Name the device with --host user@board "
+            f"(bench and validate), or run {out}/build.sh there."
+        )
+    raise UsageError(f"{out} was made for {wanted}, and times of {runtime} say nothing about it.")
+
+
+def _latency(manifest: Any) -> Any:
     latency = manifest.get("latency")
-    return latency.get("table_kind") if isinstance(latency, dict) else None
+    return latency if isinstance(latency, dict) else {}
 
 
 def _manifest(out: Path) -> Any:
@@ -216,7 +278,10 @@ def _manifest(out: Path) -> Any:
     ):
         if not (out / name).is_file():
             raise UsageError(f"{out} has no {name}, which the measurement needs. {command}")
-    return read_json(out / "manifest.json", advice="Compile again.")
+    manifest = read_json(out / "manifest.json", advice="Compile again.")
+    if not isinstance(manifest, dict):
+        raise CorruptFile(f"{out}/manifest.json is no manifest. Compile again.")
+    return manifest
 
 
 def _workload(manifest: Any, *, threads: int | None, path: Path) -> Workload:

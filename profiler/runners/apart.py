@@ -22,6 +22,8 @@ from zipc.profiler.runners.onnxruntime import PROVIDERS, session_options
 class TimingProcess:
     """A process that holds graphs and times them one run at a time; it ends with this object."""
 
+    rounds_at_once = 8
+
     def __init__(self) -> None:
         self._loaded = 0
         self._dropped: list[int] = []
@@ -64,6 +66,7 @@ class TimingProcess:
         return {
             "do": "load",
             "graph": number,
+            "runtime": "onnxruntime",
             "options": session_options(workload),
             "inputs": graph_inputs(model, workload),
         }
@@ -80,6 +83,11 @@ class ApartRunner:
         self._process = process
         self.number = number
         self.session_options = dict(options)
+
+    @property
+    def at_once(self) -> int:
+        """Rounds to ask for in one series."""
+        return self._process.rounds_at_once
 
     def run(self) -> float:
         """Do one inference and return its milliseconds."""

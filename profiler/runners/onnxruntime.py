@@ -11,7 +11,8 @@ import onnxruntime as ort
 
 from zipc.core.errors import ExportMismatch, UsageError
 from zipc.core.types import Workload
-from zipc.profiler.agent import PROVIDERS, one_inference, one_line, open_session, values
+from zipc.profiler.agent import PROVIDERS, one_inference, open_session, values
+from zipc.profiler.facts import one_line
 from zipc.profiler.runners.inputs import shape_of
 
 _DTYPES: Mapping[str, str] = {

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from zipc.cli.flags import FormatFlag, HostFlag, HostPythonFlag, parse_seconds
+from zipc.cli.flags import FormatFlag, HostFlag, HostPythonFlag, one_host, parse_seconds
 from zipc.cli.printing import show_fields
 from zipc.cli.running import Outcome, run_verb
 from zipc.core.errors import UsageError
@@ -38,7 +38,9 @@ def bench_verb(
     def body(progress: Progress) -> Outcome:
         from zipc import proof
 
-        pairs, device = measurement(out, max_time=max_time, host=host, host_python=host_python)
+        pairs, device = measurement(
+            out, max_time=max_time, host=one_host(host), host_python=host_python
+        )
         result = proof.bench(out, pairs=pairs, progress=progress, device=device)
         for note in device.notes:
             progress.info(note)
@@ -52,17 +54,12 @@ def measurement(
     out: Path, *, max_time: str | None, host: str | None, host_python: str
 ) -> tuple[int | None, Device]:
     """How many pairs are to be timed, None for as many as usual, and where."""
-    from zipc.profiler.device import LocalDevice
-    from zipc.profiler.remote import Host, RemoteDevice
+    from zipc.devices import device_of
 
-    manifest = Manifest.read(out)
     pairs = None
     if max_time is not None:
-        pairs = pairs_within(parse_seconds(max_time, "--max-time"), manifest)
-    runtime = "onnxruntime"
-    if host is None:
-        return pairs, LocalDevice(runtime)
-    return pairs, RemoteDevice(Host(host, host_python), runtime)
+        pairs = pairs_within(parse_seconds(max_time, "--max-time"), Manifest.read(out))
+    return pairs, device_of(out, host=host, python=host_python)
 
 
 def pairs_within(seconds: float, manifest: Manifest) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
@@ -61,11 +61,20 @@ InputShapesFlag = Annotated[
     ),
 ]
 HostFlag = Annotated[
-    str | None,
+    list[str] | None,
     typer.Option(
         "--host",
         help="Measure on this board, named as ssh names it: user@board.",
         metavar="USER@BOARD",
+    ),
+]
+HostsFlag = Annotated[
+    Path | None,
+    typer.Option(
+        "--hosts",
+        help="Measure on the boards of this file: one host a line, then its Python if it has one "
+        "of its own. Like --host given more than once: all at the same time, a table each.",
+        metavar="FILE",
     ),
 ]
 HostPythonFlag = Annotated[
@@ -172,7 +181,7 @@ class ModelFlags:
         return {
             "model": self.model,
             "target": self.target,
-            "host": self.host,
+            "host": one_host(self.host),
             "host_python": self.host_python,
             "numerics": self.numerics,
             "include": tuple(self.include or ()),
@@ -334,6 +343,63 @@ class CompileFlags(SearchFlags):
             "layout": self.layout,
             "require": self.require,
         }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileFlags(ModelFlags):
+    """What `profile` takes beside: more than one board."""
+
+    hosts: HostsFlag = None
+
+    def requests(self) -> list[Request]:
+        """One for every board, or that for this machine.
+
+        Raises:
+            UsageError: a board is named twice, or the file cannot be read; see `request`.
+        """
+        plain = replace(self, host=None, hosts=None).request()
+        boards = [(address, self.host_python) for address in self.host or ()]
+        if self.hosts is not None:
+            boards += read_hosts(self.hosts, python=self.host_python)
+        names = [address for address, _ in boards]
+        twice = [address for address in names if names.count(address) > 1]
+        if twice:
+            raise UsageError(f"Board {twice[0]} is named twice. Name it once.")
+        asked = [replace(plain, host=address, host_python=python) for address, python in boards]
+        return asked or [plain]
+
+
+def one_host(hosts: list[str] | None) -> str | None:
+    """The board of a verb that measures on one.
+
+    Raises:
+        UsageError: there are more.
+    """
+    if hosts and len(hosts) > 1:
+        raise UsageError(
+            f"--host is given {len(hosts)} times. Only zipc profile takes several boards: give one."
+        )
+    return hosts[0] if hosts else None
+
+
+def read_hosts(path: Path, *, python: str) -> list[tuple[str, str]]:
+    """The boards of a file and their Pythons, `python` where a line names none; `#` is a comment.
+
+    Raises:
+        UsageError: it cannot be read, names no board, or a line has more than two words.
+    """
+    try:
+        lines = [line.partition("#")[0].split() for line in path.read_text().splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--hosts {path} cannot be read: {error}.") from error
+    found = [words for words in lines if words]
+    strange = [" ".join(words) for words in found if len(words) > 2]
+    if strange or not found:
+        what = f"has the line {strange[0]!r}" if strange else "names no board"
+        raise UsageError(
+            f"--hosts {path} {what}. Write one host a line: user@board, then a Python."
+        )
+    return [(words[0], words[1] if len(words) > 1 else python) for words in found]
 
 
 def parse_speedup(text: str) -> float:
