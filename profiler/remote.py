@@ -220,6 +220,7 @@ class TrtexecProcess(RemoteProcess):
 
     def __init__(self, device: RemoteDevice, recipe: Recipe) -> None:
         self._recipe = recipe
+        self._measures = ""
         super().__init__(device)
 
     def load(self, model: bytes, *, workload: Workload) -> ApartRunner:
@@ -231,7 +232,7 @@ class TrtexecProcess(RemoteProcess):
             UsageError: the workload does not say how large an input is.
         """
         runner = super().load(model, workload=workload)
-        runner.session_options = {"trtexec": self._recipe(model, workload)["measures"]}
+        runner.session_options = {"trtexec": self._measures}
         self._hear()
         return runner
 
@@ -242,16 +243,17 @@ class TrtexecProcess(RemoteProcess):
 
     def _loading(self, number: int, model: bytes, workload: Workload) -> dict[str, Any]:
         recipe = self._recipe(model, workload)
-        return super()._loading(number, model, workload) | {
-            "runtime": "tensorrt",
-            "options": recipe,
-        }
+        self._measures = recipe["measures"]
+        loading = super()._loading(number, model, workload)
+        return loading | {"runtime": "tensorrt", "options": recipe}
 
     def _hear(self) -> None:
         """Note what trtexec warned of."""
-        told = checked_facts({"told": self.ask({"do": "warnings"})})["told"]
-        notes = self._device.notes
-        notes += [note for note in map(str, told) if note not in notes]
+        told, notes = self.ask({"do": "warnings"}), self._device.notes
+        if not isinstance(told, list):
+            raise BadAnswer(f"The agent on {self._device.host.address} gave no list of warnings.")
+        heard = checked_facts(dict.fromkeys(map(str, told), True))
+        notes += [note for note in heard if note not in notes]
 
 
 def ssh_command() -> list[str]:

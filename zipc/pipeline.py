@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -20,7 +23,8 @@ from zipc.closed_loop import (
     choose,
     make_problem,
 )
-from zipc.core.errors import UsageError
+from zipc.core.beside import beside
+from zipc.core.errors import UsageError, ZipcError
 from zipc.core.memory import release
 from zipc.core.request import Request
 from zipc.core.types import (
@@ -325,8 +329,39 @@ def price_model(request: Request, *, progress: Progress) -> Priced:
         clock = Clock(progress)
         target, device = _open(request)
         source, request = _load(request, clock)
-        prepared, prices = _price(source, request, target, device, clock)
-        return Priced(target, device, prepared, prices)
+        prepared = _prepare(source, request, target, clock)
+        return Priced(target, device, prepared, _price(prepared, request, target, device, clock))
+
+
+def price_on_boards(
+    requests: Sequence[Request], *, progress: Progress, progress_of: Callable[[str], Progress]
+) -> list[Priced | ZipcError]:
+    """The same on several boards at once; `requests` differ in their board alone.
+
+    What becomes of a board that fails is its error; the others go on. What is done on a board is
+    told to the `progress_of` its host.
+    """
+    with _one_thread():
+        clock = Clock(progress)
+        opened = dict(zip(requests, beside(_open, requests), strict=True))
+        unreached = [found for found in opened.values() if isinstance(found, ZipcError)]
+        if len(unreached) == len(requests):
+            return [*unreached]
+        source, settled = _load(requests[0], clock)
+        prepared = _prepare(source, settled, load_target(settled.target), clock)
+        turns: defaultdict[str, Lock] = defaultdict(Lock)  # two names of one machine wait in line
+
+        def price_on(request: Request) -> Priced:
+            found = opened[request]
+            if isinstance(found, ZipcError):
+                raise found
+            target, device = found
+            own = replace(settled, host=request.host, host_python=request.host_python)
+            told, copy = Clock(progress_of(str(request.host))), replace(prepared)
+            with turns[device.fingerprint()["machine"]]:
+                return Priced(target, device, copy, _price(copy, own, target, device, told))
+
+        return beside(price_on, requests)
 
 
 @dataclass(slots=True)
@@ -353,7 +388,8 @@ def _set_up(request: Request, progress: Progress) -> Setup:
     samples = open_samples(source, request)
     for line in (f"data: {samples.description}", *samples.notes):
         progress.info(line)
-    prepared, prices = _price(source, request, target, device, progress)
+    prepared = _prepare(source, request, target, progress)
+    prices = _price(prepared, request, target, device, progress)
     candidates = gather(
         prepared,
         prices,
@@ -402,16 +438,20 @@ def _load(request: Request, progress: Progress) -> tuple[SourceModel, Request]:
     return source, settle(request, source)
 
 
-def _price(
-    source: SourceModel, request: Request, target: Target, device: Device, progress: Progress
-) -> tuple[Prepared, Prices]:
+def _prepare(source: SourceModel, request: Request, target: Target, progress: Progress) -> Prepared:
     cache = _cache(request)
     prepared = prepare(source, request, cache=cache, progress=progress)
     prepared.floats = target.reference_numeric
     _tell_discarded(cache, progress)
+    return prepared
+
+
+def _price(
+    prepared: Prepared, request: Request, target: Target, device: Device, progress: Progress
+) -> Prices:
     prepared.body = _body(prepared, request, target, device, progress)
     store = TableStore(_cache_root(request) / "tables")
-    return prepared, price(prepared, target, request, device=device, store=store, progress=progress)
+    return price(prepared, target, request, device=device, store=store, progress=progress)
 
 
 def _body(

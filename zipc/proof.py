@@ -106,7 +106,7 @@ class BenchResult:
     out: str
     workload: Workload
     promised_speedup: float  # what has to be met here
-    recorded_speedup: float  # what was measured when it was compiled
+    recorded_speedup: float  # what the manifest has: measured or predicted before
     timing: PairedTiming
     verdict: VerdictName
     session_options: Mapping[str, Any]

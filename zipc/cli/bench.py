@@ -38,9 +38,7 @@ def bench_verb(
     def body(progress: Progress) -> Outcome:
         from zipc import proof
 
-        pairs, device = measurement(
-            out, max_time=max_time, host=one_host(host), host_python=host_python
-        )
+        pairs, device = measurement(out, max_time=max_time, host=host, host_python=host_python)
         result = proof.bench(out, pairs=pairs, progress=progress, device=device)
         for note in device.notes:
             progress.info(note)
@@ -51,7 +49,7 @@ def bench_verb(
 
 
 def measurement(
-    out: Path, *, max_time: str | None, host: str | None, host_python: str
+    out: Path, *, max_time: str | None, host: list[str] | None, host_python: str
 ) -> tuple[int | None, Device]:
     """How many pairs are to be timed, None for as many as usual, and where."""
     from zipc.devices import device_of
@@ -59,7 +57,7 @@ def measurement(
     pairs = None
     if max_time is not None:
         pairs = pairs_within(parse_seconds(max_time, "--max-time"), Manifest.read(out))
-    return pairs, device_of(out, host=host, python=host_python)
+    return pairs, device_of(out, host=one_host(host), python=host_python)
 
 
 def pairs_within(seconds: float, manifest: Manifest) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
@@ -176,13 +176,15 @@ class ModelFlags:
         """
         return Request(**self._fields())
 
+    def _board(self) -> dict[str, Any]:
+        return {"host": one_host(self.host), "host_python": self.host_python}
+
     def _fields(self) -> dict[str, Any]:
         shapes = self.input_shapes
         return {
             "model": self.model,
             "target": self.target,
-            "host": one_host(self.host),
-            "host_python": self.host_python,
+            **self._board(),
             "numerics": self.numerics,
             "include": tuple(self.include or ()),
             "exclude": tuple(self.exclude or ()),
@@ -343,30 +345,6 @@ class CompileFlags(SearchFlags):
             "layout": self.layout,
             "require": self.require,
         }
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProfileFlags(ModelFlags):
-    """What `profile` takes beside: more than one board."""
-
-    hosts: HostsFlag = None
-
-    def requests(self) -> list[Request]:
-        """One for every board, or that for this machine.
-
-        Raises:
-            UsageError: a board is named twice, or the file cannot be read; see `request`.
-        """
-        plain = replace(self, host=None, hosts=None).request()
-        boards = [(address, self.host_python) for address in self.host or ()]
-        if self.hosts is not None:
-            boards += read_hosts(self.hosts, python=self.host_python)
-        names = [address for address, _ in boards]
-        twice = [address for address in names if names.count(address) > 1]
-        if twice:
-            raise UsageError(f"Board {twice[0]} is named twice. Name it once.")
-        asked = [replace(plain, host=address, host_python=python) for address, python in boards]
-        return asked or [plain]
 
 
 def one_host(hosts: list[str] | None) -> str | None:

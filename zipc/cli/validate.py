@@ -9,7 +9,7 @@ import typer
 
 from zipc.cli.bench import measurement
 from zipc.cli.compile import verdict_exit_code
-from zipc.cli.flags import FormatFlag, HostFlag, HostPythonFlag, one_host
+from zipc.cli.flags import FormatFlag, HostFlag, HostPythonFlag
 from zipc.cli.printing import show_manifest
 from zipc.cli.running import Outcome, run_verb
 from zipc.core.types import Progress
@@ -33,9 +33,7 @@ def validate_verb(
     def body(progress: Progress) -> Outcome:
         from zipc.validation import validate
 
-        pairs, device = measurement(
-            out, max_time=max_time, host=one_host(host), host_python=host_python
-        )
+        pairs, device = measurement(out, max_time=max_time, host=host, host_python=host_python)
         made = validate(out, device=device, pairs=pairs, progress=progress)
         return Outcome(
             made.to_json(),
