@@ -48,5 +48,5 @@ def device_of(
     """
     runtime = runtime_of(Manifest.read(out).to_json())
     if host is None:
-        return LocalDevice(runtime)
+        return LocalDevice("onnxruntime")
     return RemoteDevice(Host(host, python), runtime, recipe if runtime == "tensorrt" else None)

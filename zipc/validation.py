@@ -17,7 +17,9 @@ from zipc.proof import BenchResult, measure
 from zipc.record import samples_of, times_of
 
 SAMPLES = "samples.json"
-OF_A_TIMING = re.compile(r"\d+ pairs in |too noisy: |under ONNX Runtime's default options")
+OF_A_TIMING = re.compile(
+    r"\d+ pairs in |too noisy: |under ONNX Runtime's default options|.*; nothing was measured$"
+)
 OF_THE_COMPILE = "prices and predicted times are those of the compile, for "
 
 

@@ -15,6 +15,8 @@ from tests.zipc.test_validation import finished, snapshot
 from zipc.core.types import Artifact
 from zipc.manifest import Manifest, RequestRecord
 
+NOTE = "Latencies by a roofline model fitted to published figures; nothing was measured"
+
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[loopback.Sshd]:
@@ -34,7 +36,7 @@ def run(
 def predicted(out: Path, *, asked: float) -> Manifest:
     """A finished compile for a GPU that was not at hand."""
     times = ("reference_ms", "compiled_ms", "p90_ms", "p99_ms", "pairs", "prediction_error")
-    nothing = {**dict.fromkeys(times), "fingerprint": {"fp16_tflops": 42.6}, "notes": ()}
+    nothing = {**dict.fromkeys(times), "fingerprint": {"fp16_tflops": 42.6}, "notes": (NOTE,)}
     latency = manifest().latency.model_copy(update={"table_kind": "modelled", **nothing})
     request = RequestRecord(model="minilm", speedup=asked)
     made = finished(out, latency=latency, verdict="predicted", target="orin", request=request)
@@ -67,8 +69,9 @@ def test_a_predicted_verdict_becomes_a_measured_one(tmp_path: Path, run: Run) ->
     assert made.changed_files(out) == []
     kinds = {f.kind for f in made.files if f.path.endswith(".onnx")}
     assert kinds == {"model (timed)", "dense reference (timed)"}
-    for verb in (("bench", str(out)), ("check", str(out), "--baseline", str(out))):
-        code, _, err = run(*verb)
+    assert not any("nothing was measured" in note for note in made.latency.notes)
+    for verb in (["bench"], ["validate"], ["check", "--baseline", str(out)]):
+        code, _, err = run(*verb, str(out))
         assert code == 2
         assert "target 'orin', which is not this machine" in err
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from zipc.cli.doctor import Finding
@@ -21,21 +22,20 @@ def examine_board(host: Host, *, runtime: str) -> tuple[Finding, ...]:
 
     `runtime` is the one that is needed there.
     """
-    name = f"ssh {host.address}"
     try:
         seen = RemoteDevice(host, runtime).examine()
     except RemoteError as error:
-        return (Finding(name, "broken", str(error)),)
+        return (Finding(f"{host.address}: ssh", "broken", str(error)),)
     found, lacks = seen["found"], seen["lacks"]
     free, place = found.pop("free_gb", None), found.pop("temporary", "")
-    runtimes = (_runtime(n, found.pop(n, None), lacks, needed=n == runtime) for n in RUNTIMES)
-    return (
-        Finding(name, "ok", "reached"),
-        *runtimes,
+    findings = (
+        Finding("ssh", "ok", "reached"),
+        *(_runtime(n, found.pop(n, None), lacks, needed=n == runtime) for n in RUNTIMES),
         _disk(free, place),
         *(_setting(n, str(value)) for n, value in found.items()),
         *(Finding(n, "ok", str(value)) for n, value in seen["state"].items()),
     )
+    return tuple(replace(f, name=f"{host.address}: {f.name}") for f in findings)
 
 
 def _runtime(name: str, version: Any, lacks: dict[str, Any], *, needed: bool) -> Finding:

@@ -157,7 +157,7 @@ def _facts(manifest: Manifest) -> Iterable[tuple[str, str]]:
         predicted = f"{_ms(latency.predicted_ms)} {predicted}"
     yield "predicted", predicted
     if latency.speedup_vs_best_dense is not None:
-        yield "best dense", f"{latency.speedup_vs_best_dense:.2f}x against the fastest dense fp32"
+        yield "best dense", f"{latency.speedup_vs_best_dense:.2f}x against the fastest dense graph"
     if manifest.quality is not None:
         yield "quality", _quality(manifest)
     yield "size", _sizes(size.dense_mb, size.compiled_mb, size.dense_params, size.compiled_params)
