@@ -30,13 +30,14 @@ FOLDER = "zipc-trtexec"
 FEWEST_RUNS = 10  # of an invocation
 POLL_S = 0.1
 PR_SET_PDEATHSIG = 1
+SHORT = "memory was short while an engine was built: faster kernels may have been passed over"
 SIGNS = {  # what trtexec goes on after, and what is then no longer so
     "not permitted under CUDA graph capture": "an engine cannot be captured as a CUDA graph: its "
     "launches are timed too",
-    "insufficient to use tactic": "memory was short while an engine was built: faster kernels may "
-    "have been passed over",
-    "insufficient memory on requested size": "memory was short while an engine was built: faster "
-    "kernels may have been passed over",
+    "insufficient to use tactic": SHORT,
+    "insufficient memory on requested size": SHORT,
+    "OutOfMemory": SHORT,
+    "out of memory": SHORT,
 }
 NO_GPU = ("Cuda failure", "CUDA initialization failure", "no CUDA-capable device")
 CONSEQUENCES = (  # of the error that was told before
