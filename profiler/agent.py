@@ -1,102 +1,110 @@
 """Times graphs on the machine it runs on, and says what that machine is.
 
-One file for this machine and for a board over ssh: it is sent as text to a Python of 3.8 or newer,
-needs nothing beside the standard library to start, and times with the runtime and numpy it finds
-there. Commands come on standard input, each a line of JSON followed by as
-many bytes as it says; each is answered by one line of JSON.
+The same for this machine and for a board over ssh: it is sent as text, with `facts.py` and
+`trtexec.py`, to a Python of 3.8 or newer, needs nothing beside the standard library to start, and
+times with the runtime and numpy, or the trtexec, that it finds there. Commands come on standard
+input, each a line of JSON followed by as many bytes as it says; each is answered by one line of
+JSON.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
-import hashlib
 import json
 import os
 import platform
-import re
-import subprocess
+import select
+import signal
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib import metadata
-from pathlib import Path
 from time import perf_counter_ns
 from typing import Any, BinaryIO
 
-GREETING = "zipc-agent-3"  # raised with every change of what is said
+from zipc.profiler.facts import (
+    Failure,
+    examine,
+    fingerprint,
+    machine,
+    one_line,
+    room,
+    state,
+    version_of,
+)
+
+GREETING = "zipc-agent-4"  # raised with every change of what is said
 MAX_ID = 8  # random token ids stay below the size of any vocabulary (those of letters have ~30)
 PROVIDERS = ["CPUExecutionProvider"]
 TITLES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}  # those that time graphs here
 PRECISION = "INFERENCE_PRECISION_HINT"
-DISTRIBUTIONS = {
-    "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
-    "openvino": ("openvino",),
-    "torch": ("torch",),
-    "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
-}
-# Extensions that choose between GEMM kernels, as Linux spells them on x86 and Arm.
-ISA_FEATURES = (
-    "avx2 fma f16c avx512f avx512bw avx512vl avx512_vnni avx512_bf16 avx512_fp16 avx_vnni "
-    "amx_tile amx_int8 amx_bf16 amx_fp16 asimd asimddp asimdhp i8mm bf16 sve sve2 sme"
-)
-CPUINFO = Path("/proc/cpuinfo")
-CPU_FOLDER = Path("/sys/devices/system/cpu")
-THERMAL_FOLDER = Path("/sys/class/thermal")
-DEVFREQ_FOLDER = Path("/sys/class/devfreq")
-BOARD_MODEL = Path("/proc/device-tree/model")
-L4T_RELEASE = Path("/etc/nv_tegra_release")
-MACHINE_ID = Path("/etc/machine-id")
-
-
-class Failure(Exception):
-    """A command could not be done; `kind` is the error the other side raises for it."""
-
-    def __init__(self, message: str, kind: str = "ExportMismatch") -> None:
-        super().__init__(message)
-        self.kind = kind
 
 
 def serve(commands: BinaryIO, answers: BinaryIO) -> None:
     """Answer commands until there are no more."""
     _say(answers, {GREETING: platform.python_version()})
-    agent = Agent()
-    for line in iter(commands.readline, b""):
-        command = json.loads(line)
-        content = _read_exactly(commands, command["bytes"])
-        try:
-            answer = {"value": agent.answer(command, content)}
-        except Failure as failure:
-            answer = {"error": str(failure), "kind": failure.kind}
-        _say(answers, answer)
+
+    def hung_up(seconds: float) -> bool:
+        """Between a command and its answer nothing comes, but the end."""
+        return bool(select.select([commands], [], [], seconds)[0])
+
+    with contextlib.closing(Agent(hung_up)) as agent:
+        for line in iter(commands.readline, b""):
+            command = json.loads(line)
+            content = _read_exactly(commands, command["bytes"])
+            try:
+                answer = {"value": agent.answer(command, content)}
+            except Failure as failure:
+                answer = {"error": str(failure), "kind": failure.kind}
+            except OSError as error:
+                answer = {"error": f"{one_line(error)}. {room()}", "kind": "RemoteError"}
+            _say(answers, answer)
 
 
 class Agent:
     """The graphs held between commands."""
 
-    def __init__(self) -> None:
-        self._graphs: dict[int, Session] = {}
+    def __init__(self, hung_up: Callable[[float], bool]) -> None:
+        self._hung_up = hung_up
+        self._graphs: dict[int, Any] = {}
+        self._tensorrt: Any = None
+
+    def close(self) -> None:
+        if self._tensorrt is not None:
+            self._tensorrt.close()
 
     def answer(self, command: dict[str, Any], content: bytes) -> Any:
         for dropped in command["drop"]:
             self._graphs.pop(dropped, None)
         what = command["do"]
         if what == "load":
-            graph = Session(
-                content, command["options"], command["inputs"], runtime=command["runtime"]
-            )
-            self._graphs[command["graph"]] = graph
+            self._graphs[command["graph"]] = self._load(command, content)
             return None
         if what == "run":
             return self._graphs[command["graph"]].run()
         if what == "series":
-            runs = [self._graphs[number].run for number in command["graphs"]]
-            return alternate(runs, rounds=command["rounds"], untimed=command["untimed"])
+            graphs = [self._graphs[number] for number in command["graphs"]]
+            series = graphs[0].series
+            return series(graphs, rounds=command["rounds"], untimed=command["untimed"])
+        if what == "warnings":
+            return [] if self._tensorrt is None else self._tensorrt.warnings
         if what == "fingerprint":
             return {**fingerprint(command["runtime"]), "machine": machine()}
         if what == "state":
             return state()
+        if what == "examine":
+            return examine()
         raise Failure(f"There is no command {what!r}.", "RemoteError")
+
+    def _load(self, command: dict[str, Any], content: bytes) -> Any:
+        runtime = command["runtime"]
+        if runtime != "tensorrt":
+            return Session(content, command["options"], command["inputs"], runtime=runtime)
+        if self._tensorrt is None:
+            from zipc.profiler.trtexec import TensorRt
+
+            self._tensorrt = TensorRt(self._hung_up)
+        return self._tensorrt.load(content, command["options"], command["inputs"])
 
 
 class Session:
@@ -128,7 +136,7 @@ class Session:
             raise
         except Exception as error:  # errors of runtimes share no base
             raise Failure(
-                f"{title} {_version(runtime)} cannot load the graph: {one_line(error)}. "
+                f"{title} {version_of(runtime)} cannot load the graph: {one_line(error)}. "
                 f"Export it again, or install the {title} it was made for."
             ) from None
         self._feeds = {
@@ -141,10 +149,14 @@ class Session:
             return one_inference(self._session, self._feeds)
         except Exception as error:  # errors of runtimes share no base
             raise Failure(
-                f"{TITLES[self._runtime]} {_version(self._runtime)} cannot run the graph: "
+                f"{TITLES[self._runtime]} {version_of(self._runtime)} cannot run the graph: "
                 f"{one_line(error)}. "
                 "A sequence may be longer than the graph takes: give a smaller --sequence-length."
             ) from None
+
+    @staticmethod
+    def series(graphs: Sequence[Session], *, rounds: int, untimed: int) -> list[list[float]]:
+        return alternate([graph.run for graph in graphs], rounds=rounds, untimed=untimed)
 
 
 def alternate(
@@ -210,7 +222,7 @@ class OpenVinoSession:
         found = self.compiled.get_property(PRECISION)
         if found != getattr(openvino.Type, wanted):
             raise Failure(
-                f"OpenVINO {_version('openvino')} was asked for {wanted} and computes in "
+                f"OpenVINO {version_of('openvino')} was asked for {wanted} and computes in "
                 f"{found.get_type_name()}: its times would be of another network. Use --runtime "
                 "onnxruntime."
             )
@@ -248,156 +260,6 @@ def values(name: str, shape: Sequence[int], dtype: str, seed: int = 0) -> Any:
     return np.zeros(shape, kind)
 
 
-def one_line(error: object, *, longest: int = 300) -> str:
-    """What a runtime says, without line breaks, and without the middle where it is long.
-
-    It begins with the node and ends with the reason; between them lie signatures of its own code.
-    """
-    text = " ".join(str(error).split()).rstrip(". ")
-    half = longest // 2
-    return text if len(text) <= longest else f"{text[:half]} … {text[-half:]}"
-
-
-def fingerprint(runtime: str) -> dict[str, Any]:
-    """What prices depend on; fields that do not apply are left out."""
-    cpu = _cpuinfo()
-    stable: dict[str, Any] = {
-        "cpu": cpu.get("model name") or _cpu_brand(),
-        "cpu_id": "/".join(cpu.get(k, "?") for k in ("vendor_id", "cpu family", "model")),
-        "isa": sorted(set(ISA_FEATURES.split()).intersection(_offered(cpu))),
-        "cores": _usable_processors(),
-        "caches": _caches(),
-        "arch": platform.machine(),
-        "os": platform.system(),
-        "runtime": runtime,
-        "runtime_version": _version(runtime),
-    }
-    more = {
-        "governor": _read(CPU_FOLDER / "cpu0/cpufreq/scaling_governor"),
-        "board": (_read(BOARD_MODEL) or "").rstrip("\0") or None,
-        "l4t": _l4t(),
-        "power_mode": _power_mode(),
-        "gpu": _nvidia_smi("name,driver_version") if runtime == "tensorrt" else None,
-    }
-    return {**stable, **{name: value for name, value in more.items() if value}}
-
-
-def machine() -> str:
-    """Tells this machine from others of its kind; its id, which is confidential, is hashed."""
-    told = _read(MACHINE_ID) or platform.node()
-    return hashlib.sha256(f"zipc {told}".encode()).hexdigest()[:12]
-
-
-def state() -> dict[str, Any]:
-    """What changes by the minute: clocks, load, temperatures. Unreadable parts are absent."""
-    found: dict[str, Any] = {}
-    clock = _cpuinfo().get("cpu MHz")
-    khz = _read(CPU_FOLDER / "cpu0/cpufreq/scaling_cur_freq")
-    if clock is not None:
-        found["cpu_mhz"] = float(clock)
-    elif khz is not None and khz.isdigit():
-        found["cpu_mhz"] = int(khz) / 1000
-    if hasattr(os, "getloadavg"):
-        found["load_average"] = [round(load, 2) for load in os.getloadavg()]
-    celsius = {}
-    for zone in sorted(THERMAL_FOLDER.glob("thermal_zone*")):
-        kind, reading = _read(zone / "type"), _read(zone / "temp")
-        if kind and reading and reading.lstrip("-").isdigit():
-            celsius[f"{zone.name}:{kind}"] = int(reading) / 1000
-    if celsius:
-        found["temperature_c"] = celsius
-    gpu = _nvidia_smi("clocks.sm,temperature.gpu,clocks_throttle_reasons.active")
-    if gpu:
-        found["gpu"] = gpu
-    for device in sorted(DEVFREQ_FOLDER.glob("*gpu*")):  # a Jetson's
-        hertz = _read(device / "cur_freq")
-        if hertz and hertz.isdigit():
-            found["gpu_mhz"] = int(hertz) / 1e6
-    return found
-
-
-def _version(runtime: str) -> str:
-    if runtime not in DISTRIBUTIONS:
-        raise Failure(
-            f"Unknown runtime '{runtime}'. Choose one of: {', '.join(DISTRIBUTIONS)}.", "UsageError"
-        )
-    for distribution in DISTRIBUTIONS[runtime]:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            return metadata.version(distribution)
-    raise Failure(
-        f"Runtime '{runtime}' is not installed for {sys.executable}. Run: {sys.executable} -m "
-        f"pip install {runtime}",
-        "UsageError",
-    )
-
-
-def _l4t() -> str | None:
-    """The release of Jetson Linux, e.g. `R36.4.0`."""
-    found = re.search(r"# (R\d+) \(release\), REVISION: ([\d.]+)", _read(L4T_RELEASE) or "")
-    return f"{found[1]}.{found[2]}" if found else None
-
-
-def _power_mode() -> str | None:
-    """A Jetson's power mode, e.g. `MAXN`."""
-    found = re.search(r"NV Power Mode: *(\S+)", _printed("nvpmodel", "-q") or "")
-    return found[1] if found else None
-
-
-def _nvidia_smi(fields: str) -> str | None:
-    told = _printed("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader")
-    return told.splitlines()[0].strip() if told and "[N/A]" not in told else None
-
-
-def _printed(*command: str) -> str | None:
-    """What a program prints; None where there is none or it fails."""
-    try:
-        done = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=20, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.decode(errors="replace").strip() or None
-
-
-def _usable_processors() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _cpuinfo() -> dict[str, str]:
-    """Fields of the first processor in /proc/cpuinfo; empty where there is none."""
-    first = (_read(CPUINFO) or "").split("\n\n")[0]
-    pairs = (line.partition(":") for line in first.splitlines())
-    return {name.strip(): value.strip() for name, _, value in pairs}
-
-
-def _offered(cpu: dict[str, str]) -> list[str]:
-    return (cpu.get("flags") or cpu.get("Features", "")).split()
-
-
-def _cpu_brand() -> str:
-    brand = _printed("sysctl", "-n", "machdep.cpu.brand_string")  # macOS
-    return brand or platform.processor() or platform.machine()
-
-
-def _caches() -> list[str]:
-    """Sizes of the first core's caches, innermost first, e.g. `L2 1024K`."""
-    found = []
-    for index in sorted((CPU_FOLDER / "cpu0/cache").glob("index*")):
-        level, size, kind = (_read(index / name) for name in ("level", "size", "type"))
-        if level and size and kind != "Instruction":
-            found.append(f"L{level} {size}")
-    return found
-
-
-def _read(path: Path) -> str | None:
-    try:
-        return path.read_text().strip()
-    except (OSError, UnicodeDecodeError):
-        return None
-
-
 def _read_exactly(stream: BinaryIO, count: int) -> bytes:
     content = stream.read(count)
     if len(content) < count:
@@ -410,7 +272,10 @@ def _say(stream: BinaryIO, document: dict[str, Any]) -> None:
     stream.flush()
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Serve on standard input and output."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: sys.exit(1))  # unwinds: temporary files go
     with contextlib.suppress(BrokenPipeError, EOFError, KeyboardInterrupt):
         answers = os.fdopen(os.dup(1), "wb")
         os.dup2(2, 1)  # whatever a library prints must not look like an answer

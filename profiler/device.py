@@ -37,6 +37,11 @@ class Device(Protocol):
     """A device that graphs are timed on."""
 
     @property
+    def runtime(self) -> str:
+        """What runs them there."""
+        ...
+
+    @property
     def kind(self) -> TableKind:
         """How its times are known."""
         ...

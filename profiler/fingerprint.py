@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from zipc.core.errors import UsageError
-from zipc.profiler.agent import Failure, fingerprint, state
+from zipc.profiler.facts import Failure, fingerprint, state
 
 
 def device_fingerprint(*, runtime: str) -> dict[str, Any]:

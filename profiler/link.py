@@ -19,15 +19,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from zipc.core.errors import ExportMismatch, NoisyMeasurement, RemoteError, UsageError
-from zipc.profiler import agent
+from zipc.core.errors import (
+    EngineFailed,
+    ExportMismatch,
+    NoisyMeasurement,
+    RemoteError,
+    UsageError,
+)
+from zipc.profiler import agent, facts, trtexec
 
 MAX_ANSWER = 4 << 20  # bytes of a line: a long series of many graphs is a tenth of it
 MAX_BANNER = 64 << 10  # bytes a login may print before the agent speaks
 _KEPT = 8 << 10  # bytes of standard error that are kept
 _PATIENCE_S = 5.0  # for a process that was told to end
 _ERRORS = {
-    error.__name__: error for error in (ExportMismatch, NoisyMeasurement, RemoteError, UsageError)
+    error.__name__: error
+    for error in (EngineFailed, ExportMismatch, NoisyMeasurement, RemoteError, UsageError)
 }
 
 
@@ -66,7 +73,9 @@ class Link:
         environment: Mapping[str, str] | None = None,
         patience_s: float | None = None,
     ) -> None:
-        source = Path(agent.__file__).read_bytes()
+        modules = (facts, agent, trtexec)  # what each imports at its top comes first
+        texts = {m.__name__: Path(m.__file__).read_text() for m in modules if m.__file__}
+        source = json.dumps(texts).encode()
         start = [python, "-c", _bootstrap(len(source))]
         # A remote shell reads its words once more.
         words = [*prefix, shlex.join(start)] if prefix else start
@@ -95,7 +104,7 @@ class Link:
         Raises:
             LinkLost: the connection or the agent ended, or did not answer within `patience_s`.
             BadAnswer: the answer is not one of an agent.
-            ExportMismatch, RemoteError, UsageError: the agent could not do it.
+            EngineFailed, ExportMismatch, RemoteError, UsageError: the agent could not do it.
         """
         with self._patient(patience_s):
             self._send(json.dumps({**command, "bytes": len(content)}).encode() + b"\n", content)
@@ -213,14 +222,19 @@ def _fact(value: Any) -> Any:
 
 
 def _bootstrap(size: int) -> str:
-    """A program for any Python that reads the agent's `size` bytes and becomes it.
+    """A program for any Python that reads the agent's modules, `size` bytes, and becomes it.
 
-    Modules are not looked for in the current folder: a stray numpy.py there would be run.
+    They are known there by the names they have here. Others are not looked for in the current
+    folder: a stray numpy.py there would be run.
     """
     return (
         "import sys; sys.version_info < (3, 8) and sys.exit('Python %d.%d is too old' "
-        "% sys.version_info[:2]); sys.path[:] = [p for p in sys.path if p]; "
-        f"exec(compile(sys.stdin.buffer.read({size}), 'zipc-agent', 'exec'))"
+        "% sys.version_info[:2]); sys.path[:] = [p for p in sys.path if p]; import json, types; "
+        f"texts = json.loads(sys.stdin.buffer.read({size})); "
+        "sys.modules.update((name, types.ModuleType(name)) for name in texts); "
+        "[exec(compile(text, 'zipc-agent', 'exec'), vars(sys.modules[name])) "
+        "for name, text in texts.items()]; "
+        f"sys.modules[{agent.__name__!r}].main()"
     )
 
 

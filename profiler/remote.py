@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shlex
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 
 from zipc.core.errors import NoisyMeasurement, RemoteError, UsageError
 from zipc.core.types import TableKind, Workload
-from zipc.profiler.link import Link, LinkLost, checked_facts
+from zipc.profiler.link import BadAnswer, Link, LinkLost, checked_facts
 from zipc.profiler.runners.apart import ApartRunner, TimingProcess
 
 SSH_OPTIONS = (
@@ -31,11 +31,14 @@ SSH_OPTIONS = (
 )
 PAUSES_S = (1.0, 5.0, 20.0)  # before each new try after a connection was lost
 PATIENCE_S = {"load": 300.0, "run": 600.0, "series": 600.0}  # for the answer to a command
+BUILD_S = 3600.0  # and for an engine
 GREETING_S = 60.0  # and to any other, and for an agent to start
 SLOWEST_LINK = 50e3  # bytes per second a graph may take to get there
 WARM_RUNS = 3  # of a graph that was loaded again
 SLOWER, MUCH_SLOWER = 1.15, 2.0  # than at first: told, and given up where it lasts
 LASTING_S = 60.0
+
+Recipe = Callable[[bytes, Workload], dict[str, Any]]  # of an emitted graph, for trtexec
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +57,14 @@ class Host:
 
 @dataclass(slots=True)
 class RemoteDevice:
-    """A board under one runtime; a `Device`. What went wrong but was mended is in `notes`."""
+    """A board under one runtime; a `Device`. What went wrong but was mended is in `notes`.
+
+    Under TensorRT, `recipe` gives the flags of trtexec.
+    """
 
     host: Host
     runtime: str
+    recipe: Recipe | None = None
     notes: list[str] = field(default_factory=list)
     _prints: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
@@ -79,8 +86,15 @@ class RemoteDevice:
     def state(self) -> dict[str, Any]:
         return checked_facts(self.timer().ask({"do": "state"}))
 
+    def examine(self) -> dict[str, Any]:
+        """What is there to time with, what is lacking, and how the board is set up."""
+        seen = checked_facts(self.timer().ask({"do": "examine"}))
+        if not all(isinstance(seen.get(part), dict) for part in ("found", "lacks", "state")):
+            raise BadAnswer(f"The agent on {self.host.address} does not say what is there.")
+        return seen
+
     def timer(self) -> RemoteProcess:
-        return RemoteProcess(self)
+        return RemoteProcess(self) if self.recipe is None else TrtexecProcess(self, self.recipe)
 
 
 class RemoteProcess(TimingProcess):
@@ -195,6 +209,53 @@ class RemoteProcess(TimingProcess):
         self._device.notes.append(told)
 
 
+class TrtexecProcess(RemoteProcess):
+    """A `RemoteProcess` whose graphs become engines: trtexec builds and times them.
+
+    An invocation of it takes seconds, so that graphs take turns of many runs. Engines lie in a
+    temporary folder there until the connection ends.
+    """
+
+    rounds_at_once = 40
+
+    def __init__(self, device: RemoteDevice, recipe: Recipe) -> None:
+        self._recipe = recipe
+        self._measures = ""
+        super().__init__(device)
+
+    def load(self, model: bytes, *, workload: Workload) -> ApartRunner:
+        """Send a graph and build its engine there.
+
+        Raises:
+            EngineFailed: TensorRT refuses the graph.
+            RemoteError: the board failed for good, or lacks trtexec, a GPU or room.
+            UsageError: the workload does not say how large an input is.
+        """
+        runner = super().load(model, workload=workload)
+        runner.session_options = {"trtexec": self._measures}
+        self._hear()
+        return runner
+
+    def series(self, graphs: Sequence[int], *, rounds: int, untimed: int) -> list[list[float]]:
+        samples = super().series(graphs, rounds=rounds, untimed=untimed)
+        self._hear()
+        return samples
+
+    def _loading(self, number: int, model: bytes, workload: Workload) -> dict[str, Any]:
+        recipe = self._recipe(model, workload)
+        self._measures = recipe["measures"]
+        loading = super()._loading(number, model, workload)
+        return loading | {"runtime": "tensorrt", "options": recipe}
+
+    def _hear(self) -> None:
+        """Note what trtexec warned of."""
+        told, notes = self.ask({"do": "warnings"}), self._device.notes
+        if not isinstance(told, list):
+            raise BadAnswer(f"The agent on {self._device.host.address} gave no list of warnings.")
+        heard = checked_facts(dict.fromkeys(map(str, told), True))
+        notes += [note for note in heard if note not in notes]
+
+
 def ssh_command() -> list[str]:
     """The words that start ssh.
 
@@ -232,7 +293,9 @@ def explanation(host: Host, lost: LinkLost) -> str:
 
 
 def _patience(command: Mapping[str, Any], content: bytes = b"") -> float:
-    return PATIENCE_S.get(command["do"], GREETING_S) + len(content) / SLOWEST_LINK
+    building = command["do"] == "load" and command["runtime"] == "tensorrt"
+    least = BUILD_S if building else PATIENCE_S.get(command["do"], GREETING_S)
+    return least + len(content) / SLOWEST_LINK
 
 
 def _may_pass(lost: LinkLost) -> bool:

@@ -12,7 +12,6 @@ from zipc.core.types import Runner
 from zipc.profiler.agent import alternate, no_collection
 
 STEADY = 1.05  # largest spread of three consecutive warm runs
-SERIES = 8  # rounds asked for at once of runners in another process
 
 
 @runtime_checkable
@@ -21,6 +20,11 @@ class Elsewhere(Protocol):
 
     A pause between two runs, as asking for each would make, slows small graphs by a third.
     """
+
+    @property
+    def at_once(self) -> int:
+        """Rounds to ask for in one series."""
+        ...
 
     def series(self, runners: Sequence[Runner], *, rounds: int, untimed: int) -> list[list[float]]:
         """What `interleave` gives; all runners are of one process."""
@@ -45,8 +49,8 @@ def interleave(
     first = runners[0]
     if isinstance(first, Elsewhere):
         samples: list[list[float]] = [[] for _ in runners]
-        for done in range(0, rounds, SERIES):
-            count = min(SERIES, rounds - done)
+        for done in range(0, rounds, first.at_once):
+            count = min(first.at_once, rounds - done)
             taken = first.series(runners, rounds=count, untimed=untimed)
             for held, more in zip(samples, taken, strict=True):
                 held += more

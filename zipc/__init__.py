@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from zipc.core.request import Request
     from zipc.inspect import inspect_model, inspect_onnx
     from zipc.pipeline import compile_model, plan_model
-    from zipc.profiling import profile_model
+    from zipc.profiling import profile_boards, profile_model
 
 __version__ = "0.1.0"
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "inspect_onnx",
     "load",
     "plan_model",
+    "profile_boards",
     "profile_model",
 ]
 
@@ -29,6 +30,7 @@ _HOMES = {  # imported on first use: `import zipc` needs no torch
     "inspect_onnx": "zipc.inspect",
     "load": "zipc.checkpoint",
     "plan_model": "zipc.pipeline",
+    "profile_boards": "zipc.profiling",
     "profile_model": "zipc.profiling",
 }
 

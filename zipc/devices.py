@@ -1,13 +1,18 @@
-"""The device behind a target."""
+"""The device behind a target, and behind a finished compile."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from zipc.core.errors import UsageError
 from zipc.core.types import Target
+from zipc.exporters.tensorrt.script import recipe
+from zipc.manifest import Manifest
 from zipc.modelled_device import ModelledDevice
 from zipc.profiler.agent import TITLES
 from zipc.profiler.device import Device, local_device
 from zipc.profiler.remote import Host, RemoteDevice
+from zipc.proof import TENSORRT, recorded_runtime
 
 
 def open_device(target: Target, host: str | None = None, *, python: str = "python3") -> Device:
@@ -16,17 +21,31 @@ def open_device(target: Target, host: str | None = None, *, python: str = "pytho
     With a `host` it is that board, through ssh and its `python`; nothing is asked of it yet.
 
     Raises:
-        UsageError: the host cannot be one, or the target's runtime is not timed on boards.
+        UsageError: the host cannot be one, or the parts of a network are not timed on boards under
+            the target's runtime.
     """
     if host is not None:
         board = Host(host, python)
         if target.runtime not in TITLES:
             raise UsageError(
-                f"Boards are timed under {' or '.join(TITLES.values())}, and target "
-                f"'{target.name}' runs {target.runtime}. Leave --host out for a predicted verdict, "
-                "or give --target cpu."
+                f"Under {target.runtime} the prices of target '{target.name}' come from its model, "
+                "and --host has no part in them: leave it out. What was compiled is then measured "
+                f"by zipc validate OUT --host {host}."
             )
         return RemoteDevice(board, target.runtime)
     if target.sheet is not None:
         return ModelledDevice.of(target.name, target.sheet)
     return local_device(target.runtime)
+
+
+def device_of(out: Path, *, host: str | None = None, python: str = "python3") -> Device:
+    """Where a finished compile is measured again: on a board, else on this machine.
+
+    Raises:
+        CorruptFile: the manifest is missing or damaged.
+        UsageError: the host cannot be one, or the runtime is not installed.
+    """
+    runtime = recorded_runtime(Manifest.read(out).to_json())
+    if host is None:
+        return local_device("onnxruntime" if runtime == TENSORRT else runtime)
+    return RemoteDevice(Host(host, python), runtime, recipe if runtime == TENSORRT else None)

@@ -34,7 +34,7 @@ from zipc.proof import (
     log_ratio_interval,
     percentiles,
     recorded_runtime,
-    refuse_predicted,
+    refuse_elsewhere,
 )
 
 Status = Literal["pass", "regressed", "inconclusive"]
@@ -130,7 +130,7 @@ def check(
     if timed and runners is None:
         workload = workload or workload_of(new, base)
         for artifact in (new, base):
-            refuse_predicted(_recorded(artifact), artifact)
+            refuse_elsewhere(_recorded(artifact), artifact)
         runners = _runner(new, base, workload), _runner(base, new, workload)
     trial = _Trial(
         timed, max_time_s=max_time_s, min_delta_ms=min_delta_ms, progress=progress, clock=clock

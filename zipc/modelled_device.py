@@ -40,6 +40,10 @@ class ModelledDevice:
         return cls(target, sheet, device_model(sheet.anchors))
 
     @property
+    def runtime(self) -> str:
+        return "tensorrt"
+
+    @property
     def kind(self) -> TableKind:
         return "modelled"
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -20,7 +23,8 @@ from zipc.closed_loop import (
     choose,
     make_problem,
 )
-from zipc.core.errors import UsageError
+from zipc.core.beside import beside
+from zipc.core.errors import UsageError, ZipcError
 from zipc.core.memory import release
 from zipc.core.request import Request
 from zipc.core.types import (
@@ -318,8 +322,40 @@ def price_model(request: Request, *, progress: Progress) -> Priced:
         prepared = _prepare(source, request, clock)
         if request.runtime == AUTO:
             target, device, _ = faster_runtime(prepared, request, target, clock)
-        prices = _price(prepared, request, target, device, clock)
-        return Priced(target, device, prepared, prices)
+        return Priced(target, device, prepared, _price(prepared, request, target, device, clock))
+
+
+def price_on_boards(
+    requests: Sequence[Request], *, progress: Progress, progress_of: Callable[[str], Progress]
+) -> list[Priced | ZipcError]:
+    """The same on several boards at once; `requests` differ in their board alone.
+
+    What becomes of a board that fails is its error; the others go on. What is done on a board is
+    told to the `progress_of` its host.
+    """
+    with _one_thread():
+        clock = Clock(progress)
+        opened = dict(zip(requests, beside(_open, requests), strict=True))
+        unreached = [found for found in opened.values() if isinstance(found, ZipcError)]
+        if len(unreached) == len(requests):
+            return [*unreached]
+        source, settled = _load(requests[0], clock)
+        prepared = _prepare(source, settled, clock)
+        turns: defaultdict[str, Lock] = defaultdict(Lock)  # two names of one machine wait in line
+
+        def price_on(request: Request) -> Priced:
+            found = opened[request]
+            if isinstance(found, ZipcError):
+                raise found
+            target, device = found
+            own = replace(settled, host=request.host, host_python=request.host_python)
+            told, copy = Clock(progress_of(str(request.host))), replace(prepared)
+            with turns[device.fingerprint()["machine"]]:
+                if own.runtime == AUTO:
+                    target, device, _ = faster_runtime(copy, own, target, told)
+                return Priced(target, device, copy, _price(copy, own, target, device, told))
+
+        return beside(price_on, requests)
 
 
 @dataclass(slots=True)

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import zipc
+from zipc.core.beside import beside
+from zipc.core.errors import ZipcError
 from zipc.core.files import fingerprint, sha256_file
 from zipc.core.request import Request
 from zipc.core.types import Progress, TableKind
@@ -24,6 +27,9 @@ from zipc.sources.hub import PATTERNS, locate
 from zipc.stage_cache import StageCache
 from zipc.targets import AUTO, requested_target
 from zipc.user_code import split_reference
+
+if TYPE_CHECKING:
+    from zipc.pricing import Prices
 
 STAGE, FILE = "profile", "result.json"
 LIBRARIES = ("torch", "transformers", "onnx")  # that of the runtime is in the fingerprint
@@ -53,16 +59,47 @@ def profile_model(request: Request, *, progress: Progress) -> ProfileResult:
     Asked again for the same files, flags and device, and with the table as it was left, the answer
     is what was said then. A model from a factory is always loaded: its code may import any other.
     """
-    cache = StageCache(request.cache_dir or default_cache_dir())
-    key = _key(request)
-    known = None if key is None else _recall(cache, key)
+    cache, key = _cache(request), _key(request)
+    known = _recall(cache, key)
     if known is not None:
         progress.stage("prices")
         progress.done(f"reused {known.entries} from the latency table")
         return known
     from zipc.pipeline import price_model
 
-    prices = price_model(request, progress=progress).prices
+    return _remembered(cache, key, price_model(request, progress=progress).prices)
+
+
+def profile_boards(
+    requests: Sequence[Request], *, progress: Progress, progress_of: Callable[[str], Progress]
+) -> list[ProfileResult | ZipcError]:
+    """The same on several boards at once, a table each; `requests` differ in their board alone.
+
+    What becomes of a board that fails is its error; the others go on. What is done on a board is
+    told to the `progress_of` its host.
+    """
+    cache, keys = _cache(requests[0]), beside(_key, requests)
+    found = [key if isinstance(key, ZipcError) else _recall(cache, key) for key in keys]
+    missing = [index for index, known in enumerate(found) if known is None]
+    if missing:
+        from zipc.pipeline import price_on_boards
+
+        asked = [requests[index] for index in missing]
+        made = price_on_boards(asked, progress=progress, progress_of=progress_of)
+        for index, priced in zip(missing, made, strict=True):
+            if isinstance(priced, ZipcError):
+                found[index] = priced
+            elif not isinstance(key := keys[index], ZipcError):
+                found[index] = _remembered(cache, key, priced.prices)
+    return [result for result in found if result is not None]
+
+
+def _cache(request: Request) -> StageCache:
+    return StageCache(request.cache_dir or default_cache_dir())
+
+
+def _remembered(cache: StageCache, key: str | None, prices: Prices) -> ProfileResult:
+    """What came out, kept for the next time the same is asked."""
     fitted = prices.table.correction
     result = ProfileResult(
         table_path=prices.path,
@@ -100,9 +137,9 @@ def _key(request: Request) -> str | None:
     )
 
 
-def _recall(cache: StageCache, key: str) -> ProfileResult | None:
+def _recall(cache: StageCache, key: str | None) -> ProfileResult | None:
     """What was said when the same was asked before, if its table is still the same."""
-    folder = cache.get(STAGE, key)
+    folder = None if key is None else cache.get(STAGE, key)
     if folder is None:
         return None
     held = json.loads((folder / FILE).read_text())

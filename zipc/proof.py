@@ -16,9 +16,11 @@ from zipc.core.files import read_json
 from zipc.core.types import PairedTiming, Progress, Runner, Silent, VerdictName, Workload
 from zipc.core.workload import read_workload, workload_document
 from zipc.profiler.agent import TITLES
-from zipc.profiler.device import Device, local_device
+from zipc.profiler.device import Device, LocalDevice, local_device
+from zipc.profiler.facts import machine
 from zipc.profiler.timing import interleave, warm_up
 
+TENSORRT = "tensorrt"
 MIN_PAIRS = 16  # fewer give no interval
 TOO_WIDE = 0.05  # half-width of the interval of log speedup beyond which nothing is decided
 VERDICT_BUDGET_MS = 22_000.0
@@ -106,10 +108,12 @@ class BenchResult:
     out: str
     workload: Workload
     promised_speedup: float  # what has to be met here
-    recorded_speedup: float  # what was measured when it was compiled
+    recorded_speedup: float  # what the manifest has: measured or predicted before
     timing: PairedTiming
     verdict: VerdictName
     session_options: Mapping[str, Any]
+    fingerprint: Mapping[str, Any]  # of the device
+    states: tuple[Mapping[str, Any], Mapping[str, Any]]  # its clocks and heat before and after
 
     @property
     def holds(self) -> bool:
@@ -118,6 +122,11 @@ class BenchResult:
     @property
     def exit_code(self) -> int:
         return {"validated": 0, "missed": 1}.get(self.verdict, 3)
+
+    @property
+    def state(self) -> dict[str, Any]:
+        before, after = self.states
+        return {"before": dict(before), "after": dict(after)}
 
     def to_json(self) -> dict[str, Any]:
         """Return a document for `--format json`; raw samples included."""
@@ -136,6 +145,8 @@ class BenchResult:
             "holds": self.holds,
             "notes": list(timing.notes),
             "session_options": dict(self.session_options),
+            "device": dict(self.fingerprint),
+            "state": self.state,
             "samples_ms": {
                 "reference": list(timing.reference_ms),
                 "compiled": list(timing.candidate_ms),
@@ -158,22 +169,44 @@ def bench(
     under the runtime of the manifest.
 
     Raises:
-        UsageError: a file of the folder is missing.
+        UsageError: a file of the folder is missing, or the proof is that of another device.
         CorruptFile: the manifest is truncated or lacks a field.
         NoisyMeasurement: the clock gave something that is not a positive time.
+        EngineFailed: TensorRT refuses a graph.
         RemoteError: the device cannot be reached, or lacks what it needs.
     """
+    if device is None or isinstance(device, LocalDevice):
+        manifest = _manifest(out)
+        refuse_elsewhere(manifest, out)
+        device = device or local_device(recorded_runtime(manifest))
+    return measure(out, pairs=pairs, progress=progress, threads=threads, device=device)
+
+
+def measure(
+    out: Path,
+    *,
+    device: Device,
+    pairs: int | None = None,
+    progress: Progress | None = None,
+    threads: int | None = None,
+) -> BenchResult:
+    """The same on any device that runs the graphs, wherever they were measured before."""
     manifest = _manifest(out)
     path = out / "manifest.json"
     workload = _workload(manifest, threads=threads, path=path)
     recorded = _recorded(manifest, path=path)
-    refuse_predicted(manifest, out)
+    _refuse_runtime(manifest, out, runtime=device.runtime)
     _promise(manifest, reference_ms=1.0, path=path)  # fails before minutes of measuring
-    timer = (device or local_device(recorded_runtime(manifest))).timer()
-    reference, candidate = (
-        timer.load((out / name).read_bytes(), workload=workload)
-        for name in ("reference.onnx", "model.onnx")
-    )
+    progress = progress or Silent()
+    before = device.state()
+    timer = device.timer()
+    names = ("reference.onnx", "model.onnx")
+    progress.stage("load graphs", total=len(names))
+    graphs = []
+    for name in names:
+        graphs.append(timer.load((out / name).read_bytes(), workload=workload))
+        progress.advance(note=name)
+    reference, candidate = graphs
     if pairs is None:
         pairs = default_pairs(float(np.median(warm_up(reference, max_runs=10)[-3:])))
     timing = paired_speedup(reference, candidate, pairs=pairs, progress=progress)
@@ -186,38 +219,64 @@ def bench(
         timing=timing,
         verdict=verdict(timing, promised),
         session_options=candidate.session_options,
+        fingerprint=device.fingerprint(),
+        states=(before, device.state()),
     )
 
 
-def recorded_runtime(manifest: Any) -> str:
-    """What the graphs of a manifest, as it stands, run in.
+def refuse_elsewhere(manifest: Any, out: Path) -> None:
+    """Refuse to time an artifact here that was made for, or measured on, another device.
 
     Raises:
-        CorruptFile: nothing that graphs can be timed in here.
+        UsageError: its latency was predicted, or measured on a board.
     """
+    if recorded_runtime(manifest) == TENSORRT:
+        raise _not_here(manifest, out)
+    prints = _latency(manifest).get("fingerprint") or {}
+    if "host" in prints and prints.get("machine") != machine():
+        host = prints["host"]
+        raise UsageError(
+            f"{out} was measured on {host}, which is not this machine: times taken here say "
+            f"nothing about it. Measure it there with zipc bench {out} --host {host}, or make this "
+            f"machine its device with zipc validate {out}."
+        )
+
+
+def recorded_runtime(manifest: Any) -> str:
+    """What runs the graphs of a manifest, as it stands; modelled devices run TensorRT.
+
+    Raises:
+        CorruptFile: nothing that zipc knows.
+    """
+    modelled = _latency(manifest).get("table_kind") == "modelled"
+    if modelled or manifest.get("verdict") == "predicted":
+        return TENSORRT
     name = manifest.get("runtime", "onnxruntime")
-    if name not in TITLES:
+    if name not in (*TITLES, TENSORRT):
         raise CorruptFile(f"The manifest names the runtime {name!r}. Compile again.")
     return str(name)
 
 
-def refuse_predicted(manifest: Any, out: Path) -> None:
-    """Refuse to time an artifact here that was made for a device which is elsewhere.
-
-    Raises:
-        UsageError: its latency was predicted.
-    """
-    if manifest.get("verdict") == "predicted" or _table_kind(manifest) == "modelled":
-        raise UsageError(
-            f"{out} was made for target '{manifest.get('target')}', which is not this machine: "
-            f"times taken here say nothing about it. Run {out}/build.sh there, "
-            "where trtexec is."
-        )
+def _refuse_runtime(manifest: Any, out: Path, *, runtime: str) -> None:
+    wanted = recorded_runtime(manifest)
+    if wanted == runtime:
+        return
+    if wanted == TENSORRT:
+        raise _not_here(manifest, out)
+    raise UsageError(f"{out} was made for {wanted}, and times of {runtime} say nothing about it.")
 
 
-def _table_kind(manifest: Any) -> Any:
+def _not_here(manifest: Any, out: Path) -> UsageError:
+    return UsageError(
+        f"{out} was made for target '{manifest.get('target')}', which is not this machine: "
+        "times taken here say nothing about it. Name the device with --host user@board "
+        f"(bench and validate), or run {out}/build.sh there."
+    )
+
+
+def _latency(manifest: Any) -> Any:
     latency = manifest.get("latency")
-    return latency.get("table_kind") if isinstance(latency, dict) else None
+    return latency if isinstance(latency, dict) else {}
 
 
 def _manifest(out: Path) -> Any:
@@ -230,7 +289,10 @@ def _manifest(out: Path) -> Any:
     ):
         if not (out / name).is_file():
             raise UsageError(f"{out} has no {name}, which the measurement needs. {command}")
-    return read_json(out / "manifest.json", advice="Compile again.")
+    manifest = read_json(out / "manifest.json", advice="Compile again.")
+    if not isinstance(manifest, dict):
+        raise CorruptFile(f"{out}/manifest.json is no manifest. Compile again.")
+    return manifest
 
 
 def _workload(manifest: Any, *, threads: int | None, path: Path) -> Workload:

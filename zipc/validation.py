@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from zipc.core.errors import CorruptFile
@@ -12,11 +13,14 @@ from zipc.core.types import Artifact, Progress
 from zipc.manifest import LatencyRecord, Manifest
 from zipc.output import KINDS, staged
 from zipc.profiler.device import Device
-from zipc.proof import BenchResult, bench
+from zipc.proof import BenchResult, measure
 from zipc.record import samples_of, times_of
 
 SAMPLES = "samples.json"
-OF_A_TIMING = re.compile(r"\d+ pairs in |too noisy: |under [A-Za-z ]+'s default options")
+OF_A_TIMING = re.compile(
+    r"\d+ pairs in |too noisy: |under [A-Za-z ]+'s default options|.*; nothing was measured$"
+)
+OF_THE_COMPILE = "prices and predicted times are those of the compile, for "
 
 
 def validate(
@@ -29,8 +33,8 @@ def validate(
 
     Raises:
         CorruptFile: a file of OUT is not the one that the manifest describes.
-        UsageError: OUT was made for a device that only a model knows, or lacks a graph.
-        NoisyMeasurement, RemoteError: see `bench`.
+        UsageError: the device has another runtime, or OUT lacks a graph.
+        EngineFailed, NoisyMeasurement, RemoteError: see `bench`.
     """
     manifest = Manifest.read(out)
     changed = manifest.changed_files(out)
@@ -38,16 +42,18 @@ def validate(
         raise CorruptFile(
             f"{out}: {', '.join(changed)} changed since the compile, or is missing. Compile again."
         )
-    result = bench(out, pairs=pairs, progress=progress, device=device)
+    result = measure(out, pairs=pairs, progress=progress, device=device)
     with staged(out) as folder:
         shutil.copytree(out, folder, dirs_exist_ok=True)
-        write_json(folder / SAMPLES, samples_of(result.timing, result.workload))
+        samples = samples_of(result.timing, result.workload) | {"state": result.state}
+        write_json(folder / SAMPLES, samples)
+        kept = (replace(f, kind=KINDS.get(f.path, f.kind)) for f in manifest.files)
         artifact = Artifact(SAMPLES, KINDS[SAMPLES], sha256_file(folder / SAMPLES))
         made = manifest.model_copy(
             update={
                 "verdict": result.verdict,
                 "latency": _measured(manifest, result, device),
-                "files": (*(f for f in manifest.files if f.path != SAMPLES), artifact),
+                "files": (*(f for f in kept if f.path != SAMPLES), artifact),
             }
         )
         made.write(folder)
@@ -56,19 +62,39 @@ def validate(
 
 def _measured(manifest: Manifest, result: BenchResult, device: Device) -> LatencyRecord:
     before, asked = manifest.latency, (manifest.request.model_extra or {}).get("runtime")
-    timing, prints = result.timing, device.fingerprint()
+    timing, prints = result.timing, dict(result.fingerprint)
     place = prints.get("host", "this machine")
-    told = f"validated again on {place}; before: {result.recorded_speedup:.3f}x"
+    how = "predicted" if before.reference_ms is None else "measured"
+    told = f"validated again on {place}; before: {result.recorded_speedup:.3f}x, {how}"
     kept = [n for n in before.notes if not OF_A_TIMING.match(n) and not n.startswith("validated ")]
-    error = before.prediction_error
-    if error is not None:
-        error = (error + 1) * timing.speedup / result.recorded_speedup - 1
+    moved = prints != before.fingerprint
+    if moved and not any(note.startswith(OF_THE_COMPILE) for note in kept):
+        kept.append(f"{OF_THE_COMPILE}{_device_of(manifest)}")
     return before.model_copy(
         update={
             **times_of(timing, runtime=manifest.runtime, asked=asked),
-            "prediction_error": error,
+            "prediction_error": _prediction_error(before, result, moved=moved),
             "fingerprint": prints,
             "session_options": dict(result.session_options),
             "notes": (*timing.notes, told, *device.notes, *kept),
         }
     )
+
+
+def _prediction_error(before: LatencyRecord, result: BenchResult, *, moved: bool) -> float | None:
+    """None where the prediction was for another device than the one measured now."""
+    error = before.prediction_error
+    if before.reference_ms is None:
+        error = 0.0  # what is recorded is the prediction itself
+    elif moved:
+        return None
+    if error is None:
+        return None
+    return (error + 1) * result.timing.speedup / result.recorded_speedup - 1
+
+
+def _device_of(manifest: Manifest) -> str:
+    latency = manifest.latency
+    if latency.table_kind == "modelled":
+        return f"target '{manifest.target}' by its model"
+    return str(latency.fingerprint.get("host") or latency.fingerprint.get("cpu", "another device"))

@@ -1,8 +1,9 @@
-"""The shell script that builds and times the engines on the device, with TensorRT's own trtexec."""
+"""What trtexec, TensorRT's own tool, is told to build and time engines on the device."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import onnx
 
@@ -15,6 +16,7 @@ TYPING = {"10": ["--stronglyTyped"], "11": []}
 TIMING = {"10": ["--useCudaGraph", "--useSpinWait", "--noDataTransfers"], "11": []}
 SPARSE = "--sparsity=enable"
 WARM_UP = "--warmUp=500"
+MEASURES = "GPU compute, without transfers, by CUDA graph, spinning"
 ORIN_MODES = {"orin": 0, "orin:50w": 3, "orin:30w": 2}  # of an AGX Orin, for nvpmodel -m
 JETSON = """
 # Jetson: JetPack 6.1 and 6.2 have TensorRT 10.3, JetPack 7.2 has 10.16, and 11.4.1 needs JetPack
@@ -122,6 +124,20 @@ def build_script(
         shapes="".join(f" \\\n        {flag}" for flag in shape_flags(found)),
         run_shapes="" if best is None else f" --shapes={best}",
     )
+
+
+def recipe(model: bytes, workload: Workload) -> dict[str, Any]:
+    """The same for `profiler.trtexec`: flags of building and timing, by major version of TensorRT.
+
+    Raises:
+        UsageError: the workload does not say how large an input is.
+    """
+    return {
+        "measures": MEASURES,
+        "shapes": shape_flags(profiles(onnx.load_from_string(model), workload)),
+        "build": {major: [*flags, SPARSE] for major, flags in TYPING.items()},
+        "time": {major: [*flags, WARM_UP] for major, flags in TIMING.items()},
+    }
 
 
 def shape_flags(found: Mapping[str, Profile]) -> list[str]:

@@ -22,6 +22,8 @@ from zipc.profiler.runners.registry import RUNNERS
 class TimingProcess:
     """A process that times graphs in a runtime, one run at a time; it ends with this object."""
 
+    rounds_at_once = 8
+
     def __init__(self, runtime: str) -> None:
         self._runtime = RUNNERS[runtime]
         self._loaded = 0
@@ -81,6 +83,11 @@ class ApartRunner:
         self._process = process
         self.number = number
         self.session_options = dict(options)
+
+    @property
+    def at_once(self) -> int:
+        """Rounds to ask for in one series."""
+        return self._process.rounds_at_once
 
     def run(self) -> float:
         """Do one inference and return its milliseconds."""

@@ -11,7 +11,8 @@ import onnxruntime as ort
 
 from zipc.core.errors import UsageError
 from zipc.core.types import Workload
-from zipc.profiler.agent import PROVIDERS, one_line, open_session, values
+from zipc.profiler.agent import PROVIDERS, open_session, values
+from zipc.profiler.facts import one_line
 from zipc.profiler.runners.inputs import shape_of
 from zipc.profiler.runners.session import SessionRunner
 

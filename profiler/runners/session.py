@@ -11,7 +11,8 @@ import numpy as np
 
 from zipc.core.errors import ExportMismatch, UsageError
 from zipc.core.types import Workload
-from zipc.profiler.agent import TITLES, one_inference, one_line
+from zipc.profiler.agent import TITLES, one_inference
+from zipc.profiler.facts import one_line
 
 
 class SessionRunner(ABC):

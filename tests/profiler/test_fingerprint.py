@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from zipc.core.errors import UsageError
-from zipc.profiler import agent as module
+from zipc.profiler import facts as module
 from zipc.profiler.fingerprint import device_fingerprint, device_state
 
 CPUINFO = """processor\t: 0

@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
-from tests import loopback
+from tests import fake_trtexec, loopback
 from tests.command_line import Run, command_line
 from tests.tiny_project import Told, model_folder, pairs_file, request, small_effort
 from zipc import pricing
+from zipc.cli.flags import read_hosts
 from zipc.core.errors import RemoteError, UsageError
 from zipc.core.request import Request
 from zipc.effort import EFFORTS
@@ -101,6 +102,71 @@ def test_the_table_of_a_board_serves_that_board_alone(
     assert read_table(other.table_path).fingerprint["host"] == "board-2"
 
 
+def test_boards_are_profiled_at_once_and_one_that_fails_stops_no_other(
+    project: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run: Run = command_line(capsys)
+    inventory = tmp_path / "boards"
+    inventory.write_text(
+        f"# of the lab\n{loopback.OTHER} {sys.executable}  # by another name\n\n"
+        "no-such-board.invalid\n"
+    )
+    code, out, err = run(
+        *("profile", str(project[0]), "--sequence-length", "16", "--effort", "quick"),
+        *("--host", loopback.ALIAS, "--host-python", sys.executable, "--hosts", str(inventory)),
+        *("--cache-dir", str(tmp_path / "cache"), "--format", "json"),
+    )
+    assert code == 2
+    first, second, lost = json.loads(out)["hosts"]
+    assert [h["host"] for h in (first, second)] == [loopback.ALIAS, loopback.OTHER]
+    for found in (first, second):
+        assert f"cpu@{found['host']}" in found["table_path"]
+        assert read_table(Path(found["table_path"])).fingerprint["host"] == found["host"]
+        assert f"{found['host']}: measuring prices" in err
+    assert lost["host"] == "no-such-board.invalid"
+    assert "there is no such host" in lost["error"]["message"]
+    assert err.count("trace ...") == 1
+
+
+def test_boards_none_of_which_is_reached_load_no_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run: Run = command_line(capsys)
+    hosts = ("no-such-board.invalid", "nor-this.invalid")
+    code, out, _ = run(
+        "profile", str(tmp_path / "none"), *(w for h in hosts for w in ("--host", h))
+    )
+    assert code == 2
+    for host in hosts:
+        assert f"{host}: failed: {host}: there is no such host" in out
+
+
+@pytest.mark.parametrize(
+    ("verb", "told"),
+    [
+        (("compile", "minilm", "--speedup", "2x", "--data", "d", "-o", "OUT"), "several boards"),
+        (("bench", "OUT"), "several boards"),
+        (("profile", "minilm", "--host", "b"), "Board b is named twice"),
+    ],
+)
+def test_a_verb_for_one_board_says_so(
+    verb: tuple[str, ...], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run: Run = command_line(capsys)
+    code, _, err = run(*verb, "--host", "a", "--host", "b")
+    assert code == 2
+    assert told in err
+
+
+@pytest.mark.parametrize("text", ["", "# nobody", "a b c", None])
+def test_an_inventory_that_names_no_board_is_refused(tmp_path: Path, text: str | None) -> None:
+    path = tmp_path / "boards"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UsageError, match="--hosts"):
+        read_hosts(path, python="python3")
+
+
 def test_a_board_that_vanishes_costs_nothing_that_was_measured(
     project: tuple[Path, Path],
     tmp_path: Path,
@@ -132,6 +198,26 @@ def test_an_unknown_board_ends_before_anything_is_loaded(
     code, _, err = run("profile", str(tmp_path / "none"), "--host", "no-such-board.invalid")
     assert code == 2
     assert "there is no such host" in err
+
+
+def test_doctor_looks_at_a_board(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run: Run = command_line(capsys)
+    fake_trtexec.install(tmp_path, major="11")
+    board = ("--host", loopback.ALIAS, "--host-python", fake_trtexec.python_beside(tmp_path))
+    code, out, _ = run("doctor", "--target", "orin", *board, "--format", "json")
+    assert code == 0
+    there = {f["name"]: f for f in json.loads(out)["findings"]}
+    assert there["board: trtexec"]["detail"] == "11.4.0"
+    assert f"GB free at {tmp_path}" in there["board: disk"]["detail"]
+    assert there["board: load_average"]["status"] == "ok"
+    (tmp_path / "trtexec").unlink()
+    code, out, _ = run("doctor", "--target", "orin", *board, "--format", "json")
+    assert (code, json.loads(out)["ok"]) == (2, False)
+    code, out, _ = run("doctor", *board, "--format", "json")
+    there = {f["name"]: f for f in json.loads(out)["findings"]}
+    assert (code, there["board: trtexec"]["status"]) == (0, "optional")
+    code, out, _ = run("doctor", "--host", "no-such-board.invalid")
+    assert (code, "there is no such host" in " ".join(out.split())) == (2, True)
 
 
 def test_a_target_of_another_runtime_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,9 @@ from zipc.core.files import sha256_file
 from zipc.core.types import Artifact, Workload
 from zipc.manifest import Manifest, RequestRecord
 from zipc.profiler.device import LocalDevice
-from zipc.validation import validate
+from zipc.profiler.facts import machine
+from zipc.proof import bench
+from zipc.validation import OF_THE_COMPILE, validate
 
 
 def finished(out: Path, **changes: Any) -> Manifest:
@@ -27,7 +29,11 @@ def finished(out: Path, **changes: Any) -> Manifest:
     (out / "mine.txt").write_text("kept")
     files = tuple(Artifact(n, n, sha256_file(out / n)) for n in ("model.onnx", "reference.onnx"))
     latency = manifest().latency.model_copy(
-        update={"notes": ("200 pairs in 10 batches of 20", "of the table"), "prediction_error": 0.1}
+        update={
+            "notes": ("200 pairs in 10 batches of 20", "of the table"),
+            "prediction_error": 0.1,
+            "fingerprint": LocalDevice("onnxruntime").fingerprint(),
+        }
     )
     made = manifest(files=files, workload=Workload(1, 128), latency=latency)
     made = made.model_copy(update=changes)
@@ -63,7 +69,8 @@ def test_verdict_times_and_samples_are_those_of_the_new_measurement(
     assert len(samples["reference_ms"]) == len(samples["compiled_ms"]) == 100
     notes = made.latency.notes
     assert "of the table" in notes
-    assert "validated again on this machine; before: 2.040x" in notes
+    assert "validated again on this machine; before: 2.040x, measured" in notes
+    assert not any(note.startswith(OF_THE_COMPILE) for note in notes)
     assert not any(note.startswith("200 pairs") for note in notes)
     assert made.quality == before.quality
     assert (out / "mine.txt").read_text() == "kept"
@@ -75,6 +82,42 @@ def test_twice_is_told_once(tmp_path: Path) -> None:
         made = validate(tmp_path / "out", device=Scripted("onnxruntime"), pairs=60)
     assert sum(note.startswith("validated again") for note in made.latency.notes) == 1
     assert sum(f.path == "samples.json" for f in made.files) == 1
+    assert {"before", "after"} == json.loads((tmp_path / "out/samples.json").read_text())[
+        "state"
+    ].keys()
+
+
+def test_prices_of_another_device_are_said_to_be_that_until_the_next_compile(
+    tmp_path: Path,
+) -> None:
+    made = finished(tmp_path / "out")
+    elsewhere = {"fingerprint": {"runtime": "onnxruntime", "host": "board", "machine": "another"}}
+    latency = made.latency.model_copy(update=elsewhere)
+    made.model_copy(update={"latency": latency}).write(tmp_path / "out")
+    for _ in range(2):
+        made = validate(tmp_path / "out", device=Scripted("onnxruntime"), pairs=60)
+        assert made.latency.prediction_error is None
+        assert [n for n in made.latency.notes if "prices" in n] == [f"{OF_THE_COMPILE}board"]
+
+
+def test_what_was_measured_on_a_board_is_not_timed_here_before_it_is_validated_here(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, run = tmp_path / "out", command_line(capsys)
+    made = finished(out)
+    prints = {"runtime": "onnxruntime", "host": "board", "machine": "another"}
+    latency = made.latency.model_copy(update={"fingerprint": prints})
+    made.model_copy(update={"latency": latency}).write(out)
+    for verb in (("bench", str(out)), ("check", str(out), "--baseline", str(out))):
+        code, _, err = run(*verb)
+        assert code == 2
+        assert f"zipc bench {out} --host board" in err
+        assert f"zipc validate {out}" in err
+    validate(out, device=Scripted("onnxruntime"), pairs=60)
+    assert bench(out, device=Scripted("onnxruntime"), pairs=60).holds
+    prints["machine"] = machine()
+    made.model_copy(update={"latency": latency}).write(out)
+    assert bench(out, device=Scripted("onnxruntime"), pairs=60).holds
 
 
 def test_a_measurement_that_fails_changes_nothing(tmp_path: Path) -> None:

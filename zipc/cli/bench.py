@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from zipc.cli.flags import FormatFlag, HostFlag, HostPythonFlag, parse_seconds
+from zipc.cli.flags import FormatFlag, HostFlag, HostPythonFlag, one_host, parse_seconds
 from zipc.cli.printing import show_fields
 from zipc.cli.running import Outcome, run_verb
 from zipc.core.errors import UsageError
@@ -49,19 +49,15 @@ def bench_verb(
 
 
 def measurement(
-    out: Path, *, max_time: str | None, host: str | None, host_python: str
+    out: Path, *, max_time: str | None, host: list[str] | None, host_python: str
 ) -> tuple[int | None, Device]:
     """How many pairs are to be timed, None for as many as usual, and where."""
-    from zipc.profiler.device import local_device
-    from zipc.profiler.remote import Host, RemoteDevice
+    from zipc.devices import device_of
 
-    manifest = Manifest.read(out)
     pairs = None
     if max_time is not None:
-        pairs = pairs_within(parse_seconds(max_time, "--max-time"), manifest)
-    if host is None:
-        return pairs, local_device(manifest.runtime)
-    return pairs, RemoteDevice(Host(host, host_python), manifest.runtime)
+        pairs = pairs_within(parse_seconds(max_time, "--max-time"), Manifest.read(out))
+    return pairs, device_of(out, host=one_host(host), python=host_python)
 
 
 def pairs_within(seconds: float, manifest: Manifest) -> int:

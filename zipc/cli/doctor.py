@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import zipc
-from zipc.cli.flags import FormatFlag
+from zipc.cli.flags import FormatFlag, HostFlag, HostPythonFlag, one_host
 from zipc.cli.running import Outcome, run_verb
 from zipc.core.errors import UsageError
 from zipc.core.types import Progress
@@ -44,12 +44,20 @@ def doctor_verb(
         str | None,
         typer.Option("--target", help="Say what works here for this target.", show_default=False),
     ] = None,
+    host: HostFlag = None,
+    host_python: HostPythonFlag = "python3",
     format: FormatFlag = "table",
 ) -> None:
-    """Print what works on this machine: exit 2 when something needed is broken."""
+    """Print what works here, and on a board: exit 2 when something needed is broken."""
 
     def body(progress: Progress) -> Outcome:
         findings = (*examine(), *(() if target is None else examine_target(target)))
+        if (address := one_host(host)) is not None:
+            from zipc.cli.doctor_board import examine_board
+            from zipc.profiler.remote import Host
+
+            needed = load_target(target or "cpu").runtime
+            findings += examine_board(Host(address, host_python), runtime=needed)
         broken = any(finding.status == "broken" for finding in findings)
         return Outcome(
             {"ok": not broken, "findings": [asdict(finding) for finding in findings]},

@@ -63,11 +63,20 @@ InputShapesFlag = Annotated[
     ),
 ]
 HostFlag = Annotated[
-    str | None,
+    list[str] | None,
     typer.Option(
         "--host",
         help="Measure on this board, named as ssh names it: user@board.",
         metavar="USER@BOARD",
+    ),
+]
+HostsFlag = Annotated[
+    Path | None,
+    typer.Option(
+        "--hosts",
+        help="Measure on the boards of this file: one host a line, then its Python if it has one "
+        "of its own. Like --host given more than once: all at the same time, a table each.",
+        metavar="FILE",
     ),
 ]
 HostPythonFlag = Annotated[
@@ -178,14 +187,16 @@ class ModelFlags:
         """
         return Request(**self._fields())
 
+    def _board(self) -> dict[str, Any]:
+        return {"host": one_host(self.host), "host_python": self.host_python}
+
     def _fields(self) -> dict[str, Any]:
         shapes = self.input_shapes
         return {
             "model": self.model,
             "target": self.target,
             "runtime": self.runtime,
-            "host": self.host,
-            "host_python": self.host_python,
+            **self._board(),
             "numerics": self.numerics,
             "include": tuple(self.include or ()),
             "exclude": tuple(self.exclude or ()),
@@ -356,6 +367,39 @@ class CompileFlags(SearchFlags):
             "layout": self.layout,
             "require": self.require,
         }
+
+
+def one_host(hosts: list[str] | None) -> str | None:
+    """The board of a verb that measures on one.
+
+    Raises:
+        UsageError: there are more.
+    """
+    if hosts and len(hosts) > 1:
+        raise UsageError(
+            f"--host is given {len(hosts)} times. Only zipc profile takes several boards: give one."
+        )
+    return hosts[0] if hosts else None
+
+
+def read_hosts(path: Path, *, python: str) -> list[tuple[str, str]]:
+    """The boards of a file and their Pythons, `python` where a line names none; `#` is a comment.
+
+    Raises:
+        UsageError: it cannot be read, names no board, or a line has more than two words.
+    """
+    try:
+        lines = [line.partition("#")[0].split() for line in path.read_text().splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--hosts {path} cannot be read: {error}.") from error
+    found = [words for words in lines if words]
+    strange = [" ".join(words) for words in found if len(words) > 2]
+    if strange or not found:
+        what = f"has the line {strange[0]!r}" if strange else "names no board"
+        raise UsageError(
+            f"--hosts {path} {what}. Write one host a line: user@board, then a Python."
+        )
+    return [(words[0], words[1] if len(words) > 1 else python) for words in found]
 
 
 def parse_speedup(text: str) -> float:

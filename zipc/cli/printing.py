@@ -157,7 +157,7 @@ def _facts(manifest: Manifest) -> Iterable[tuple[str, str]]:
         predicted = f"{_ms(latency.predicted_ms)} {predicted}"
     yield "predicted", predicted
     if latency.speedup_vs_best_dense is not None:
-        yield "best dense", f"{latency.speedup_vs_best_dense:.2f}x against the fastest dense fp32"
+        yield "best dense", f"{latency.speedup_vs_best_dense:.2f}x against the fastest dense graph"
     if manifest.quality is not None:
         yield "quality", _quality(manifest)
     yield "size", _sizes(size.dense_mb, size.compiled_mb, size.dense_params, size.compiled_params)
@@ -234,11 +234,13 @@ def _next_commands(manifest: Manifest, out: Path) -> Iterable[str]:
         floats = all(a.level.numeric == "fp32" for a in manifest.allocation)
         more = ", or allow more with --numerics auto" if floats else ""
         yield f"zipc inspect {out}  (ask for less{more})"
+    host = manifest.latency.fingerprint.get("host")
     if manifest.latency.table_kind == "modelled":
+        verb = "validate" if host is None else "bench"
+        yield f"zipc {verb} {out} --host {host or 'USER@BOARD'}"
         yield f"sh {out}/build.sh  (on the device: builds the engine and times it)"
     else:
         if any(file.path == "reference.onnx" for file in manifest.files):
-            host = manifest.latency.fingerprint.get("host")
             yield f"zipc bench {out}" + ("" if host is None else f" --host {host}")
         yield f"zipc check NEW --baseline {out}"
     own = manifest.model.source

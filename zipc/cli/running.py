@@ -76,6 +76,14 @@ def error_document(kind: str, message: str, *, exit_code: int, **details: Any) -
     return {"error": {"type": kind, "message": message, "exit_code": exit_code, **details}}
 
 
+def error_details(error: ZipcError) -> dict[str, Any]:
+    """The document of a deliberate error."""
+    details: dict[str, Any] = {}
+    if isinstance(error, TargetUnreachable):
+        details["best_speedup"] = error.best_speedup
+    return error_document(type(error).__name__, str(error), exit_code=error.exit_code, **details)
+
+
 def print_json(document: Any) -> None:
     """Print one JSON document; a value JSON has no word for is a bug, not a NaN."""
     _print(_document(document))
@@ -117,13 +125,7 @@ def _say_error(error: ZipcError, *, as_json: bool) -> None:
     if not as_json:
         print(f"zipc: {error}", file=sys.stderr)
         return
-    details: dict[str, Any] = {}
-    if isinstance(error, TargetUnreachable):
-        details["best_speedup"] = error.best_speedup
-    document = error_document(
-        type(error).__name__, str(error), exit_code=error.exit_code, **details
-    )
-    print_json(document)
+    print_json(error_details(error))
 
 
 @contextlib.contextmanager
