@@ -232,7 +232,6 @@ class TrtexecProcess(RemoteProcess):
             UsageError: the workload does not say how large an input is.
         """
         runner = super().load(model, workload=workload)
-        runner.session_options = {"trtexec": self._measures}
         self._hear()
         return runner
 
@@ -241,11 +240,13 @@ class TrtexecProcess(RemoteProcess):
         self._hear()
         return samples
 
-    def _loading(self, number: int, model: bytes, workload: Workload) -> dict[str, Any]:
-        recipe = self._recipe(model, workload)
-        self._measures = recipe["measures"]
-        loading = super()._loading(number, model, workload)
-        return loading | {"runtime": "tensorrt", "options": recipe}
+    def _options(self, model: bytes, workload: Workload) -> dict[str, Any]:
+        options = self._recipe(model, workload)
+        self._measures = options["measures"]
+        return options
+
+    def _opened_with(self, workload: Workload) -> Mapping[str, Any]:
+        return {"trtexec": self._measures}
 
     def _hear(self) -> None:
         """Note what trtexec warned of."""

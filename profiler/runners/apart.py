@@ -25,7 +25,7 @@ class TimingProcess:
     rounds_at_once = 8
 
     def __init__(self, runtime: str) -> None:
-        self._runtime = RUNNERS[runtime]
+        self._runtime = runtime
         self._loaded = 0
         self._dropped: list[int] = []
         self._link = self._connect()
@@ -39,7 +39,7 @@ class TimingProcess:
         """
         self._loaded += 1
         self.ask(self._loading(self._loaded, model, workload), model)
-        return ApartRunner(self, self._loaded, self._runtime.opened_with(workload))
+        return ApartRunner(self, self._loaded, self._opened_with(workload))
 
     def series(self, graphs: Sequence[int], *, rounds: int, untimed: int) -> list[list[float]]:
         """Time graphs by their numbers in turns."""
@@ -66,10 +66,17 @@ class TimingProcess:
         return {
             "do": "load",
             "graph": number,
-            "runtime": self._runtime.runtime,
-            "options": self._runtime.options(workload),
+            "runtime": self._runtime,
+            "options": self._options(model, workload),
             "inputs": graph_inputs(model, workload),
         }
+
+    def _options(self, model: bytes, workload: Workload) -> dict[str, Any]:
+        return RUNNERS[self._runtime].options(workload)
+
+    def _opened_with(self, workload: Workload) -> Mapping[str, Any]:
+        """What the report says of how a graph is run."""
+        return RUNNERS[self._runtime].opened_with(workload)
 
     def _connect(self) -> Link:
         paths = os.pathsep.join(os.path.abspath(p) for p in sys.path)
