@@ -9,7 +9,7 @@ dense graph; measured is the median of paired ratios, the two timed run by run i
 interval of a prediction is the one its table states: it has to hold nine in ten measurements of
 all cases together. The latency table is made first where there is none. Weights are random but for
 minilm and resnet56, whose safetensors lie under DIR/resnet_cifar10. Each case replaces its last run
-on its target in benchmarks/results/latency_prediction.json.
+on its target and runtime in benchmarks/results/latency_prediction.json.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ def main() -> None:
     parser.add_argument("--allocations", type=int, default=30)
     parser.add_argument("--data-dir", type=Path, help="has resnet_cifar10/resnet56.safetensors")
     parser.add_argument("--target", default="cpu")
+    parser.add_argument("--runtime", choices=["onnxruntime", "openvino"], default="onnxruntime")
     parser.add_argument("--seed", type=int, default=MIN_SEED)
     parser.add_argument("--cache-dir", type=Path, default=default_cache_dir())
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -85,7 +86,7 @@ def main() -> None:
         f"{result['covered']} of {len(result['allocations'])} within the stated interval"
     )
     held = read_json(arguments.out) if arguments.out.is_file() else {}
-    name = f"{arguments.case} on {arguments.target}"
+    name = f"{arguments.case} on {arguments.target}, {arguments.runtime}"
     found = document({**held.get("cases", {}), name: result})
     write_json(arguments.out, found)
     print(f"passed: {found['passed']}; written to {arguments.out}")
@@ -93,7 +94,11 @@ def main() -> None:
 
 def request_of(arguments: argparse.Namespace, folder: Path) -> Request:
     """What is asked of zipc for a case; random models are saved to `folder`."""
-    common = {"target": arguments.target, "cache_dir": arguments.cache_dir}
+    common: dict[str, Any] = {
+        "target": arguments.target,
+        "runtime": arguments.runtime,
+        "cache_dir": arguments.cache_dir,
+    }
     if arguments.case == "resnet56":
         weights = arguments.data_dir / "resnet_cifar10" / "resnet56.safetensors"
         return Request(model=f"{HERE / 'networks.py'}:resnet56", weights=str(weights), **common)
