@@ -65,7 +65,7 @@ def profile_model(request: Request, *, progress: Progress) -> ProfileResult:
         progress.stage("prices")
         progress.done(f"reused {known.entries} from the latency table")
         return known
-    from zipc.pipeline import price_model
+    from zipc.groundwork import price_model
 
     return _remembered(cache, key, price_model(request, progress=progress).prices)
 
@@ -82,7 +82,7 @@ def profile_boards(
     found = [key if isinstance(key, ZipcError) else _recall(cache, key) for key in keys]
     missing = [index for index, known in enumerate(found) if known is None]
     if missing:
-        from zipc.pipeline import price_on_boards
+        from zipc.groundwork import price_on_boards
 
         asked = [requests[index] for index in missing]
         made = price_on_boards(asked, progress=progress, progress_of=progress_of)

@@ -182,7 +182,7 @@ def test_int8_that_gains_nothing_is_not_used(
     monkeypatch.setattr(OnnxRuntimeRunner, "run", lambda self: 1.0)
     keep_timing_here(monkeypatch)
     told = Told()
-    monkeypatch.setattr("zipc.pipeline.price", _stop)
+    monkeypatch.setattr("zipc.groundwork.price", _stop)
     with pytest.raises(_Stopped) as stopped:
         plan_model(asked(project, "none", speedup=1.3), progress=told)
     assert stopped.value.prepared.body is None

@@ -16,7 +16,7 @@ from onnx import TensorProto
 
 from tests.command_line import Run, command_line
 from tests.tiny_project import Told, model_folder, pairs_file, request, small_effort
-from zipc import pipeline
+from zipc import groundwork, pipeline
 from zipc.cli.compile import verdict_exit_code
 from zipc.core.errors import EngineFailed, UsageError
 from zipc.core.types import Allocation, InputSpec, Level
@@ -142,7 +142,8 @@ def test_a_builder_that_fails_leaves_the_output_as_it_was(
     out = shutil.copytree(project.out, project.out.with_name("earlier"))
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
     monkeypatch.setattr(pipeline, "build_engine", fail)
-    monkeypatch.setattr(pipeline, "choose_builder", lambda asked, _: asked)
+    for module in (pipeline, groundwork):
+        monkeypatch.setattr(module, "choose_builder", lambda asked, _: asked)
     asked = request(project.model, project.data, out, project.cache, target="a100", speedup=1.5)
     with pytest.raises(EngineFailed, match="more than 1 MB"):
         compile_model(replace(asked, engine="trt"), progress=Told())

@@ -16,16 +16,18 @@ from safetensors.torch import load_file
 import zipc
 from tests.command_line import Run, command_line
 from tests.tiny_project import Told, fake_clock, model_folder, pairs_file, request, small_effort
+from zipc.clock import Clock
 from zipc.core.errors import UsageError
 from zipc.core.types import Allocation, Level
 from zipc.exporters.sparse_weights import SparseWeight, sparse_weights
+from zipc.groundwork import Setup, set_up
 from zipc.latency_tables.modelled import Doubt
 from zipc.manifest import Manifest
 from zipc.model_source import load_source
 from zipc.numerics.pattern import conforms
 from zipc.numerics.sparsity import sparsify
 from zipc.patterns import asked_for, notes_on
-from zipc.pipeline import Clock, Setup, _set_up, compile_model, plan_model
+from zipc.pipeline import compile_model, plan_model
 from zipc.pricing import Prices
 from zipc.targets import load_target, shipped_files
 
@@ -218,7 +220,7 @@ def setup(root: Path) -> Setup:
     asked = request(
         root / "model", root / "pairs.csv", None, root / "cache", target="a100", pattern="2:4"
     )
-    return _set_up(asked, Clock(Told()))
+    return set_up(asked, Clock(Told()))
 
 
 def test_sites_that_no_kernel_takes_are_told_with_a_reason(

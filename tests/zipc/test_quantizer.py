@@ -61,7 +61,7 @@ def test_weights_that_would_overflow_are_refused(monkeypatch: pytest.MonkeyPatch
 def test_networks_of_convolutions_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("zipc.pipeline.check_modelopt", lambda _: None)
+    monkeypatch.setattr("zipc.groundwork.check_modelopt", lambda _: None)
     (tmp_path / "nets.py").write_text(NETS)
     images = np.random.default_rng(0).standard_normal((40, 3, 16, 16), dtype=np.float32)
     np.savez(tmp_path / "data.npz", x=images)
