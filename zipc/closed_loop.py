@@ -422,9 +422,8 @@ class ClosedLoop:
             ):
                 break  # nothing is left to give back
         good = [a for a in self.attempts if a.speedup >= target * self.accept[0]]
-        close = [a for a in good if a.speedup <= target * self.accept[1] * 1.01] or good
         fastest = max(self.attempts, key=lambda a: a.speedup)
-        best = min(close, key=lambda a: a.loss, default=fastest)
+        best = min(good, key=lambda a: a.loss, default=fastest)
         return self.solution(best)
 
     def fastest(self) -> Allocation:
