@@ -7,12 +7,11 @@ from pathlib import Path
 from zipc.core.errors import UsageError
 from zipc.core.types import Target
 from zipc.exporters.tensorrt.script import recipe
-from zipc.manifest import Manifest
+from zipc.manifest import TENSORRT, Manifest, recorded_runtime
 from zipc.modelled_device import ModelledDevice
 from zipc.profiler.agent import TITLES
 from zipc.profiler.device import Device, local_device
 from zipc.profiler.remote import Host, RemoteDevice
-from zipc.proof import TENSORRT, recorded_runtime
 
 
 def open_device(target: Target, host: str | None = None, *, python: str = "python3") -> Device:

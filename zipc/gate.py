@@ -24,6 +24,7 @@ from zipc.core.errors import CorruptFile, UsageError
 from zipc.core.files import read_json
 from zipc.core.types import Progress, Runner, Silent, Workload
 from zipc.core.workload import read_workload, workload_document
+from zipc.manifest import recorded_runtime
 from zipc.profiler.device import local_device
 from zipc.profiler.runners.registry import RUNNERS
 from zipc.profiler.timing import interleave, warm_up
@@ -33,7 +34,6 @@ from zipc.proof import (
     batch_interval,
     log_ratio_interval,
     percentiles,
-    recorded_runtime,
     refuse_elsewhere,
 )
 

