@@ -54,8 +54,14 @@ def check_weights(module: nn.Module, *, where: str) -> list[str]:
 
     Raises:
         UsageError: a parameter is not finite, or has no values.
-        UnsupportedModel: a tensor is quantised, or stored as a sparse one.
+        UnsupportedModel: a module or tensor is quantised, or stored as a sparse one.
     """
+    for path, part in module.named_modules():
+        if "quantized" in type(part).__module__.split("."):  # torch packs its weights out of sight
+            raise UnsupportedModel(
+                f"{where}: {path or 'the module'} is a quantised {type(part).__name__}. Give the "
+                "model in floating point; zipc quantises it itself."
+            )
     zeros = total = 0
     patterned = []
     for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):

@@ -192,6 +192,9 @@ def _digest(module: nn.Module) -> str:
     """SHA-256 over names and values of a module's state."""
     digest = hashlib.sha256()
     for name, tensor in module.state_dict().items():
+        if not isinstance(tensor, Tensor):  # the extra state of a module
+            digest.update(f"{name} {tensor!r} ".encode())
+            continue
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
         flat = tensor.detach().cpu().reshape(-1).contiguous()
         digest.update(flat.view(torch.uint8).numpy().tobytes())

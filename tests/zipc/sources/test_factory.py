@@ -397,6 +397,21 @@ def test_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
         load_source(f"{tmp_path}/none.py:net")
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:torch.quantize_per_tensor")
+def test_module_that_torch_quantised_is_refused(tmp_path: Path) -> None:
+    code = """
+import torch
+from torch import nn
+
+def net():
+    dense = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    return torch.ao.quantization.quantize_dynamic(dense, {nn.Linear})
+"""
+    (tmp_path / "nets.py").write_text(code)
+    with pytest.raises(UnsupportedModel, match="0 is a quantised Linear"):
+        load_source(f"{tmp_path}/nets.py:net", input_shapes=parse_input_shapes("input:1x8"))
+
+
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
 def test_quantised_module_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "nets.py"
