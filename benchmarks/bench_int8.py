@@ -35,7 +35,7 @@ import torch
 from bench_families import save_data, save_model
 from provenance import commit
 
-from zipc.build import dense_model, edit_of, integer_kernels
+from zipc.build import dense_model, edit_of
 from zipc.core.files import read_json, write_json
 from zipc.core.request import Request
 from zipc.core.types import Allocation, Level, Silent, Workload
@@ -52,6 +52,7 @@ from zipc.pruner.evidence import collect
 from zipc.pruner.graph.sites import sizes_at
 from zipc.pruner.levels import Levels, States
 from zipc.quantizer import by_modelopt, quantised, unpadded
+from zipc.runtimes import integer_kernels
 from zipc.samples import Feeds, open_samples
 from zipc.stage_cache import StageCache
 

@@ -31,8 +31,8 @@ from provenance import commit
 from zipc.core.files import read_json, write_json
 from zipc.core.request import Request
 from zipc.core.types import Silent
+from zipc.groundwork import price_model
 from zipc.latency_tables.store import default_cache_dir
-from zipc.pipeline import price_model
 from zipc.pricing import measure_points
 
 HERE = Path(__file__).parent
