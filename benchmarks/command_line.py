@@ -27,8 +27,9 @@ class Ran:
 
 
 def compile_model(arguments: Sequence[str]) -> Ran:
-    """Run `zipc compile` with these arguments to its end."""
-    command = [sys.executable, "-m", "zipc", "compile", *arguments, "--format", "json"]
+    """Run `zipc compile` with these arguments to its end, for one thread."""
+    command = [sys.executable, "-m", "zipc", "compile", *arguments, "--threads", "1"]
+    command += ["--format", "json"]
     started = time.monotonic()
     with tempfile.TemporaryFile() as log:
         child = subprocess.Popen(command, stdout=log, stderr=log)

@@ -26,7 +26,7 @@ from zipc.effort import Effort
 from zipc.integer_body import RANGES, IntegerBody
 from zipc.prepare import Prepared
 from zipc.pricing import Prices
-from zipc.profiler.device import GraphTimer, TimedGraph
+from zipc.profiler.device import Device, GraphTimer, TimedGraph
 from zipc.profiler.runners.session import SessionRunner
 from zipc.proof import paired_speedup, paired_timing
 from zipc.pruner.allocate.search import Problem, SearchState, build_problem, search
@@ -35,6 +35,7 @@ from zipc.pruner.compensate.propagate import propagate
 from zipc.pruner.graph.mixtures import nested
 from zipc.quantizer import by_modelopt, in_floats
 from zipc.stage_cache import StageCache
+from zipc.turns import by_default
 
 AIM = 1.03  # the lower end of the verdict's interval must clear the target, not its middle
 ACCEPT = (1.02, 1.042)  # measured speedup over target at which the loop stops
@@ -88,6 +89,8 @@ class _Attempt:
     width: float  # half-width of the interval of log(speedup)
     predicted_ratio: float
     loss: float
+    toll: float = 0.0  # log of the speedup over that under default options
+    toll_width: float = 0.0  # half-width of its interval
 
 
 def _repaired(
@@ -258,13 +261,22 @@ def choose(
     return allocation, loss, found
 
 
-def _bias(attempts: list[_Attempt]) -> float:
-    """By how much predictions are too high near this budget: predicted over measured ratio.
+def _bias(attempts: Sequence[_Attempt]) -> float:
+    """By how much predictions are too high near this budget: predicted over measured ratio."""
+    return _drawn(
+        [math.log(a.predicted_ratio * a.speedup) for a in attempts], [a.width for a in attempts]
+    )
 
-    The mean over all looks so far, drawn towards 1 as far as the looks are noisier than the table.
-    """
-    logs = [math.log(a.predicted_ratio * a.speedup) for a in attempts]
-    trust = [TABLE_ERROR**2 / (TABLE_ERROR**2 + a.width**2) for a in attempts]
+
+def _toll(attempts: Sequence[_Attempt]) -> float:
+    """How many times faster than promised an artifact must be, for the promise to hold under the
+    default options as well: a small model makes less of many threads than its dense one."""
+    return max(1.0, _drawn([a.toll for a in attempts], [a.toll_width for a in attempts]))
+
+
+def _drawn(logs: Sequence[float], widths: Sequence[float]) -> float:
+    """The mean over all looks so far, drawn towards 1 as far as they are noisier than the table."""
+    trust = [TABLE_ERROR**2 / (TABLE_ERROR**2 + width**2) for width in widths]
     weighted = sum(t * x for t, x in zip(trust, logs, strict=True))
     return math.exp(weighted / (sum(trust) + 0.1))
 
@@ -306,8 +318,8 @@ class ClosedLoop:
         candidates: Candidates,
         request: Request,
         *,
-        timer: GraphTimer,
-        reference: TimedGraph,
+        device: Device,
+        dense: bytes,
         effort: Effort,
         cache: StageCache,
         progress: Progress,
@@ -316,8 +328,10 @@ class ClosedLoop:
         self.prices = prices
         self.candidates = candidates
         self.request = request
-        self.timer = timer
-        self.reference = reference
+        self.device = device
+        self.dense = dense
+        self.timer: GraphTimer = device.timer()
+        self.reference: TimedGraph = self.timer.load(dense, workload=request.workload)
         self.effort = effort
         self.cache = cache
         self.progress = progress
@@ -346,7 +360,7 @@ class ClosedLoop:
         """What a solution depends on: the evidence, the table and the goal."""
         table, asked = self.prices.table.model_dump(mode="json"), self.request
         goal = [asked.speedup, asked.latency_ms, asked.prune, asked.numerics, asked.pattern]
-        how = [asked.effort, asked.metric, asked.evaluator, asked.quantizer]
+        how = [asked.effort, asked.metric, asked.evaluator, asked.quantizer, asked.by_default]
         return fingerprint(self.candidates.key, table, goal, *how)
 
     def find(self, target: float | None) -> Found:
@@ -381,14 +395,14 @@ class ClosedLoop:
             whole = self.problem.allocation([_widest(levels) for levels in self.problem.levels])
             if self.prices.ratio(whole.predicted_ms) * target * self.aim <= 1:
                 attempt = self.attempt(whole)
-                if attempt.speedup >= target * self.accept[0]:
+                if attempt.speedup >= self.least(target):
                     return self.solution(attempt)
         try:
             return self.run(target)
         except TargetUnreachable as error:
             self.progress.info(f"{error} Building the fastest artifact there is.")
             fastest = self.attempt(self.fastest())
-            if fastest.speedup < target * self.accept[0]:
+            if fastest.speedup < self.least(target):
                 return self.solution(fastest, unreachable=str(error))
         try:  # it measures faster than predicted: some of it can be given back
             return self.run(target)
@@ -404,7 +418,7 @@ class ClosedLoop:
                 self.problem,
                 self.prices,
                 self.candidates,
-                ratio=(_bias(self.attempts) if self.attempts else 1.0) / (target * self.aim),
+                ratio=_bias(self.attempts) / (target * self.aim * _toll(self.attempts)),
                 trials=int(self.effort.trials * share),
                 seconds=self.effort.search_seconds * share,
                 finalists=FINALISTS if first else FINALISTS // 2,
@@ -413,7 +427,7 @@ class ClosedLoop:
                 state=self.state,
             )
             self.searched += self.state.trials
-            over = self.attempt(allocation, loss).speedup / target
+            over = self.attempt(allocation, loss).speedup / (target * _toll(self.attempts))
             if self.accept[0] <= over <= self.accept[1]:
                 break
             if over > self.accept[1] and all(
@@ -421,10 +435,14 @@ class ClosedLoop:
                 for n, lv in allocation.levels.items()
             ):
                 break  # nothing is left to give back
-        good = [a for a in self.attempts if a.speedup >= target * self.accept[0]]
+        good = [a for a in self.attempts if a.speedup >= self.least(target)]
         fastest = max(self.attempts, key=lambda a: a.speedup)
         best = min(good, key=lambda a: a.loss, default=fastest)
         return self.solution(best)
+
+    def least(self, target: float) -> float:
+        """The speedup that an artifact must measure, for a promise of `target`."""
+        return target * self.accept[0] * _toll(self.attempts)
 
     def fastest(self) -> Allocation:
         """The fastest level of every site."""
@@ -443,8 +461,20 @@ class ClosedLoop:
         )
         if loss is None:
             loss = self.candidates.confirm.score(allocation)
-        self.attempts.append(_Attempt(allocation, timing.speedup, width, ratio, loss))
-        return self.attempts[-1]
+        attempt = _Attempt(allocation, timing.speedup, width, ratio, loss)
+        free = self.by_default(built.model) if self.request.by_default else None
+        if free is not None:
+            attempt.toll = math.log(timing.speedup / free.speedup)
+            attempt.toll_width = math.log(free.ci95[1] / free.ci95[0]) / 2
+        self.attempts.append(attempt)
+        return attempt
+
+    def by_default(self, model: bytes) -> PairedTiming | None:
+        """A graph against the dense one under the runtime's default options, where it can be timed
+        with more than one thread."""
+        if self.device.kind != "measured":
+            return None
+        return by_default(self.device, [self.dense, model], self.request.workload, self.progress)
 
     def solution(self, attempt: _Attempt, *, unreachable: str | None = None) -> Solution:
         return Solution(

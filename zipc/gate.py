@@ -20,6 +20,7 @@ import numpy as np
 import onnx
 from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
+from zipc.bench import refuse_elsewhere
 from zipc.core.errors import CorruptFile, UsageError
 from zipc.core.files import read_json
 from zipc.core.types import Progress, Runner, Silent, Workload
@@ -34,7 +35,6 @@ from zipc.proof import (
     batch_interval,
     log_ratio_interval,
     percentiles,
-    refuse_elsewhere,
 )
 
 Status = Literal["pass", "regressed", "inconclusive"]

@@ -157,8 +157,8 @@ def _open(request: Request) -> tuple[Target, Device]:
             open_device(on_runtime(target, name), request.host, python=request.host_python)
     if request.quantizer == "modelopt":
         check_modelopt(weight_limit(device.fingerprint()))
-    processors = device.fingerprint().get("cores", request.threads)
-    if request.threads > processors:
+    processors = device.fingerprint().get("cores")
+    if request.threads and processors and request.threads > processors:
         raise UsageError(
             f"--threads {request.threads} is more than the {processors} processors of "
             f"{request.host or 'this machine'}."

@@ -16,7 +16,7 @@ from zipc.core.types import Artifact, LeftAlone, Level, TableKind, VerdictName
 from zipc.core.workload import WorkloadField
 from zipc.profiler.agent import TITLES
 
-SCHEMA_VERSION = 2  # raised by every change of a field below
+SCHEMA_VERSION = 3  # raised by every change of a field below
 FILE_NAME = "manifest.json"
 TENSORRT = "tensorrt"
 
@@ -65,6 +65,15 @@ class AllocationRecord(Record):
     error: NotNegative | None = None
 
 
+class ByDefaultRecord(Record):
+    """The speedup with as many threads as the runtime takes by itself."""
+
+    speedup: Positive
+    speedup_ci95: tuple[Positive, Positive]
+    processors: Count
+    promised: bool  # or only told: the request was for a number of threads, or for a latency
+
+
 class LatencyRecord(Record):
     """Null where nothing was measured: a `predicted` verdict has no `compiled_ms`."""
 
@@ -77,6 +86,7 @@ class LatencyRecord(Record):
     speedup: Positive | None = None
     speedup_ci95: tuple[Positive, Positive] | None = None
     speedup_vs_best_dense: Positive | None = None
+    by_default: ByDefaultRecord | None = None
     pairs: Count | None = None
     prediction_error: Finite | None = None  # predicted / measured latency ratio to dense, minus 1
     fingerprint: dict[str, JsonValue] = Field(default_factory=dict)

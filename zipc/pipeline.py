@@ -27,7 +27,6 @@ from zipc.proof import default_pairs, paired_speedup
 from zipc.record import make_manifest, read_quality, samples_of
 from zipc.runtimes import runtime_of
 from zipc.shipped import Shipped, layout, ship
-from zipc.turns import by_default
 
 LEAST_MORE, MOST_MORE = 1.01, 1.05  # asked for where the first artifact missed by little
 
@@ -44,39 +43,34 @@ def compile_model(request: Request, *, progress: Progress) -> Manifest:
         setup = set_up(request, clock)
         request = setup.request
         dense = dense_model(setup.prepared)
-        timer = setup.device.timer()
-        reference = timer.load(dense, workload=request.workload)
-        goal = target_speedup(request, reference)
         loop = ClosedLoop(
             setup.prepared,
             setup.prices,
             setup.candidates,
             request,
-            timer=timer,
-            reference=reference,
+            device=setup.device,
+            dense=dense,
             effort=effort_of(request.effort),
             cache=cache,
             progress=clock,
         )
-        found, compiled, timing = _proved(loop, goal)
+        goal = target_speedup(request, loop.reference)
         measured = setup.device.kind == "measured"
-        short = goal is not None and timing.ci95[0] < goal
-        if measured and goal is not None and short and not found.solution.unreachable:
+        proof = _proved(loop, goal)
+        short = measured and goal is not None and proof.least(request) < goal
+        if goal is not None and short and not proof.found.solution.unreachable:
             loop.forget()
-            more = min(max(goal / timing.ci95[0], LEAST_MORE), MOST_MORE)
+            more = min(max(goal / proof.least(request), LEAST_MORE), MOST_MORE)
             told = (
-                f"a first artifact measured {timing.speedup:.3f}x: searched for {more - 1:.1%} more"
+                f"a first artifact measured {proof.timing.speedup:.3f}x: "
+                f"searched for {more - 1:.1%} more"
             )
             clock.info(told)
             again = _proved(loop, goal * more)
-            if not again[0].solution.unreachable:
+            if not again.found.solution.unreachable:
                 setup.candidates.notes.append(told)
-                found, compiled, timing = again
-        if measured:
-            models = [dense, found.built.model]
-            setup.candidates.notes.append(
-                by_default(setup.device, models, request.workload, setup.target, clock)
-            )
+                proof = again
+        found, timing = proof.found, proof.timing
         setup.candidates.notes += [
             n for n in setup.device.notes if n not in setup.prices.table.notes
         ]
@@ -141,10 +135,11 @@ def compile_model(request: Request, *, progress: Progress) -> Manifest:
                 samples=setup.samples,
                 found=found,
                 timing=timing,
+                by_default=proof.by_default,
                 quality=quality,
                 sizes=(len(shipped.reference), len(shipped.model)),
                 tensors=tensors,
-                session_options=compiled.session_options,
+                session_options=proof.compiled.session_options,
                 files=files,
                 seconds=clock.seconds,
             )
@@ -154,16 +149,34 @@ def compile_model(request: Request, *, progress: Progress) -> Manifest:
     return manifest
 
 
-def _proved(loop: ClosedLoop, goal: float | None) -> tuple[Found, TimedGraph, PairedTiming]:
-    """An artifact, and the one measurement, or prediction, its verdict is read from."""
+@dataclass(frozen=True, slots=True)
+class _Proof:
+    """An artifact, and the measurement, or prediction, that its verdict is read from."""
+
+    found: Found
+    compiled: TimedGraph
+    timing: PairedTiming
+    by_default: PairedTiming | None = None  # the same under the runtime's default options
+
+    def least(self, request: Request) -> float:
+        """The speedup below which nothing is promised: a goal above it is not proved."""
+        free = self.by_default
+        ends = [self.timing.ci95[0]]
+        if free is not None and request.by_default:
+            ends.append(free.ci95[1])
+        return min(ends)
+
+
+def _proved(loop: ClosedLoop, goal: float | None) -> _Proof:
     found = loop.find(goal)
     compiled = loop.timer.load(found.built.model, workload=loop.request.workload)
     if loop.prices.doubt is not None:
         allocation, doubt = found.built.allocation, loop.prices.doubt
-        return found, compiled, predicted_timing(loop.reference, compiled, allocation, doubt)
+        timing = predicted_timing(loop.reference, compiled, allocation, doubt)
+        return _Proof(found, compiled, timing)
     pairs = min(default_pairs(loop.prices.dense_ms), loop.effort.verdict_pairs)
     timing = paired_speedup(loop.reference, compiled, pairs=pairs, progress=loop.progress)
-    return found, compiled, timing
+    return _Proof(found, compiled, timing, loop.by_default(found.built.model))
 
 
 def _engine(target: Target, shipped: Shipped, request: Request, clock: Clock) -> Engine | None:

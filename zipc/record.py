@@ -17,6 +17,7 @@ from zipc.core.types import Artifact, PairedTiming, Target, VerdictName, Workloa
 from zipc.core.workload import workload_document
 from zipc.manifest import (
     AllocationRecord,
+    ByDefaultRecord,
     DataRecord,
     LatencyRecord,
     Manifest,
@@ -77,6 +78,7 @@ def make_manifest(
     samples: Samples,
     found: Found,
     timing: PairedTiming,
+    by_default: PairedTiming | None,
     quality: QualityRecord,
     sizes: tuple[int, int],
     tensors: Mapping[str, Tensor],
@@ -112,8 +114,16 @@ def make_manifest(
             for name, level in allocation.levels.items()
         ),
         left_alone=tuple(prepared.left_alone),
-        latency=_latency(prices, solution, timing, session_options, notes, asked=request.runtime),
-        verdict=_verdict(timing, goal, found, prices),
+        latency=_latency(
+            prices, solution, timing, session_options, notes, asked=request.runtime
+        ).model_copy(
+            update={
+                "by_default": by_default_record(
+                    by_default, prices.table.fingerprint, promised=request.by_default
+                )
+            }
+        ),
+        verdict=_verdict(timing, by_default if request.by_default else None, goal, found, prices),
         quality=quality,
         size=SizeRecord(
             dense_mb=sizes[0] / MB,
@@ -180,11 +190,31 @@ def times_of(timing: PairedTiming, *, runtime: str, asked: str | None) -> dict[s
     }
 
 
-def _verdict(timing: PairedTiming, goal: float | None, found: Found, prices: Prices) -> VerdictName:
+def by_default_record(
+    timing: PairedTiming | None, fingerprint: Mapping[str, Any], *, promised: bool
+) -> ByDefaultRecord | None:
+    """What a manifest says of a timing under default options on the device of a fingerprint."""
+    if timing is None:
+        return None
+    return ByDefaultRecord(
+        speedup=timing.speedup,
+        speedup_ci95=timing.ci95,
+        processors=int(fingerprint["cores"]),
+        promised=promised,
+    )
+
+
+def _verdict(
+    timing: PairedTiming,
+    by_default: PairedTiming | None,
+    goal: float | None,
+    found: Found,
+    prices: Prices,
+) -> VerdictName:
     if prices.doubt is not None:
         short = goal is not None and timing.speedup < goal
         return "missed" if short or found.solution.unreachable else "predicted"
-    says = verdict(timing, goal if goal is not None else 1.0)
+    says = verdict(timing, goal if goal is not None else 1.0, by_default=by_default)
     return "missed" if found.solution.unreachable and says != "validated" else says
 
 

@@ -7,19 +7,17 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+from zipc.bench import BenchResult, measure
 from zipc.core.errors import CorruptFile
 from zipc.core.files import sha256_file, write_json
 from zipc.core.types import Artifact, Progress
 from zipc.manifest import LatencyRecord, Manifest
 from zipc.output import KINDS, staged
 from zipc.profiler.device import Device
-from zipc.proof import BenchResult, measure
-from zipc.record import samples_of, times_of
+from zipc.record import by_default_record, samples_of, times_of
 
 SAMPLES = "samples.json"
-OF_A_TIMING = re.compile(
-    r"\d+ pairs in |too noisy: |under [A-Za-z ]+'s default options|.*; nothing was measured$"
-)
+OF_A_TIMING = re.compile(r"\d+ pairs in |too noisy: |.*; nothing was measured$")
 OF_THE_COMPILE = "prices and predicted times are those of the compile, for "
 
 
@@ -73,6 +71,7 @@ def _measured(manifest: Manifest, result: BenchResult, device: Device) -> Latenc
     return before.model_copy(
         update={
             **times_of(timing, runtime=manifest.runtime, asked=asked),
+            "by_default": by_default_record(result.by_default, prints, promised=True),
             "prediction_error": _prediction_error(before, result, moved=moved),
             "fingerprint": prints,
             "session_options": dict(result.session_options),

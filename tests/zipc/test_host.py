@@ -85,8 +85,9 @@ def test_a_compile_is_measured_on_the_board_through_a_lost_connection(
     assert manifest.latency.table_kind == "measured"
     assert manifest.latency.fingerprint["host"] == "board"
     assert manifest.request.model_dump()["host"] == "board"
-    for told in ("under ONNX Runtime's default options", "lost and taken up again"):
-        assert sum(told in note for note in manifest.latency.notes) == 1
+    assert sum("lost and taken up again" in note for note in manifest.latency.notes) == 1
+    free = manifest.latency.by_default
+    assert free is None or (free.promised and free.processors > 1)
     assert json.loads((out / "samples.json").read_text())["compiled_ms"]
 
 

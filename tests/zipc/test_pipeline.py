@@ -19,6 +19,7 @@ import torch
 import transformers
 
 import zipc
+import zipc.closed_loop as closed_loop
 import zipc.pipeline as pipeline
 import zipc.prepare as prepare
 import zipc.pricing as pricing
@@ -38,7 +39,7 @@ from zipc.build import FP32_BOUND, INT8_BOUND
 from zipc.core.errors import TargetUnreachable, UsageError
 from zipc.core.files import read_json, sha256_file
 from zipc.core.request import Request
-from zipc.core.types import Level
+from zipc.core.types import Level, PairedTiming
 from zipc.latency_tables.correction import Correction
 from zipc.latency_tables.store import TableStore
 from zipc.manifest import Manifest
@@ -223,6 +224,56 @@ def test_an_artifact_that_misses_by_little_is_followed_by_a_faster_one(
     assert len(seen) == 2
     assert seen[1] > seen[0]
     assert any("a first artifact measured" in note for note in manifest.latency.notes)
+
+
+def slow_by_default(monkeypatch: pytest.MonkeyPatch, toll: float) -> None:
+    """Default options under which every artifact gains `toll` times less than on one thread."""
+
+    def measured(device: Any, models: Any, workload: Any, progress: Any) -> PairedTiming:
+        timer = device.timer()
+        reference, candidate = (timer.load(m, workload=workload).run() for m in models)
+        speedup = reference / candidate / toll
+        return PairedTiming((), (), speedup, (0.999 * speedup, 1.001 * speedup))
+
+    monkeypatch.setattr(closed_loop, "by_default", measured)
+
+
+def test_a_speedup_also_holds_under_default_options(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow_by_default(monkeypatch, toll=1.2)
+    cache = shutil.copytree(project.cache, tmp_path / "cache")
+    manifest = project.compile(tmp_path / "out", cache=cache, speedup=2.0)
+    free = manifest.latency.by_default
+    assert free is not None
+    assert free.promised
+    assert manifest.verdict == "validated"
+    assert manifest.latency.speedup is not None
+    assert free.speedup >= 2.0
+    assert manifest.latency.speedup == pytest.approx(1.2 * free.speedup, rel=0.01)
+
+
+def test_a_number_of_threads_is_a_promise_for_these_alone(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow_by_default(monkeypatch, toll=1.2)
+    cache = shutil.copytree(project.cache, tmp_path / "cache")
+    manifest = project.compile(tmp_path / "out", cache=cache, speedup=2.0, threads=1)
+    free = manifest.latency.by_default
+    assert free is not None
+    assert not free.promised
+    assert free.speedup < 2.0
+    assert manifest.verdict == "validated"
+
+
+def test_a_promise_that_default_options_break_is_missed(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow_by_default(monkeypatch, toll=100.0)
+    cache = shutil.copytree(project.cache, tmp_path / "cache")
+    manifest = project.compile(tmp_path / "out", cache=cache, speedup=2.0)
+    assert manifest.verdict == "missed"
+    assert files_in(tmp_path / "out") == FILES
 
 
 def test_a_pattern_that_leaves_no_site_is_told_with_the_sites_there_are(

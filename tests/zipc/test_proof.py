@@ -13,12 +13,12 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from tests import loopback
+from zipc.bench import bench
 from zipc.core.errors import CorruptFile, NoisyMeasurement, UsageError
 from zipc.core.types import PairedTiming
 from zipc.profiler.device import LocalDevice
 from zipc.profiler.remote import Host, RemoteDevice
 from zipc.proof import (
-    bench,
     default_pairs,
     log_ratio_interval,
     paired_speedup,
@@ -219,6 +219,24 @@ def test_bench_judges_the_promise_of_the_manifest(
     assert document["pairs"] == len(document["samples_ms"]["reference"]) == 40
     assert document["recorded_speedup"] == 9.0
     assert document["reference_ms"]["p50"] <= document["reference_ms"]["p99"]
+
+
+@pytest.mark.parametrize(("factor", "exit_code"), [(1.0, 0), (0.9, 1)])
+def test_bench_judges_default_options_where_they_are_promised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factor: float, exit_code: int
+):
+    def by_default(*_: object) -> PairedTiming:
+        return PairedTiming((), (), 1.9 * factor, (1.85 * factor, 2.0 * factor))
+
+    monkeypatch.setattr("zipc.bench.by_default", by_default)
+    folder, device = _folder(tmp_path, speedup=1.9), Scripted("onnxruntime")
+    assert bench(folder, pairs=40, device=device).to_json()["by_default"] is None
+    document = json.loads((folder / "manifest.json").read_text())
+    document["latency"]["by_default"] = {"promised": True}
+    (folder / "manifest.json").write_text(json.dumps(document))
+    result = bench(folder, pairs=40, device=device)
+    assert result.exit_code == exit_code
+    assert result.to_json()["by_default"]["speedup"] == 1.9 * factor
 
 
 def test_bench_times_real_graphs_on_the_workload_of_the_manifest_unless_told_otherwise(

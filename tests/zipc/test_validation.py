@@ -11,13 +11,13 @@ import pytest
 from tests.command_line import command_line
 from tests.zipc.test_cli import manifest
 from tests.zipc.test_proof import Fake, Scripted, _matmul
+from zipc.bench import bench
 from zipc.core.errors import CorruptFile, NoisyMeasurement, UsageError
 from zipc.core.files import sha256_file
 from zipc.core.types import Artifact, Workload
 from zipc.manifest import Manifest, RequestRecord
 from zipc.profiler.device import LocalDevice
 from zipc.profiler.facts import machine
-from zipc.proof import bench
 from zipc.validation import OF_THE_COMPILE, validate
 
 

@@ -36,10 +36,10 @@ def bench_verb(
     """Measure OUT/model.onnx against OUT/reference.onnx again: exit 0 when the promise holds."""
 
     def body(progress: Progress) -> Outcome:
-        from zipc import proof
+        from zipc.bench import bench
 
         pairs, device = measurement(out, max_time=max_time, host=host, host_python=host_python)
-        result = proof.bench(out, pairs=pairs, progress=progress, device=device)
+        result = bench(out, pairs=pairs, progress=progress, device=device)
         for note in device.notes:
             progress.info(note)
         document = result.to_json()

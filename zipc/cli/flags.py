@@ -123,11 +123,15 @@ class ModelFlags:
     include: IncludeFlag = None
     exclude: ExcludeFlag = None
     threads: Annotated[
-        int,
+        int | None,
         typer.Option(
-            "--threads", min=1, help="Threads the runtime may use.", rich_help_panel=_WORKLOAD
+            "--threads",
+            min=1,
+            help="Threads the runtime may use. Without it one is timed, and a speedup must hold "
+            "under the runtime's default options too.",
+            rich_help_panel=_WORKLOAD,
         ),
-    ] = 1
+    ] = None
     batch_size: Annotated[
         int, typer.Option("--batch-size", min=1, help="Batch timed.", rich_help_panel=_WORKLOAD)
     ] = 1

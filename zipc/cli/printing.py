@@ -146,9 +146,18 @@ def _facts(manifest: Manifest) -> Iterable[tuple[str, str]]:
     times = "not measured: the device is not here"
     if latency.reference_ms is not None:
         times = f"reference {_ms(latency.reference_ms)}, compiled {_ms(latency.compiled_ms)}"
+    free = latency.by_default
     if latency.p90_ms is not None and latency.p99_ms is not None:
         times += f" (p90 {latency.p90_ms:.2f}, p99 {latency.p99_ms:.2f})"
     yield "latency", times
+    if free is not None:
+        low, high = free.speedup_ci95
+        but = ", but in fp32" if manifest.runtime == "openvino" else ""
+        yield (
+            "by default",
+            f"{free.speedup:.2f}x ({low:.2f} to {high:.2f}) under the runtime's default "
+            f"options{but}, {free.processors} processors",
+        )
     predicted = f"from a {latency.table_kind} table"
     if latency.prediction_error is not None and latency.speedup is not None:
         speedup = latency.speedup / (1 + latency.prediction_error)

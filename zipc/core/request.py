@@ -39,7 +39,7 @@ class Request:
     recover: str = "none"
     effort: str = "default"  # quick | default | extensive
     seed: int = 0
-    threads: int = 1
+    threads: int | None = None  # None: one, and a speedup must hold by default options too
     batch_size: int = 1
     sequence_length: int | None = None  # 128 or the most the model takes, if it reads sequences
     phase: str = "prefill"  # prefill | decode: a language model reads a prompt, or makes a token
@@ -111,9 +111,17 @@ class Request:
         return self.sequence_length if self.past_length is None else self.past_length + 1
 
     @property
+    def by_default(self) -> bool:
+        """Whether the speedup must also hold with as many threads as the runtime takes by itself.
+
+        A latency is met by one thread; more of them only shorten it.
+        """
+        return self.threads is None and self.latency_ms is None
+
+    @property
     def workload(self) -> Workload:
         """What is timed; complete once `sources.settle` has filled in what the model decides."""
         shapes = {s.name: tuple(int(n) for n in s.shape) for s in self.input_shapes}
         return Workload(
-            self.batch_size, self.sequence_length, self.threads, shapes, self.past_length
+            self.batch_size, self.sequence_length, self.threads or 1, shapes, self.past_length
         )
