@@ -29,11 +29,12 @@ from zipc.profiler.device import Device
 from zipc.proof import paired_speedup
 from zipc.quantizer import check_modelopt
 from zipc.runtimes import runtime_of
-from zipc.samples import Samples, kind_of, open_samples
+from zipc.samples import Samples, inputs_of_rows, kind_of, open_samples
 from zipc.sources.common import BATCH
 from zipc.stage_cache import StageCache
 from zipc.targets import AUTO, ON_CPU, on_runtime, requested_target
 from zipc.turns import faster_runtime
+from zipc.user_code import split_reference
 
 BODY_PAIRS = 60
 BODY_GAIN = 1.4  # least speedup of the unpruned network for which it is brought to INT8
@@ -168,7 +169,10 @@ def _open(request: Request) -> tuple[Target, Device]:
 
 def _load(request: Request, progress: Progress) -> tuple[SourceModel, Request]:
     progress.stage("load model")
-    source = load_source(request.model, weights=request.weights, input_shapes=request.input_shapes)
+    rows = inputs_of_rows(request) if split_reference(request.model) else ()
+    source = load_source(
+        request.model, weights=request.weights, input_shapes=request.input_shapes, rows=rows
+    )
     if request.phase == "decode":
         source = with_cache(source)
     progress.done(type(source.module).__name__)

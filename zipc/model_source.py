@@ -35,18 +35,23 @@ __all__ = [
 
 
 def load_source(
-    model: str, *, weights: str | Path | None = None, input_shapes: Sequence[InputSpec] = ()
+    model: str,
+    *,
+    weights: str | Path | None = None,
+    input_shapes: Sequence[InputSpec] = (),
+    rows: Sequence[InputSpec] = (),
 ) -> SourceModel:
     """Load MODEL in fp32 evaluation mode.
 
-    `weights` belong to a factory, `input_shapes` to a factory or a model of images.
+    `weights` belong to a factory, `input_shapes` to a factory or a model of images; where neither
+    they nor the file of the factory say how large an input is, `rows` do: those of the data.
 
     Raises:
         UsageError: it cannot be found or read, or its inputs are not known.
         UnsupportedModel: its architecture is unknown, needs custom code, or is quantised.
     """
     if split_reference(model) is not None:
-        return load_factory(model, weights=weights, input_shapes=input_shapes)
+        return load_factory(model, weights=weights, input_shapes=input_shapes, rows=rows)
     if weights is not None:
         raise UsageError(
             f"--weights belongs to a model given as path/to/file.py:factory; {model} has its own."

@@ -8,10 +8,10 @@ from typing import Literal
 
 from zipc.core.errors import UsageError
 from zipc.core.request import Request
-from zipc.core.types import ModelTask
+from zipc.core.types import InputSpec, ModelTask
 from zipc.model_source import SourceModel
 from zipc.read_table import find_files
-from zipc.samples.arrays import SUFFIX, array_samples, describe_arrays
+from zipc.samples.arrays import SUFFIX, array_inputs, array_samples, describe_arrays
 from zipc.samples.base import Drawn, Feeds, Part, Samples
 from zipc.samples.documents import document_samples
 from zipc.samples.images import describe_images, holds_images, image_samples
@@ -41,6 +41,13 @@ def open_samples(source: SourceModel, request: Request) -> Samples:
         UsageError: there is nothing usable, or it does not fit the model.
     """
     return OPEN[kind_of(request, source.task)](source, request)
+
+
+def inputs_of_rows(request: Request) -> list[InputSpec]:
+    """How large the inputs are by the data, where that names them."""
+    if request.data is None or kind_of(request) != "arrays":
+        return []
+    return array_inputs(request)
 
 
 def describe_data(request: Request) -> str:
@@ -76,4 +83,13 @@ def kind_of(request: Request, task: ModelTask | None = None) -> Kind:
     return "text" if task is None else READERS.get(task, "text")
 
 
-__all__ = ["Drawn", "Feeds", "Part", "Samples", "describe_data", "kind_of", "open_samples"]
+__all__ = [
+    "Drawn",
+    "Feeds",
+    "Part",
+    "Samples",
+    "describe_data",
+    "inputs_of_rows",
+    "kind_of",
+    "open_samples",
+]

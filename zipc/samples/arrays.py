@@ -14,6 +14,7 @@ import numpy as np
 
 from zipc.core.errors import UsageError
 from zipc.core.request import Request
+from zipc.core.types import InputSpec
 from zipc.model_source import SourceModel
 from zipc.predict import Array
 from zipc.read_table import find_files
@@ -105,6 +106,31 @@ def describe_arrays(request: Request) -> str:
     held = {role: {n: v for n, v in a.items() if n not in other} for role, a in read.items()}
     targets = _labels(read, held, files, request)
     return f"{_shapes(held)} · {_cut(held, targets, files, request).description}"
+
+
+def array_inputs(request: Request) -> list[InputSpec]:
+    """The inputs that the first .npz file at `request.data` has rows of.
+
+    Raises:
+        UsageError: it is damaged.
+    """
+    read, _ = _renamed(_find(request), request, ())
+    arrays = next(iter(read.values()))
+    return [
+        _spec_of(name, values)
+        for name, values in arrays.items()
+        if name not in (LABELS, MEAN, STD) and values.ndim and values.size
+    ]
+
+
+def _spec_of(name: str, values: Array) -> InputSpec:
+    if values.dtype == np.uint8 and values.ndim == 4:  # images of bytes, as `ArrayRows` feeds them
+        _, height, width, channels = values.shape
+        return InputSpec(name, "float32", (1, channels, height, width))
+    shape = (1, *values.shape[1:])
+    if values.dtype.kind == "f":
+        return InputSpec(name, "float32", shape)
+    return InputSpec(name, "int64", shape, int(values.max()) + 1)
 
 
 def read_npz(path: Path) -> dict[str, Array]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -52,14 +52,18 @@ class Factory:
 
 
 def load_factory(
-    model: str, *, weights: str | Path | None = None, input_shapes: Sequence[InputSpec] = ()
+    model: str,
+    *,
+    weights: str | Path | None = None,
+    input_shapes: Sequence[InputSpec] = (),
+    rows: Sequence[InputSpec] = (),
 ) -> SourceModel:
     """Make the model of `path/to/file.py:factory`, with the weights of a safetensors file.
 
     Without `weights` it keeps those the factory gave it. The sizes of its inputs come from
-    `input_shapes`, or from `example_inputs` in the user's file: a tensor, a tuple of them, a dict
-    by name, or a function that gives one. The first axis of every input is the batch and stays
-    open where the model allows; all other sizes are fixed.
+    `input_shapes`, from `example_inputs` in the user's file (a tensor, a tuple of them, a dict by
+    name, or a function that gives one), or from the `rows` of the data. The first axis of every
+    input is the batch and stays open where the model allows; all other sizes are fixed.
 
     Raises:
         UsageError: the factory raises or gives no module, the weights do not fit, or the inputs
@@ -78,7 +82,7 @@ def load_factory(
     if digest is None:
         digest = _digest(module)
         notes.append("no --weights: the model has those its factory gives it")
-    specs, tried = _specs(factory, module, input_shapes)
+    specs, tried = _specs(factory, module, input_shapes, rows)
     source = SourceModel(
         module=module,
         folder=None,
@@ -202,18 +206,21 @@ def _digest(module: nn.Module) -> str:
 
 
 def _specs(
-    factory: Factory, module: nn.Module, given: Sequence[InputSpec]
+    factory: Factory, module: nn.Module, given: Sequence[InputSpec], rows: Sequence[InputSpec]
 ) -> tuple[tuple[InputSpec, ...], int]:
     """Inputs in the order of forward, and the batch they were given with."""
     accepted = forward_parameters(module)
     needed = [n for n, p in accepted.items() if p.default is p.empty]
-    known = {spec.name: spec for spec in _examples(factory, list(accepted))}
-    specs = known
-    if len(given) == len(needed) == 1 and given[0].name not in accepted:
-        given = [replace(given[0], name=needed[0])]  # there is no other it could mean
+    told = {spec.name: spec for spec in _examples(factory, list(accepted))}
+    known = {s.name: s for s in _meant(rows, needed, accepted) if s.name in accepted} | told
+    specs = told or known
+    given = _meant(given, needed, accepted)
     if given:
         specs = {s.name: _with_type(s, known.get(s.name)) for s in given}
-    how = f"--input-shapes '{(needed or ['x'])[0]}:1x3x224x224', or {EXAMPLES}() in {factory.path}"
+    how = (
+        f"--input-shapes '{(needed or ['x'])[0]}:1x3x224x224', {EXAMPLES}() in {factory.path}, or "
+        "--data with arrays by these names"
+    )
     missing = [name for name in needed if name not in specs]
     if missing:
         raise UsageError(
@@ -233,6 +240,15 @@ def _specs(
     if batch and all(spec.shape for spec in ordered):
         ordered = [replace(s, shape=(BATCH, *s.shape[1:])) for s in ordered]
     return tuple(ordered), int(batch) or 1
+
+
+def _meant(
+    specs: Sequence[InputSpec], needed: Sequence[str], accepted: Collection[str]
+) -> Sequence[InputSpec]:
+    """One shape for a model with one input is meant for it, whatever its name."""
+    if len(specs) == len(needed) == 1 and specs[0].name not in accepted:
+        return [replace(specs[0], name=needed[0])]
+    return specs
 
 
 def _with_type(given: InputSpec, known: InputSpec | None) -> InputSpec:

@@ -7,6 +7,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file, save_model
@@ -14,8 +15,11 @@ from torch import nn
 
 from zipc.core.errors import UnsupportedModel, UsageError
 from zipc.core.files import sha256_file
+from zipc.core.request import Request
 from zipc.core.shapes import parse_input_shapes
+from zipc.core.types import InputSpec
 from zipc.model_source import load_source, trace_source
+from zipc.samples import inputs_of_rows
 
 NETS = """
     from __future__ import annotations
@@ -250,6 +254,22 @@ def test_integers_of_example_inputs_stay_below_the_largest(nets: Path) -> None:
     assert (shaped.specs[0].dtype, shaped.specs[0].shape) == ("int64", ("batch", 9))
 
 
+def test_rows_of_the_data_say_the_sizes_where_nothing_else_does(nets: Path, tmp_path: Path) -> None:
+    images, other = tmp_path / "images.npz", tmp_path / "ids.npz"
+    np.savez(images, pixels=np.zeros((5, 8, 6, 3), np.uint8), labels=np.zeros(5))
+    np.savez(other, ids=np.array([[4, 1, 0], [2, 2, 9]]))
+    (spec,) = load_source(f"{nets}:net", rows=rows_of(images)).specs
+    assert (spec.name, spec.shape, spec.dtype) == ("x", ("batch", 3, 8, 6), "float32")
+    (spec,) = load_source(f"{nets}:net", rows=rows_of(images), input_shapes=IMAGE).specs
+    assert spec.shape == ("batch", 3, 8, 8)
+    (spec,) = load_source(f"{nets}:tied", rows=rows_of(other)).specs
+    assert (spec.name, spec.shape, spec.dtype, spec.high) == ("ids", ("batch", 3), "int64", 10)
+
+
+def rows_of(path: Path) -> list[InputSpec]:
+    return inputs_of_rows(Request(model="", data=str(path)))
+
+
 def test_weights_saved_without_the_tied_copy_fit(nets: Path, tmp_path: Path) -> None:
     shapes = parse_input_shapes("ids:1x4:int64")
     module: Any = load_source(f"{nets}:tied", input_shapes=shapes).module
@@ -328,7 +348,7 @@ def test_factory_without_a_usable_model_is_refused_in_words(
 @pytest.mark.parametrize(
     ("shapes", "message"),
     [
-        ("", r"Net needs x, and nothing says how large\. Give --input-shapes 'x:1x3x224x224', or"),
+        ("", r"Net needs x, and nothing says how large\. Give --input-shapes 'x:1x3x224x224', "),
         ("y:1x3x8x8,z:1x2", r"needs x, and nothing"),
         ("x:1x3x8x8,y:1x2", r"Net\.forward takes x, not y"),
         ("x:1x4x8x8", r"fails on x:batchx4x8x8: RuntimeError"),
