@@ -5,6 +5,7 @@ The oracle is the dense module whose maps are shown zeros for every unit that is
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 
 import onnxruntime as ort
@@ -22,7 +23,8 @@ from tests.tiny_models import (
     traced,
     variant_of,
 )
-from tests.zoo import LONGEST, Family
+from tests.zoo import LONGEST, ZOO, Family
+from tests.zoo.adversarial import ADVERSARIES
 from zipc.exporters.graph import OnnxGraph
 from zipc.exporters.onnx_export import export_dense
 from zipc.exporters.specialise import specialise
@@ -43,6 +45,19 @@ def case_of(family: Family, dtype: torch.dtype = torch.float64) -> Case:
     module = family.build().to(dtype)
     example = feeds_of(family, dtype)
     return traced(module, example, dynamic=family.dynamic, limits=LIMITS, outputs=None)
+
+
+@functools.cache
+def double(name: str) -> Case:
+    """A network of the zoo, or an adversary, traced in float64."""
+    return case_of((ZOO | ADVERSARIES)[name])
+
+
+@functools.cache
+def single(name: str) -> tuple[Case, OnnxGraph]:
+    """One of the zoo in float32, with its dense graph."""
+    made = case_of(ZOO[name], torch.float32)
+    return made, all_exported(made, ZOO[name])
 
 
 def feeds_of(family: Family, dtype: torch.dtype = torch.float64, **sizes: int) -> Feeds:

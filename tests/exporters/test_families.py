@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 from collections.abc import Mapping
 
@@ -12,25 +11,27 @@ import onnxruntime as ort
 import pytest
 import torch
 from onnx import TensorProto, helper
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.func import functional_call
 
+from tests.three_ways import single
+from tests.tiny_models import Case
 from tests.zoo import ZOO
 from zipc.core.types import Workload
 from zipc.exporters.finish import finish
 from zipc.exporters.graph import OnnxGraph
-from zipc.exporters.onnx_export import check_parity, export_dense
+from zipc.exporters.onnx_export import check_parity
 from zipc.exporters.specialise import Edit
 from zipc.exporters.tensorrt.emit import emit
 from zipc.exporters.tensorrt.engine import build_engine
 from zipc.exporters.tensorrt.half import kept_in_fp32
 from zipc.exporters.tensorrt.lower import lower_
-from zipc.pruner.graph.trace import Program, trace
 
 BOUND = 1e-4
 IN_HALF = 2e-2
 AMPLIFY = {"mobilenet-v3": 0.3}  # fp16 weights alone move this random network by that in torch
 UNKNOWN_TO_10_3 = {"Attention", "RMSNormalization", "RotaryEmbedding", "MatMulInteger"}
+pytestmark = pytest.mark.xdist_group("zoo")
 families = pytest.mark.parametrize("family", ZOO)
 needs_rtx = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx-cu13 is not installed"
@@ -50,16 +51,6 @@ EXPECTED = {
     "mpnet": {"Attention": 2, "Softmax": 0},
     "bottleneck-resnet": {"GlobalAveragePool": 1, "BatchNormalization": 15},
 }
-
-
-@functools.cache
-def made(family: str) -> tuple[nn.Module, Program, OnnxGraph]:
-    member = ZOO[family]
-    module, example = member.build(), member.example()
-    limits = {"sequence": 32, "target": 32, "batch": 64}
-    program = trace(module, example, dynamic=member.dynamic, limits=limits)
-    graph = export_dense(program.exported, example, outputs=[(0, "result")], dynamic=member.dynamic)
-    return module, program, graph
 
 
 def finished(graph: OnnxGraph) -> OnnxGraph:
@@ -85,30 +76,27 @@ def inputs(family: str) -> list[dict[str, Tensor]]:
     return [example(batch=b, length=n, seed=n) for b, n in sizes]
 
 
-def first(result: object) -> Tensor:
-    value = result if isinstance(result, Tensor) else result[0]  # type: ignore[index]
-    assert isinstance(value, Tensor)
-    return value
+def wanted(made: Case, feeds: Mapping[str, Tensor]) -> list[np.ndarray]:
+    return [result.numpy() for result in made.chosen(made.module(**feeds))]
 
 
 @families
 def test_onnx_runtime_equals_torch_at_traced_and_other_sizes(family: str) -> None:
-    module, _, graph = made(family)
+    made, graph = single(family)
     for candidate in (graph, finished(graph)):
         onnx.checker.check_model(candidate.to_proto(), full_check=True)
         for feeds in inputs(family):
-            want = first(module(**feeds)).numpy()
-            check_parity(run(candidate, feeds), [want], bound=BOUND, what=family)
+            check_parity(run(candidate, feeds), wanted(made, feeds), bound=BOUND, what=family)
 
 
 @families
 def test_every_parameter_can_be_edited_alone(family: str) -> None:
     """All of them at once get values of their own: equal ones and folded ones would show."""
-    module, program, graph = made(family)
-    names = {n for n, _ in program.tensors.values()}
+    made, graph = single(family)
+    names = {n for n, _ in made.program.tensors.values()}
     generator = torch.Generator().manual_seed(1)
     state = {}
-    for name, old in module.state_dict().items():
+    for name, old in made.module.state_dict().items():
         noise = torch.rand(old.shape, generator=generator) * 0.4 + 0.8
         if name in names and old.is_floating_point():
             state[name] = old * noise
@@ -121,17 +109,18 @@ def test_every_parameter_can_be_edited_alone(family: str) -> None:
         assert edited.arrays[stored].shape == (value.T if turned else value).shape
         edited.arrays[stored] = (value.T if turned else value).numpy()
     feeds = ZOO[family].example()
-    want = first(functional_call(module, state, (), feeds)).numpy()
-    check_parity(run(finished(edited), feeds), [want], bound=BOUND, what=family)
+    want = [t.numpy() for t in made.chosen(functional_call(made.module, state, (), feeds))]
+    check_parity(run(finished(edited), feeds), want, bound=BOUND, what=family)
     with pytest.raises(AssertionError):
-        np.testing.assert_allclose(want, first(module(**feeds)).numpy(), rtol=1e-2)
+        np.testing.assert_allclose(want[0], wanted(made, feeds)[0], rtol=1e-2)
 
 
 @pytest.mark.parametrize(
     "family", ["cifar-resnet8", "groupnorm", "shufflenet", "yolo", "gpt2", "llama", "t5", "swin"]
 )
 def test_results_name_the_values_that_traced_nodes_compute(family: str) -> None:
-    _module, program, graph = made(family)
+    made, graph = single(family)
+    program = made.program
     feeds = ZOO[family].example()
     values: dict[str, object] = {}
 
@@ -142,23 +131,23 @@ def test_results_name_the_values_that_traced_nodes_compute(family: str) -> None:
 
     exported = program.exported.module()
     Recorder(exported).run(*feeds.values())
-    wanted = {
+    held = {
         name: value
         for name, value in graph.results.items()
         if isinstance(values.get(name), Tensor) and value not in graph.outputs()
     }
     # of what a fusion took in, nothing is left
-    assert len(wanted) > 0.4 * sum(n.op == "call_function" for n in program.nodes)
+    assert len(held) > 0.4 * sum(n.op == "call_function" for n in program.nodes)
     inner = graph.copy()
     inner.proto = onnx.ModelProto()
     inner.proto.CopyFrom(graph.proto)
-    for value in dict.fromkeys(wanted.values()):
+    for value in dict.fromkeys(held.values()):
         shape = [None] * len(graph.shapes[value])
         inner.proto.graph.output.append(
             helper.make_tensor_value_info(value, graph.types[value], shape)
         )
     got = dict(zip([o.name for o in inner.proto.graph.output], run(inner, feeds), strict=True))
-    for name, value in wanted.items():
+    for name, value in held.items():
         expected = values[name].numpy()  # type: ignore[attr-defined]
         if expected.dtype == np.float32 and np.abs(expected).max(initial=0.0) < 1e9:
             check_parity([got[value]], [expected], bound=BOUND, what=name)
@@ -172,7 +161,7 @@ def test_results_name_the_values_that_traced_nodes_compute(family: str) -> None:
 
 @pytest.mark.parametrize("family", EXPECTED)
 def test_graphs_hold_the_operators_that_run_fast(family: str) -> None:
-    graph = finished(made(family)[2])
+    graph = finished(single(family)[1])
     graph.nodes = list(graph.to_proto().graph.node)
     counts = graph.op_counts()
     assert {op: counts[op] for op in EXPECTED[family]} == EXPECTED[family]
@@ -180,7 +169,7 @@ def test_graphs_hold_the_operators_that_run_fast(family: str) -> None:
 
 @families
 def test_graphs_are_of_the_standard_domain_and_say_nothing_of_their_making(family: str) -> None:
-    graph = finished(made(family)[2])
+    graph = finished(single(family)[1])
     proto = graph.to_proto()
     assert {o.domain for o in proto.opset_import} <= {"", "ai.onnx"}
     assert not any(n.metadata_props for n in proto.graph.node)
@@ -193,7 +182,7 @@ def test_graphs_are_of_the_standard_domain_and_say_nothing_of_their_making(famil
 
 @families
 def test_a_graph_for_tensorrt_equals_torch_and_keeps_names_types_and_axes(family: str) -> None:
-    module, _, dense = made(family)
+    made, dense = single(family)
     lowered = dense.copy()
     lower_(lowered)
     graph = emit(dense, Edit(), maxima={})
@@ -203,7 +192,7 @@ def test_a_graph_for_tensorrt_equals_torch_and_keeps_names_types_and_axes(family
     assert list(proto.graph.output) == list(dense.proto.graph.output)
     sizes = {"length": 9} if ZOO[family].modality == "text" else {}
     for feeds in (ZOO[family].example(), ZOO[family].example(batch=3, seed=2, **sizes)):
-        want = [first(module(**feeds)).numpy()]
+        want = wanted(made, feeds)
         check_parity(run(lowered, feeds), want, bound=BOUND, what="in fp32")
         bound = AMPLIFY.get(family, IN_HALF)
         check_parity(run(graph, feeds), want, bound=bound, what="in fp16")
@@ -211,7 +200,7 @@ def test_a_graph_for_tensorrt_equals_torch_and_keeps_names_types_and_axes(family
 
 @families
 def test_in_a_graph_for_tensorrt_products_and_norms_are_in_fp16(family: str) -> None:
-    dense = made(family)[2]
+    _, dense = single(family)
     graph = emit(dense, Edit(), maxima={})
     proto = graph.to_proto()
     assert {o.domain: o.version for o in proto.opset_import} == {"": 20}
@@ -231,7 +220,7 @@ def test_in_a_graph_for_tensorrt_products_and_norms_are_in_fp16(family: str) -> 
 @needs_rtx
 @families
 def test_tensorrt_builds_the_graph_of_every_family(family: str) -> None:
-    graph = emit(made(family)[2], Edit(), maxima={})
+    graph = emit(single(family)[1], Edit(), maxima={})
     shapes = {name: tuple(t.shape) for name, t in ZOO[family].example().items()}
     workload = Workload(sequence_length=None, input_shapes=shapes)
     built = build_engine(

@@ -17,6 +17,7 @@ from zipc.exporters.site_graph import extract
 from zipc.exporters.specialise import Edit, Int8Weights, specialise
 from zipc.numerics.int8 import quantize_weight
 
+pytestmark = pytest.mark.xdist_group("encoders")
 families = pytest.mark.parametrize(
     "family", ["bert", "bert-classifier", "distilbert", "albert", "mpnet"]
 )

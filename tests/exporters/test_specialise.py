@@ -42,6 +42,7 @@ FP32 = 1e-4
 # normalised, of size about 1 to 3.
 INT8_MEAN, INT8_MAX = 5e-3, 0.25
 
+pytestmark = pytest.mark.xdist_group("encoders")
 families = pytest.mark.parametrize("family", FAMILIES)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
@@ -20,13 +19,6 @@ from zipc.profiler.remote import Host, RemoteDevice, RemoteProcess
 from zipc.profiler.timing import interleave, warm_up
 
 BOARD = Host(loopback.ALIAS, sys.executable)
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[loopback.Sshd]:
-    sshd = loopback.start(tmp_path_factory.mktemp("sshd"))
-    yield sshd
-    sshd.stop()
 
 
 @pytest.fixture(autouse=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -17,6 +15,7 @@ from tests.three_ways import (
     by_onnx,
     by_program,
     case_of,
+    double,
     feeds_of,
     gap,
     inert,
@@ -33,13 +32,7 @@ from tests.zoo.adversarial import ADVERSARIES, SOLVABLE
 from tests.zoo.random_graphs import graphs
 from zipc.core.errors import UnsupportedModel
 
-# What no rule describes is pinned; what is left of these graphs is the width behind the trap.
-BEHIND = ("conv2", "head")
-
-
-@functools.cache
-def double(name: str) -> Case:
-    return case_of(ADVERSARIES[name])
+pytestmark = pytest.mark.xdist_group("zoo")
 
 
 def prove(made: Case, family: Family, *, seeds: int = 3) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 from dataclasses import replace
 
 import onnxruntime as ort
@@ -13,9 +12,8 @@ from torch import Tensor
 
 from tests.three_ways import (
     IN_ONNX,
-    all_exported,
     by_onnx,
-    case_of,
+    double,
     feeds_of,
     gap,
     inert,
@@ -24,15 +22,15 @@ from tests.three_ways import (
     random_sets,
     relative_gap,
     run_onnx,
+    single,
     single_units,
     tolerance,
     whole_sites,
 )
-from tests.tiny_models import Case, Kept, edit_of, everything, random_kept
+from tests.tiny_models import Kept, edit_of, everything, random_kept
 from tests.zoo import ZOO
 from zipc import build
 from zipc.core.types import Allocation, Level
-from zipc.exporters.graph import OnnxGraph
 from zipc.exporters.site_graph import extract
 from zipc.exporters.specialise import specialise
 from zipc.pruner.compensate.propagate import propagate
@@ -43,6 +41,7 @@ from zipc.pruner.graph.sites import sizes_at
 from zipc.pruner.ladder import sweep_site
 from zipc.pruner.levels import Levels, variant_of
 
+pytestmark = pytest.mark.xdist_group("zoo")
 families = pytest.mark.parametrize("name", ZOO)
 NOTICED = 3e-4  # of outputs of size 1: what the least important unit of the zoo changes and more
 PER_SITE = 2  # units tried in ONNX Runtime at each site, the first and the last; all if slow
@@ -89,17 +88,6 @@ SITES: dict[str, str] = {
     "convnext": "w8 f32+ f32+ w12 f48+ f48+",
     "resnet": "c6+ c3+ c3+ w12 c3+ c3+ c4+ c4+ w16 c4+ c4+",
 }
-
-
-@functools.cache
-def double(name: str) -> Case:
-    return case_of(ZOO[name])
-
-
-@functools.cache
-def single(name: str) -> tuple[Case, OnnxGraph]:
-    made = case_of(ZOO[name], torch.float32)
-    return made, all_exported(made, ZOO[name])
 
 
 def prove(name: str, kept: Kept, feeds: dict[str, Tensor]) -> list[Tensor]:

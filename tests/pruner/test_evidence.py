@@ -10,6 +10,8 @@ from tests.tiny_models import FAMILIES, Case, build, case, randomise_, text, tra
 from zipc.core.errors import UsageError
 from zipc.pruner.evidence import SAMPLE_ROWS, InputStats, collect
 
+pytestmark = pytest.mark.xdist_group("encoders")
+
 
 def seen(made: Case, batches: list[dict[str, Tensor]], module: str) -> Tensor:
     """All unpadded rows that reach a module, over all of its calls, in fp64."""

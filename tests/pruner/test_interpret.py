@@ -25,6 +25,7 @@ from tests.tiny_models import (
 from zipc.pruner.graph.interpret import Variant
 
 EXACT = 1e-10
+pytestmark = pytest.mark.xdist_group("encoders")
 families = pytest.mark.parametrize("family", FAMILIES)
 
 

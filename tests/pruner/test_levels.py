@@ -19,6 +19,7 @@ from zipc.pruner.levels import Levels, MapState, States
 from zipc.pruner.obs import Sweep
 
 FAMILY_NAMES = ["bert", "bert-classifier", "distilbert", "albert", "mpnet"]
+pytestmark = pytest.mark.xdist_group("encoders")
 families = pytest.mark.parametrize("family", FAMILY_NAMES)
 
 

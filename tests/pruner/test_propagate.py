@@ -17,6 +17,7 @@ from zipc.pruner.graph.interpret import Variant
 from zipc.pruner.ladder import sweep_site
 from zipc.pruner.levels import Levels, MapState, variant_of
 
+pytestmark = pytest.mark.xdist_group("encoders")
 RIDGE = 0.03
 
 

@@ -19,6 +19,7 @@ from tests.tiny_models import (
 from zipc.pruner.graph.interpret import Variant
 
 EXACT = 1e-10  # every family computes in float64 from end to end
+pytestmark = pytest.mark.xdist_group("encoders")
 families = pytest.mark.parametrize("family", FAMILIES)
 
 

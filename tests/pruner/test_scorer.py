@@ -18,6 +18,7 @@ from zipc.pruner.graph.interpret import Variant
 from zipc.pruner.ladder import sweep_site
 from zipc.pruner.levels import Levels
 
+pytestmark = pytest.mark.xdist_group("encoders")
 NUMERICS = ("fp32", DYNAMIC, STATIC)
 
 

@@ -32,6 +32,7 @@ from zipc.exporters.specialise import specialise
 from zipc.pruner.graph.interpret import Variant
 from zipc.pruner.graph.sites import find_sites
 
+pytestmark = pytest.mark.xdist_group("encoders")
 WIDTH = 16
 IDS = torch.randint(0, 40, (2, 6), generator=torch.Generator().manual_seed(0))
 

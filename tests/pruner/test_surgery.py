@@ -27,6 +27,7 @@ from zipc.core.errors import CorruptFile
 from zipc.numerics.int8 import DYNAMIC, STATIC, Int8Linear
 from zipc.pruner.graph import surgery
 
+pytestmark = pytest.mark.xdist_group("encoders")
 families = pytest.mark.parametrize("family", FAMILIES)
 
 

@@ -22,7 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from tests.command_line import Run, command_line
+from tests.command_line import Run
 from zipc.cli.bench import pairs_within
 from zipc.cli.flags import parse_latency, parse_seconds, parse_speedup
 from zipc.cli.printing import show_manifest
@@ -53,11 +53,6 @@ from zipc.manifest import (
 ROOT = Path(__file__).parents[2]
 SHA = "ab" * 32
 COMPILE = ["compile", "minilm", "--speedup", "2x", "--data", "d", "-o", "OUT"]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    return command_line(capsys)
 
 
 @pytest.fixture

@@ -34,16 +34,15 @@ from zipc.pruner.graph.interpret import Variant
 from zipc.stage_cache import StageCache
 from zipc.targets import load_target
 
-FAMILIES = ["gpt2", "opt", "llama", "qwen2", "mistral", "mixtral"]
-
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("folders")
 
 
-def prepared(folders: Path, family: str) -> Prepared:
-    path = family_folder(folders, family)
+@pytest.fixture(scope="module", params=["gpt2", "opt", "llama", "qwen2", "mistral", "mixtral"])
+def prepared(folders: Path, request: pytest.FixtureRequest) -> Prepared:
+    path = family_folder(folders, request.param)
     source = with_cache(load_source(str(path)))
     asked = settle(Request(model=str(path), phase="decode"), source)
     return prepare(source, asked, cache=StageCache(folders / "cache"), progress=Silent())
@@ -75,11 +74,8 @@ def opened(model: bytes | Path) -> ort.InferenceSession:
 
 
 @pytest.mark.parametrize("width", ["all", "half", "none", "first layer none"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_cut_graph_decodes_what_the_cut_network_reads(
-    folders: Path, family: str, width: str
-) -> None:
-    made = prepared(folders, family)
+def test_a_cut_graph_decodes_what_the_cut_network_reads(prepared: Prepared, width: str) -> None:
+    made = prepared
     first = next(iter(made.sites))
     levels = {}
     for name, site in made.sites.items():

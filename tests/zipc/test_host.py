@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,8 @@ from typing import Any
 import pytest
 
 from tests import fake_trtexec, loopback
-from tests.command_line import Run, command_line
-from tests.tiny_project import Told, model_folder, pairs_file, request, small_effort
+from tests.command_line import Run
+from tests.tiny_project import Told, request, small_effort
 from zipc import pricing
 from zipc.cli.flags import read_hosts
 from zipc.core.errors import RemoteError, UsageError
@@ -26,19 +25,6 @@ from zipc.pipeline import compile_model
 from zipc.profiler import remote
 from zipc.profiler.device import LocalDevice
 from zipc.profiling import profile_model
-
-
-@pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    root = tmp_path_factory.mktemp("project")
-    return model_folder(root / "model"), pairs_file(root / "pairs.csv")
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[loopback.Sshd]:
-    sshd = loopback.start(tmp_path_factory.mktemp("sshd"))
-    yield sshd
-    sshd.stop()
 
 
 @pytest.fixture(autouse=True)
@@ -69,16 +55,16 @@ class CutOff(Told):
             cut()
 
 
-def asked(project: tuple[Path, Path], tmp_path: Path, **rest: Any) -> Request:
+def asked(sources: tuple[Path, Path], tmp_path: Path, **rest: Any) -> Request:
     board = {"host": loopback.ALIAS, "host_python": sys.executable, "speedup": 1.2}
-    return request(*project, tmp_path / "out", tmp_path / "cache", **(board | rest))
+    return request(*sources, tmp_path / "out", tmp_path / "cache", **(board | rest))
 
 
 def test_a_compile_is_measured_on_the_board_through_a_lost_connection(
-    project: tuple[Path, Path], tmp_path: Path, server: loopback.Sshd
+    sources: tuple[Path, Path], tmp_path: Path, server: loopback.Sshd
 ) -> None:
     progress = CutOff(server.drop_connections)
-    manifest = compile_model(asked(project, tmp_path), progress=progress)
+    manifest = compile_model(asked(sources, tmp_path), progress=progress)
     out = tmp_path / "out"
     assert Manifest.read(out) == manifest
     assert manifest.verdict in ("validated", "inconclusive", "missed")
@@ -92,11 +78,11 @@ def test_a_compile_is_measured_on_the_board_through_a_lost_connection(
 
 
 def test_the_table_of_a_board_serves_that_board_alone(
-    project: tuple[Path, Path], tmp_path: Path
+    sources: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    first = profile_model(asked(project, tmp_path), progress=Told())
-    again = profile_model(asked(project, tmp_path), progress=Told())
-    other = profile_model(asked(project, tmp_path, host=loopback.OTHER), progress=Told())
+    first = profile_model(asked(sources, tmp_path), progress=Told())
+    again = profile_model(asked(sources, tmp_path), progress=Told())
+    other = profile_model(asked(sources, tmp_path, host=loopback.OTHER), progress=Told())
     assert (first.from_cache, again.from_cache, other.from_cache) == (False, True, False)
     assert first.table_path == again.table_path != other.table_path
     assert first.table_path.parts[-3] == "cpu@board"
@@ -104,16 +90,15 @@ def test_the_table_of_a_board_serves_that_board_alone(
 
 
 def test_boards_are_profiled_at_once_and_one_that_fails_stops_no_other(
-    project: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    sources: tuple[Path, Path], tmp_path: Path, run: Run
 ) -> None:
-    run: Run = command_line(capsys)
     inventory = tmp_path / "boards"
     inventory.write_text(
         f"# of the lab\n{loopback.OTHER} {sys.executable}  # by another name\n\n"
         "no-such-board.invalid\n"
     )
     code, out, err = run(
-        *("profile", str(project[0]), "--sequence-length", "16", "--effort", "quick"),
+        *("profile", str(sources[0]), "--sequence-length", "16", "--effort", "quick"),
         *("--host", loopback.ALIAS, "--host-python", sys.executable, "--hosts", str(inventory)),
         *("--cache-dir", str(tmp_path / "cache"), "--format", "json"),
     )
@@ -129,10 +114,7 @@ def test_boards_are_profiled_at_once_and_one_that_fails_stops_no_other(
     assert err.count("trace ...") == 1
 
 
-def test_boards_none_of_which_is_reached_load_no_model(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run: Run = command_line(capsys)
+def test_boards_none_of_which_is_reached_load_no_model(tmp_path: Path, run: Run) -> None:
     hosts = ("no-such-board.invalid", "nor-this.invalid")
     code, out, _ = run(
         "profile", str(tmp_path / "none"), *(w for h in hosts for w in ("--host", h))
@@ -150,10 +132,7 @@ def test_boards_none_of_which_is_reached_load_no_model(
         (("profile", "minilm", "--host", "b"), "Board b is named twice"),
     ],
 )
-def test_a_verb_for_one_board_says_so(
-    verb: tuple[str, ...], told: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run: Run = command_line(capsys)
+def test_a_verb_for_one_board_says_so(verb: tuple[str, ...], told: str, run: Run) -> None:
     code, _, err = run(*verb, "--host", "a", "--host", "b")
     assert code == 2
     assert told in err
@@ -169,7 +148,7 @@ def test_an_inventory_that_names_no_board_is_refused(tmp_path: Path, text: str |
 
 
 def test_a_board_that_vanishes_costs_nothing_that_was_measured(
-    project: tuple[Path, Path],
+    sources: tuple[Path, Path],
     tmp_path: Path,
     tmp_path_factory: pytest.TempPathFactory,
     monkeypatch: pytest.MonkeyPatch,
@@ -178,31 +157,27 @@ def test_a_board_that_vanishes_costs_nothing_that_was_measured(
     doomed = loopback.start(tmp_path_factory.mktemp("doomed"))
     monkeypatch.setenv("ZIPC_SSH", doomed.command)
     with pytest.raises(RemoteError, match="nothing answers"):
-        profile_model(asked(project, tmp_path), progress=CutOff(doomed.vanish))
+        profile_model(asked(sources, tmp_path), progress=CutOff(doomed.vanish))
     monkeypatch.setenv("ZIPC_SSH", server.command)  # the same board, switched on again
     told = Told()
-    result = profile_model(asked(project, tmp_path), progress=told)
+    result = profile_model(asked(sources, tmp_path), progress=told)
     reused = [int(line.split()[0]) for line in told.infos if "prices reused" in line]
     assert reused
     assert 0 < reused[0] < result.entries
 
 
-def test_threads_are_those_of_the_board(project: tuple[Path, Path], tmp_path: Path) -> None:
+def test_threads_are_those_of_the_board(sources: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="processors of board"):
-        profile_model(asked(project, tmp_path, threads=100_000), progress=Told())
+        profile_model(asked(sources, tmp_path, threads=100_000), progress=Told())
 
 
-def test_an_unknown_board_ends_before_anything_is_loaded(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run: Run = command_line(capsys)
+def test_an_unknown_board_ends_before_anything_is_loaded(tmp_path: Path, run: Run) -> None:
     code, _, err = run("profile", str(tmp_path / "none"), "--host", "no-such-board.invalid")
     assert code == 2
     assert "there is no such host" in err
 
 
-def test_doctor_looks_at_a_board(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run: Run = command_line(capsys)
+def test_doctor_looks_at_a_board(tmp_path: Path, run: Run) -> None:
     fake_trtexec.install(tmp_path, major="11")
     board = ("--host", loopback.ALIAS, "--host-python", fake_trtexec.python_beside(tmp_path))
     code, out, _ = run("doctor", "--target", "orin", *board, "--format", "json")
@@ -221,8 +196,7 @@ def test_doctor_looks_at_a_board(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert (code, "there is no such host" in " ".join(out.split())) == (2, True)
 
 
-def test_a_target_of_another_runtime_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    run: Run = command_line(capsys)
+def test_a_target_of_another_runtime_is_refused(run: Run) -> None:
     code, _, err = run("profile", "minilm", "--target", "orin", "--host", "board", "--dry-run")
     assert code == 2
     assert "tensorrt" in err

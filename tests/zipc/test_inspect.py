@@ -15,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from transformers import BertConfig, BertModel
 
 import zipc
+from tests.command_line import Run
 from zipc.core.errors import ExportMismatch, UnsupportedModel, UsageError
 from zipc.inspect import inspect_model, inspect_onnx
 
@@ -100,64 +101,54 @@ def test_what_is_left_alone_has_a_path_and_a_reason(bare: Path) -> None:
     assert {site["kind"] for site in found["sites"]} == {"ffn"}
 
 
-def test_command_line_prints_one_json_document_about_a_model(bare: Path) -> None:
-    command = [sys.executable, "-m", "zipc", "inspect", str(bare), "--format", "json"]
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
-    document = json.loads(ran.stdout)
+def test_command_line_prints_one_json_document_about_a_model(bare: Path, run: Run) -> None:
+    code, out, _ = run("inspect", str(bare), "--format", "json")
+    assert code == 0
+    document = json.loads(out)
     assert len(document["sites"]) == 4
     assert all(set(part) == {"path", "reason"} for part in document["left_alone"])
 
 
-def test_command_line_inspects_a_model_of_the_users_own_file(tmp_path: Path) -> None:
+def test_command_line_inspects_a_model_of_the_users_own_file(tmp_path: Path, run: Run) -> None:
     (tmp_path / "nets.py").write_text(
         "from torch import nn\n"
         "def net(): return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))\n"
         "def bad(): raise ValueError('out of luck')\n"
     )
-    command = [sys.executable, "-m", "zipc", "inspect", "--format", "json"]
-    shapes = ["--input-shapes", "input:2x8"]
-    ran = subprocess.run(
-        [*command, f"{tmp_path}/nets.py:net", *shapes], cwd=ROOT, capture_output=True, text=True
-    )
-    assert ran.returncode == 0, ran.stderr
-    document = json.loads(ran.stdout)
+    flags = ("--input-shapes", "input:2x8", "--format", "json")
+    code, out, _ = run("inspect", f"{tmp_path}/nets.py:net", *flags)
+    assert code == 0
+    document = json.loads(out)
     assert document["inputs"] == ["input"]
     assert document["input_shapes"] == {"input": ["batch", 8]}
     assert document["outputs"] == ["output"]
     assert document["max_length"] is None
     assert [site["units"] for site in document["sites"]] == [16]
-    ran = subprocess.run(
-        [*command, f"{tmp_path}/nets.py:bad", *shapes], cwd=ROOT, capture_output=True, text=True
-    )
-    assert ran.returncode == 2
-    message = json.loads(ran.stdout)["error"]["message"]
+    code, out, err = run("inspect", f"{tmp_path}/nets.py:bad", *flags)
+    assert code == 2
+    message = json.loads(out)["error"]["message"]
     assert "nets.py:bad, called without arguments, raised ValueError: out of luck" in message
     assert "nets.py, line 3, in bad" in message
-    assert "Traceback" not in ran.stderr
+    assert "Traceback" not in err
 
 
-def test_what_torch_export_does_not_follow_is_traced_by_torch_fx_and_said(tmp_path: Path) -> None:
+def test_what_torch_export_does_not_follow_is_traced_by_torch_fx_and_said(
+    tmp_path: Path, run: Run
+) -> None:
     (tmp_path / "nets.py").write_text(BRANCHES)
-    command = [sys.executable, "-m", "zipc", "inspect", f"{tmp_path}/nets.py:net", "--no-latency"]
-    ran = subprocess.run(
-        [*command, "--input-shapes", "x:1x16", "--format", "json"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    found = json.loads(ran.stdout)
+    words = ("inspect", f"{tmp_path}/nets.py:net", "--no-latency", "--input-shapes", "x:1x16")
+    _, out, err = run(*words, "--format", "json")
+    found = json.loads(out)
     assert [site["units"] for site in found["sites"]] == [32]
     assert any("traced by torch.fx" in note for note in found["notes"])
-    assert "def forward" not in ran.stderr
+    assert "def forward" not in err
 
 
-def test_folder_that_is_neither_model_nor_output_is_refused(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "zipc", "inspect", str(tmp_path)]
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert ran.returncode == 2
-    assert "is not a finished compile" in ran.stderr
-    assert "Traceback" not in ran.stderr
+def test_folder_that_is_neither_model_nor_output_is_refused(tmp_path: Path, run: Run) -> None:
+    code, _, err = run("inspect", str(tmp_path))
+    assert code == 2
+    assert "is not a finished compile" in err
+    assert "Traceback" not in err
 
 
 def test_onnx_file_gives_opset_ops_parameters_and_integer_products(tmp_path: Path) -> None:

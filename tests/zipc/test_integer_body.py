@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import zipc
-from tests.three_ways import all_exported, case_of
+from tests.three_ways import single
 from tests.tiny_project import Told, fake_clock, keep_timing_here, request, small_effort
 from tests.zoo import ZOO
 from zipc.build import FP32_BOUND, INT8_BOUND
@@ -198,13 +198,14 @@ def _stop(prepared: Any, *_: Any, **rest: Any) -> None:
     raise _Stopped(prepared)
 
 
+@pytest.mark.xdist_group("zoo")
 @pytest.mark.parametrize("ranges", ["minmax", "percentile"])
 @pytest.mark.parametrize(
     "family", ["cifar-resnet8", "vgg", "mobilenet-v2", "mobilenet-v3", "densenet", "unet", "yolo"]
 )
 def test_networks_of_convolutions_keep_their_outputs(family: str, ranges: str) -> None:
-    made = case_of(ZOO[family], torch.float32)
-    dense = specialise(all_exported(made, ZOO[family]), Edit()).to_bytes()
+    made, graph = single(family)
+    dense = specialise(graph, Edit()).to_bytes()
     feeds = {k: v.numpy() for k, v in ZOO[family].example(batch=8).items()}
     body = IntegerBody(Workload(2, None, 1, {k: v.shape for k, v in feeds.items()}))
     body = replace(body.calibrated_on([feeds]), ranges=ranges)

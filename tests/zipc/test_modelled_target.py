@@ -6,7 +6,6 @@ import importlib.util
 import json
 import math
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,8 +13,8 @@ import onnx
 import pytest
 from onnx import TensorProto
 
-from tests.command_line import Run, command_line
-from tests.tiny_project import Told, model_folder, pairs_file, request, small_effort
+from tests.command_line import Run
+from tests.tiny_project import Told, request
 from zipc import groundwork, pipeline
 from zipc.bench import bench
 from zipc.cli.compile import verdict_exit_code
@@ -31,6 +30,8 @@ from zipc.pricing import Prices
 from zipc.profiling import profile_model
 from zipc.targets import load_target
 
+pytestmark = pytest.mark.usefixtures("little_effort")
+
 
 @dataclass
 class Project:
@@ -41,26 +42,14 @@ class Project:
     manifest: Manifest
 
 
-@pytest.fixture(scope="module", autouse=True)
-def little_effort() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        small_effort(patch)
-        yield
-
-
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    root = tmp_path_factory.mktemp("modelled")
-    model, data = model_folder(root / "model"), pairs_file(root / "pairs.csv")
+def project(sources: tuple[Path, Path], little_effort: None) -> Project:
+    model, data = sources
+    root = model.parent
     asked = request(model, data, root / "out", root / "cache", target="a100", speedup=1.5)
     asked = replace(asked, layout="triton")
     manifest = compile_model(asked, progress=Told())
     return Project(model, data, root / "cache", root / "out", manifest)
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    return command_line(capsys)
 
 
 def test_a_compile_ends_predicted_with_an_interval(project: Project) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,7 @@ import pytest
 import zipc.turns as turns
 from tests.tiny_project import (
     Told,
-    fake_clock,
-    model_folder,
-    pairs_file,
     request,
-    small_effort,
 )
 from zipc.bench import bench
 from zipc.build import INT8_BOUND
@@ -42,19 +37,13 @@ from zipc.targets import load_target, on_runtime, requested_target
 pytest.importorskip("openvino", reason="OpenVINO is not installed")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def exact_times() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        fake_clock(patch)
-        small_effort(patch)
-        yield
+pytestmark = pytest.mark.usefixtures("exact_times")
 
 
 @pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+def parts(sources: tuple[Path, Path]) -> tuple[Path, Path, Path]:
     """A model, data and a cache."""
-    folder = tmp_path_factory.mktemp("openvino")
-    return model_folder(folder / "model"), pairs_file(folder / "pairs.csv"), folder / "cache"
+    return *sources, sources[0].with_name("cache")
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 import zipc
-from tests.command_line import Run, command_line
-from tests.tiny_project import Told, fake_clock, model_folder, pairs_file, request, small_effort
+from tests.command_line import Run
+from tests.tiny_project import Told, fake_clock, request
 from zipc.clock import Clock
 from zipc.core.errors import UsageError
 from zipc.core.types import Allocation, Level
@@ -31,20 +30,12 @@ from zipc.pipeline import compile_model, plan_model
 from zipc.pricing import Prices
 from zipc.targets import load_target, shipped_files
 
-
-@pytest.fixture(scope="module", autouse=True)
-def little_effort() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        small_effort(patch)
-        yield
+pytestmark = pytest.mark.usefixtures("little_effort")
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("patterns")
-    model_folder(root / "model")
-    pairs_file(root / "pairs.csv")
-    return root
+def root(sources: tuple[Path, Path], little_effort: None) -> Path:
+    return sources[0].parent
 
 
 def compiled(root: Path, name: str, **asked: object) -> Manifest:
@@ -90,9 +81,9 @@ def test_the_manifest_records_request_and_pattern(root: Path, whole: Manifest) -
 
 
 def test_inspect_shows_the_pattern_and_how_trtexec_uses_it(
-    root: Path, whole: Manifest, capsys: pytest.CaptureFixture[str]
+    root: Path, whole: Manifest, run: Run
 ) -> None:
-    code, out, _ = command_line(capsys)("inspect", str(root / "whole"))
+    code, out, _ = run("inspect", str(root / "whole"))
     assert code == 0
     assert "fp16 2:4" in out
     assert "--sparsity=enable" in (root / "whole" / "build.sh").read_text()
@@ -165,9 +156,8 @@ def test_on_a_processor_it_is_never_offered_and_the_report_says_why(
 )
 @pytest.mark.parametrize("verb", ["compile", "plan"])
 def test_asking_for_it_where_it_gains_nothing_is_an_error(
-    root: Path, capsys: pytest.CaptureFixture[str], target: str, said: str, verb: str
+    root: Path, run: Run, target: str, said: str, verb: str
 ) -> None:
-    run: Run = command_line(capsys)
     flags = ["--speedup", "2x", "--data", str(root / "pairs.csv"), "--pattern", "2:4", "--dry-run"]
     flags += ["-o", str(root / "x")] if verb == "compile" else []
     code, _, err = run(verb, str(root / "model"), "--target", target, *flags)

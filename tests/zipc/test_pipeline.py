@@ -6,7 +6,6 @@ import errno
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,13 +26,11 @@ from tests.tiny_project import (
     SETTINGS,
     Killed,
     Told,
-    fake_clock,
     labels_file,
     model_folder,
     pairs_file,
     request,
     sentences,
-    small_effort,
 )
 from zipc.build import FP32_BOUND, INT8_BOUND
 from zipc.core.errors import TargetUnreachable, UsageError
@@ -50,6 +47,7 @@ from zipc.proof import paired_timing
 from zipc.pruner.graph.sites import Structure, without
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.usefixtures("exact_times")
 FILES = {
     "manifest.json",
     "model.onnx",
@@ -79,18 +77,10 @@ class Project:
         return compile_model(request(out=out, **rest), progress=told or Told())
 
 
-@pytest.fixture(scope="module", autouse=True)
-def exact_times() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        fake_clock(patch)
-        small_effort(patch)
-        yield
-
-
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory, exact_times: None) -> Project:
-    folder = tmp_path_factory.mktemp("project")
-    model, data = model_folder(folder / "model"), pairs_file(folder / "pairs.csv")
+def project(sources: tuple[Path, Path], exact_times: None) -> Project:
+    model, data = sources
+    folder = model.parent
     out, cache, told = folder / "out", folder / "cache", Told()
     manifest = compile_model(request(model, data, out, cache), progress=told)
     return Project(model, data, cache, out, manifest, told)

@@ -8,18 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.command_line import Run, command_line
+from tests.command_line import Run
 from tests.price_tables import made
 from zipc.core.types import Level, Workload
 from zipc.latency_tables.compare import compare, dominated
 from zipc.latency_tables.store import TableStore, read_table
 
 PRICES = {(8, "fp32"): 0.8, (4, "fp32"): 0.5, (2, "fp32"): 0.6, (4, "int8-static"): 0.2}
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    return command_line(capsys)
 
 
 @pytest.fixture

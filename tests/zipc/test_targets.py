@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.command_line import Run, command_line
+from tests.command_line import Run
 from zipc.core.errors import UsageError
 from zipc.numerics.int8 import DYNAMIC, STATIC
 from zipc.targets import SUPPORTED, load_target, shipped_files, target_files
@@ -22,11 +22,6 @@ DESK = f'{OWN}numerics = ["fp32"]\nwidth_step = 8\ndescription = "on my desk"\n'
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("ZIPC_CONFIG_DIR", str(tmp_path / "config"))
     return tmp_path / "config"
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    return command_line(capsys)
 
 
 def test_supported_numerics_are_the_implemented_ones() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.command_line import command_line
+from tests.command_line import Run
 from tests.zipc.test_cli import manifest
 from tests.zipc.test_proof import Fake, Scripted, _matmul
 from zipc.bench import bench
@@ -101,9 +101,9 @@ def test_prices_of_another_device_are_said_to_be_that_until_the_next_compile(
 
 
 def test_what_was_measured_on_a_board_is_not_timed_here_before_it_is_validated_here(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, run: Run
 ) -> None:
-    out, run = tmp_path / "out", command_line(capsys)
+    out = tmp_path / "out"
     made = finished(out)
     prints = {"runtime": "onnxruntime", "host": "board", "machine": "another"}
     latency = made.latency.model_copy(update={"fingerprint": prints})
@@ -145,11 +145,10 @@ def test_what_was_made_for_a_gpu_is_not_timed_on_a_cpu(tmp_path: Path) -> None:
 
 
 def test_the_exit_code_is_that_of_the_verdict(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run
 ) -> None:
     monkeypatch.setattr(LocalDevice, "timer", Scripted.timer)
     monkeypatch.setattr(LocalDevice, "load", Scripted.load, raising=False)
-    run = command_line(capsys)
     for asked, code in ((1.9, 0), (2.2, 1)):
         out = tmp_path / f"out{code}"
         finished(out, request=RequestRecord(model="minilm", speedup=asked))

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests import fake_trtexec, loopback
-from tests.command_line import Run, command_line
+from tests.command_line import Run
 from tests.zipc.test_cli import manifest
 from tests.zipc.test_validation import finished, snapshot
 from zipc.core.types import Artifact
@@ -18,19 +17,9 @@ from zipc.manifest import Manifest, RequestRecord
 NOTE = "Latencies by a roofline model fitted to published figures; nothing was measured"
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[loopback.Sshd]:
-    sshd = loopback.start(tmp_path_factory.mktemp("sshd"))
-    yield sshd
-    sshd.stop()
-
-
-@pytest.fixture
-def run(
-    server: loopback.Sshd, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Run:
+@pytest.fixture(autouse=True)
+def through_loopback(server: loopback.Sshd, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ZIPC_SSH", server.command)
-    return command_line(capsys)
 
 
 def predicted(out: Path, *, asked: float) -> Manifest:

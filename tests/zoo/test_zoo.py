@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._pytree import tree_leaves
 
+from tests.three_ways import double
 from tests.zoo import LONGEST, ZOO, Family
 from tests.zoo.adversarial import ADVERSARIES, SOLVABLE, WIDTH
 from tests.zoo.random_graphs import KINDS, Step, family, graphs
@@ -19,6 +19,7 @@ from tests.zoo.vision import CifarResNet
 from zipc.core.quiet import hush
 
 EVERYTHING = {**ZOO, **ADVERSARIES}
+pytestmark = pytest.mark.xdist_group("zoo")
 everything = pytest.mark.parametrize("name", EVERYTHING)
 families = pytest.mark.parametrize("name", ZOO)
 
@@ -61,17 +62,14 @@ def doubled(feeds: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def exported(made: Family) -> torch.export.ExportedProgram:
     module, feeds = in_float64(made)
-    if made is ADVERSARIES["branch-on-buffer"]:
-        module = fx.symbolic_trace(module)
     with torch.no_grad(), hush():
         return torch.export.export(
             module, (), kwargs=feeds, dynamic_shapes=made.shapes(), strict=False
         )
 
 
-@functools.cache
 def program(name: str) -> torch.export.ExportedProgram:
-    return exported(EVERYTHING[name])
+    return double(name).program.exported
 
 
 def of_other_sizes(made: Family) -> list[dict[str, Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from tests.tiny_folders import FOLDERS, save_family
 from zipc.core.errors import UnsupportedModel, UsageError
 from zipc.core.shapes import parse_input_shapes
 from zipc.model_source import SourceModel, load_source, trace_source
+from zipc.pruner.graph.trace import Program
 from zipc.sources.huggingface import build_module
 
 TEXT = ["input_ids", "attention_mask"]
@@ -69,6 +71,12 @@ def loaded(folders: Path, family: str) -> SourceModel:
     return load_source(str(saved(folders, family)), input_shapes=shapes)
 
 
+@functools.cache
+def traced(folders: Path, family: str) -> tuple[SourceModel, Program]:
+    source = loaded(folders, family)
+    return source, trace_source(source)
+
+
 def stock(folder: Path, source: SourceModel) -> Any:
     """The same weights with the attention and the experts transformers has without zipc."""
     cls = type(source.module)
@@ -113,8 +121,7 @@ def test_family_has_the_inputs_outputs_and_values_of_transformers(
 
 @pytest.mark.parametrize("family", TASKS)
 def test_family_is_traced_for_other_sizes_than_the_example(folders: Path, family: str) -> None:
-    source = loaded(folders, family)
-    program = trace_source(source)
+    source, program = traced(folders, family)
     assert len(program.outputs) == len(source.outputs)
     assert not any(
         "fixed" in note or "only" in note for note in source.notes if "verbs" not in note
@@ -129,7 +136,7 @@ def test_family_is_traced_for_other_sizes_than_the_example(folders: Path, family
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "mistral", "mixtral", "t5"])
 def test_attention_is_one_operation_without_repeated_keys(folders: Path, family: str) -> None:
-    program = trace_source(loaded(folders, family))
+    _, program = traced(folders, family)
     calls = [n for n in program.nodes if "scaled_dot_product" in str(n.target)]
     assert len(calls) == (6 if family == "t5" else 2)
     for call in calls:
