@@ -49,6 +49,7 @@ LOOK_PAIRS = (60, 120, 240)  # a look goes on while its interval is wider than L
 LOOK_SECONDS = 8.0  # and less than this was spent on it
 LOOK_WIDTH = 0.012  # half-width of the log-ratio interval
 TABLE_ERROR = 0.04  # how far a prediction is usually off: a look noisier than this counts for less
+TOLL = 0.1  # by how much less artifacts usually gain under default options, as a log-ratio
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,20 +264,21 @@ def choose(
 
 def _bias(attempts: Sequence[_Attempt]) -> float:
     """By how much predictions are too high near this budget: predicted over measured ratio."""
-    return _drawn(
-        [math.log(a.predicted_ratio * a.speedup) for a in attempts], [a.width for a in attempts]
-    )
+    logs = [math.log(a.predicted_ratio * a.speedup) for a in attempts]
+    return _drawn(logs, [a.width for a in attempts], usual=TABLE_ERROR)
 
 
 def _toll(attempts: Sequence[_Attempt]) -> float:
     """How many times faster than promised an artifact must be, for the promise to hold under the
     default options as well: a small model makes less of many threads than its dense one."""
-    return max(1.0, _drawn([a.toll for a in attempts], [a.toll_width for a in attempts]))
+    logs, widths = [a.toll for a in attempts], [a.toll_width for a in attempts]
+    return max(1.0, _drawn(logs, widths, usual=TOLL))
 
 
-def _drawn(logs: Sequence[float], widths: Sequence[float]) -> float:
-    """The mean over all looks so far, drawn towards 1 as far as they are noisier than the table."""
-    trust = [TABLE_ERROR**2 / (TABLE_ERROR**2 + width**2) for width in widths]
+def _drawn(logs: Sequence[float], widths: Sequence[float], *, usual: float) -> float:
+    """The mean over all looks so far, drawn towards 1 as far as they are noisier than what is
+    looked for usually is."""
+    trust = [usual**2 / (usual**2 + width**2) for width in widths]
     weighted = sum(t * x for t, x in zip(trust, logs, strict=True))
     return math.exp(weighted / (sum(trust) + 0.1))
 

@@ -1,0 +1,36 @@
+"""What the loop learns from its looks."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from zipc.closed_loop import _Attempt, _bias, _toll
+from zipc.core.types import Allocation
+
+
+def look(*, speedup: float = 2.0, width: float = 0.005, toll: float = 1.0, noise: float = 0.01):
+    """An artifact predicted at 2x that gains `toll` times less under default options."""
+    allocation = Allocation({}, 1.0, 0.0)
+    return _Attempt(allocation, speedup, width, 0.5, 0.0, math.log(toll), noise)
+
+
+def test_before_the_first_look_nothing_is_known() -> None:
+    assert _bias([]) == _toll([]) == 1.0
+
+
+def test_predictions_that_are_too_fast_ask_for_less_time() -> None:
+    assert _bias([look(speedup=1.8)]) == pytest.approx(0.9, abs=0.015)
+    assert _bias([look(speedup=2.2)]) == pytest.approx(1.1, abs=0.015)
+
+
+def test_a_noisy_look_counts_for_less() -> None:
+    quiet, noisy = look(speedup=1.8), look(speedup=1.8, width=0.2)
+    assert _bias([quiet]) < _bias([noisy]) < 1.0
+    assert 1.0 < _toll([look(toll=1.2, noise=0.3)]) < _toll([look(toll=1.2)]) <= 1.2
+
+
+def test_gaining_more_under_default_options_gives_nothing_back() -> None:
+    assert _toll([look(toll=0.8)]) == 1.0
+    assert _toll([look(toll=1.3), look(toll=1.1)]) == pytest.approx(1.19, abs=0.02)
