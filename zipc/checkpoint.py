@@ -13,7 +13,7 @@ from zipc.build import rebuild
 from zipc.core.errors import CorruptFile, UsageError, first_line
 from zipc.core.files import read_json
 from zipc.sources.factory import KIND as FACTORY
-from zipc.sources.factory import Factory, find_factory, make_blank
+from zipc.sources.factory import PARTED, Factory, find_factory, make_blank
 from zipc.sources.huggingface import build_module, load_config
 
 
@@ -73,9 +73,14 @@ def _blank(
             f"names code to run. Give it: zipc.load({str(out)!r}, factory=...), the function "
             "itself or 'path/to/file.py:function'."
         )
-    if isinstance(factory, str):
-        return make_blank(find_factory(factory)).float()
-    return make_blank(Factory.of(factory)).float()
+    found = find_factory(factory) if isinstance(factory, str) else Factory.of(factory)
+    try:
+        return make_blank(found, parted=recipe.get(PARTED, ())).float()
+    except (AttributeError, TypeError) as error:
+        raise CorruptFile(
+            f"The module of {_name(factory)} does not fit {out} ({first_line(error)}). Give the "
+            f"factory {recipe.get('factory')}, or compile again."
+        ) from error
 
 
 def _name(factory: str | Callable[[], nn.Module]) -> str:

@@ -25,7 +25,6 @@ from zipc.profiler.device import TimedGraph
 from zipc.profiler.timing import warm_up
 from zipc.proof import default_pairs, paired_speedup
 from zipc.record import make_manifest, read_quality, samples_of
-from zipc.runtimes import runtime_of
 from zipc.shipped import Shipped, layout, ship
 
 LEAST_MORE, MOST_MORE = 1.01, 1.05  # asked for where the first artifact missed by little
@@ -94,7 +93,7 @@ def compile_model(request: Request, *, progress: Progress) -> Manifest:
             setup.samples,
             dense=shipped.reference,
             compiled=shipped.model,
-            runtime=runtime_of(setup.target).runner.runtime,
+            runtime=setup.target.runtime,
             seed=request.seed,
         )
         clock.done()

@@ -131,7 +131,8 @@ def _open(model: Path | bytes, threads: int, runtime: str) -> tuple[Any, str]:
     try:
         session = runner.open(source, runner.options(Workload(threads=threads)))
     except Exception as error:  # errors of runtimes share no base
-        raise UsageError(f"{TITLES[runtime]} cannot load {name}: {_first_line(error)}") from error
+        title = TITLES[runner.runtime]
+        raise UsageError(f"{title} cannot load {name}: {_first_line(error)}") from error
     return session, name
 
 
@@ -141,7 +142,8 @@ def _run(
     try:
         return list(session.run(list(outputs), dict(feeds)))
     except Exception as error:
-        raise UsageError(f"{TITLES[runtime]} cannot run {name}: {_first_line(error)}") from error
+        title = TITLES[RUNNERS[runtime].runtime]
+        raise UsageError(f"{title} cannot run {name}: {_first_line(error)}") from error
 
 
 def _pick(out: Any, wanted: str) -> torch.Tensor:

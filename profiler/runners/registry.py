@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from zipc.profiler.runners.onnxruntime import OnnxRuntimeRunner
+from zipc.profiler.runners.onnxruntime import OnnxRuntimeRunner, StandInRunner
 from zipc.profiler.runners.openvino import OpenVinoRunner
 from zipc.profiler.runners.session import SessionRunner
 
 RUNNERS: Mapping[str, type[SessionRunner]] = {
     "onnxruntime": OnnxRuntimeRunner,
     "openvino": OpenVinoRunner,
+    "tensorrt": StandInRunner,
 }

@@ -82,6 +82,7 @@ SITES: dict[str, str] = {
     "qwen2-moe": "h2+ f8+ e5 f6+ f6+ f6+ f6+ f6+ h2+ f8+ e5 f6+ f6+ f6+ f6+ f6+",
     "t5": "h4+ f12+ f12+ h4+ h4+ f12+ h4+ f12+",
     "t5-gated": "h4+ f12+ f12+ h4+ h4+ f12+ h4+ f12+",
+    "torch-text": "h4+ w12 f24+ h4+ f24+ h4+ h4+ f12+",
     "vit": "w32 h4+ f12+ h4+ f12+",
     "deit": "w32 h4+ f12+ h4+ f12+",
     "swin": "w8 h2+ f12+ h2+ f12+ w16 h4+ f24+ h4+ f24+",

@@ -19,7 +19,16 @@ from zipc.output import _copy_texts
 from zipc.pruner.graph.surgery import SCHEMA_VERSION
 
 NETS = """
+import torch
 from torch import nn
+class Reader(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(9, 8)
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.layers = nn.TransformerEncoder(layer, 2)
+    def forward(self, ids): return self.layers(self.table(ids), src_key_padding_mask=ids == 0)
+def reader(): return Reader()
 def net(): return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
 def other(): return nn.Sequential(nn.Linear(3, 2))
 def bad(): raise RuntimeError("out of luck")
@@ -96,6 +105,16 @@ def test_code_an_artifact_names_is_never_run(out: tuple[SourceModel, Path], tmp_
     with pytest.raises(UsageError, match="never names code"):
         zipc.load(out[1])
     assert not (tmp_path / "ran").exists()
+
+
+def test_attention_that_was_taken_apart_is_so_again(nets: Path, tmp_path: Path) -> None:
+    source = load_source(f"{nets}:reader", input_shapes=parse_input_shapes("ids:1x5:int64"))
+    assert source.recipe["parted_attention"] == [f"layers.layers.{i}.self_attn" for i in (0, 1)]
+    folder = written(source, tmp_path / "OUT")
+    assert equal(source, zipc.load(folder, factory=f"{nets}:reader"))
+    assert equal(source, zipc.load(folder, factory=source.blank))
+    with pytest.raises(CorruptFile, match=r"does not fit .*Give the factory nets\.py:reader"):
+        zipc.load(folder, factory=f"{nets}:net")
 
 
 def test_another_factory_does_not_fit(nets: Path, out: tuple[SourceModel, Path]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.zoo import dense_prediction, huggingface, vision
+from tests.zoo import dense_prediction, huggingface, torch_text, vision
 from tests.zoo.values import images, ready, tokens
 
 LONGEST = 28  # tokens; the position tables of some families begin a few rows later
@@ -104,6 +104,7 @@ ZOO: dict[str, Family] = {
         Family("qwen2-moe", huggingface.qwen2_moe, tokens, _TEXT, "text", float64=False),
         Family("t5", huggingface.t5, huggingface.pairs, _PAIR, "text", float64=False),
         Family("t5-gated", huggingface.t5_gated, huggingface.pairs, _PAIR, "text", float64=False),
+        Family("torch-text", torch_text.encoder_decoder, torch_text.pairs, torch_text.AXES, "text"),
         _pixels("vit", huggingface.vit),
         _pixels("deit", huggingface.deit),
         _pixels("swin", huggingface.swin),

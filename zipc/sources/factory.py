@@ -26,12 +26,14 @@ from zipc.sources.common import (
     named_outputs,
     public_outputs,
 )
+from zipc.sources.multihead import part_attention_, parts_of
 from zipc.user_code import FAILURES, importable, load_function, split_reference, told
 
-KIND = "factory"
+KIND, PARTED = "factory", "parted_attention"  # in the recipe of a checkpoint
 EXAMPLES = "example_inputs"  # what the user's file may define beside the factory
 SEED = 0  # of what the factory draws at random
 SHOWN = 3  # names in a message
+SAME = 1e-3  # two ways to compute one attention in fp32 differ by far less
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +103,10 @@ def load_factory(
     )
     result = _forward_(source, factory, batch=tried)
     source.outputs = public_outputs(module, result, source.inputs)
+    paths = _part_attention_(source)
+    if paths:
+        source.recipe[PARTED] = paths
+        source.blank = functools.partial(make_blank, factory, parted=paths)
     source.task = _task(source, result)
     return source
 
@@ -117,8 +123,34 @@ def find_factory(source: str) -> Factory:
     return Factory(source, reference[0], make, module)
 
 
-def make_blank(factory: Factory) -> nn.Module:
+def _part_attention_(source: SourceModel) -> list[str]:
+    """Give attention linear maps of its own where the model gives the same then, and say where."""
+    parts = parts_of(source.module)
+    if not parts:
+        return []
+    example = source.example()
+    before = named_outputs(_run(source, example))
+    part_attention_(source.module, list(parts))
+    try:
+        after = named_outputs(_run(source, example))
+        close = functools.partial(torch.allclose, rtol=SAME, atol=SAME)
+        same = all(close(a, b) for (_, a), (_, b) in zip(before, after, strict=True))
+        why = "" if same else "the model gives something else"
+    except FAILURES as error:
+        why = first_line(error, 100)
+    if why:
+        for path, module in parts.items():
+            source.module.set_submodule(path, module)
+        source.notes.append(f"the heads of nn.MultiheadAttention stay: taken apart, {why}")
+        return []
+    source.notes.append(f"{len(parts)} nn.MultiheadAttention taken apart, so that heads can go")
+    return list(parts)
+
+
+def make_blank(factory: Factory, *, parted: Sequence[str] = ()) -> nn.Module:
     """Call the factory under a fixed seed; the module is in evaluation mode.
+
+    The `parted` modules of it are attention with linear maps of its own.
 
     Raises:
         UsageError: it raises, or gives something that is not an nn.Module.
@@ -136,6 +168,7 @@ def make_blank(factory: Factory) -> nn.Module:
             f"{factory.source} must return a torch.nn.Module; it returned an object of type "
             f"{type(module).__name__}."
         )
+    part_attention_(module, parted)
     return module.eval().requires_grad_(False)
 
 
