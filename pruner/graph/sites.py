@@ -16,6 +16,7 @@ from zipc.pruner.graph.rules.state import HEADS, NORMED, RESIDUAL, Axes
 from zipc.pruner.graph.trace import MapCall, Program, op_name
 
 EXCLUDED = "excluded by --include/--exclude"
+UNREAD = "nothing that consumes its output is a linear map"
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,14 +146,29 @@ def find_sites(
             kept.append((replace(site, name=name), atom))
         else:
             left.append(LeftAlone(name, EXCLUDED))
-    carried = {piece.parameter for _, site, _ in sites for piece in site.slices}
-    for call in program.maps:
-        if call.weight not in carried:
-            reason = pinned.get(call.module, "nothing that consumes its output is a linear map")
-            entry = LeftAlone(call.module, f"its output width is fixed: {reason}")
-            if entry not in left:
-                left.append(entry)
+    left += _fixed(axes, [site for _, site, _ in sites], pinned)
     return _structure(axes, kept, left)
+
+
+def _fixed(axes: Axes, sites: Sequence[Site], pinned: Mapping[str, str]) -> list[LeftAlone]:
+    """Maps whose output is no site, and modules with other matrices that no site has a part of."""
+    program = axes.program
+    given = {module for site in sites for module in site.producers}
+    found = {
+        call.module: f"its output width is fixed: {pinned.get(call.module, UNREAD)}"
+        for call in program.maps
+        if call.module not in given
+    }
+    carried = {piece.parameter for site in sites for piece in site.slices}
+    carried |= {call.weight for call in program.maps}
+    parameters = set(program.exported.graph_signature.parameters)
+    for name, tensor in program.tensors.values():
+        if name in carried or name not in parameters or tensor.dim() < 2:
+            continue
+        atoms = [leaf for dim in axes.parameters.get(name, ()) for leaf in leaves(dim)]
+        reasons = [pin for atom in atoms for pin in (*atom.pins, *atom.ties)]
+        found.setdefault(name.rpartition(".")[0] or name, (reasons or [UNREAD])[0])
+    return [LeftAlone(module, reason) for module, reason in found.items()]
 
 
 def without(structure: Structure, reasons: Mapping[str, str]) -> Structure:

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from zipc.core.request import Request
-from zipc.core.types import Level
+from zipc.core.types import LeftAlone, Level
 from zipc.manifest import Manifest
 from zipc.user_code import split_reference
 
@@ -39,8 +39,7 @@ def show_manifest(
         (a.site, a.level, a.units, a.predicted_ms, a.error) for a in manifest.allocation
     ]
     _show_allocation(console, rows, every_site=every_site)
-    for part in manifest.left_alone:
-        console.print(f"left alone: {part.path}: {part.reason}", markup=False, soft_wrap=True)
+    _show_left_alone(console, manifest.left_alone)
     for note in _notes(manifest):
         console.print(f"note: {note}", markup=False, soft_wrap=True)
     for path, kind in _places(manifest):
@@ -62,8 +61,7 @@ def show_plan(console: Console, plan: Plan, *, request: Request) -> None:
     rows: list[Row] = [(name, level, units.get(name), None, None) for name, level in levels]
     _show_allocation(console, rows, every_site=True)
     _say(console, f"[dim]predicted error {plan.allocation.predicted_error:.4g}[/]")
-    for part in plan.left_alone:
-        console.print(f"left alone: {part.path}: {part.reason}", markup=False, soft_wrap=True)
+    _show_left_alone(console, plan.left_alone)
     console.print(f"next: {_compile_command(request)} -o OUT", markup=False, soft_wrap=True)
 
 
@@ -92,10 +90,18 @@ def show_structure(console: Console, document: Mapping[str, Any]) -> None:
         table.add_row(escape(site["name"]), site["kind"], consumers, *counts)
     if sites:
         console.print(table)
-    for part in document["left_alone"]:
-        _say(console, escape(f"left alone: {part['path']}: {part['reason']}"))
+    _show_left_alone(console, [LeftAlone(**part) for part in document["left_alone"]])
     for note in document["notes"]:
         _say(console, escape(f"note: {note}"))
+
+
+def _show_left_alone(console: Console, parts: Iterable[LeftAlone]) -> None:
+    """A line for each reason, with all that have it."""
+    paths: dict[str, list[str]] = {}
+    for part in parts:
+        paths.setdefault(part.reason, []).append(part.path)
+    for reason, named in paths.items():
+        _say(console, escape(f"left alone: {', '.join(named)}: {reason}"))
 
 
 def show_fields(console: Console, document: Mapping[str, Any]) -> None:
