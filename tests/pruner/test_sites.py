@@ -347,12 +347,15 @@ def test_include_and_exclude_name_sites() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_linear_is_in_a_site_or_left_alone_with_a_reason(family: str) -> None:
+def test_every_output_of_a_linear_is_a_site_or_left_alone_with_a_reason(family: str) -> None:
     made = case(family)
-    inside = {m for s in made.sites for m in s.maps}
+    inside = {m for s in made.sites for m in s.producers}
     outside = {e.path: e.reason for e in made.structure.left_alone}
     for call in made.program.maps:
         assert (call.module in inside) != (call.module in outside)
+    assert {p.parameter.rpartition(".")[0] for s in made.sites for p in s.slices} | set(
+        outside
+    ) >= {n.rpartition(".")[0] for n, t in made.program.tensors.values() if t.dim() > 1}
     assert all(outside.values())
 
 
