@@ -21,6 +21,7 @@ from zipc.numerics.int8 import (
     ActivationRange,
     QuantizedWeight,
     calibrate,
+    calibrate_shared,
     fake_quantize_dynamic,
     fake_quantize_static,
     quantize_weight,
@@ -118,6 +119,7 @@ class Levels:
         owned = {p for c in calls.values() for p in (c.weight, c.bias)}
         self._others = [p for p in self.cuts.pieces if p not in owned]
         self._ranges: dict[str, ActivationRange] = {}  # of what several maps read
+        self._image_ranges: dict[tuple[str, tuple[int, ...]], ActivationRange] = {}
         self._sparse: dict[str, tuple[Tensor, Tensor | None]] = {}  # of maps with all their inputs
         self._cache: OrderedDict[Key, MapState | Tensor] = OrderedDict()
         dense = sum(_nbytes(weights[c.weight]) for m, c in calls.items() if self._touching[m])
@@ -243,17 +245,19 @@ class Levels:
             assert bias is not None
             return bias
         weight = weight.index_select(call.out_dim, outputs)
-        numeric = "fp32" if call.convolution else level.numeric
+        numeric = "fp32" if call.groups > 1 else level.numeric  # a depthwise map is passed through
         if numeric == "fp32":
             return MapState(weight, bias, pattern=pattern)
-        held = self.stats[module]
+        held, columns = self.stats[module], _columns(call, inputs)
         activation = None
-        if numeric == STATIC and len(inputs) < held.sample.shape[1]:
+        if numeric == STATIC and call.convolution:
+            activation = self._range_of_images(call, inputs)
+        elif numeric == STATIC and len(inputs) < held.sample.shape[1]:
             seen, matrix = held.sample[:, inputs], matrices(call, weight)[0]
             activation = calibrate(seen, matrix, signed=self.signed)
         elif numeric == STATIC:
             activation = self._shared_range(call)
-        gram = held.gram[0][inputs][:, inputs] if feedback else None
+        gram = held.gram[0][columns][:, columns] if feedback else None
         made = self.rounded(call, weight, bias, activation=activation, gram=gram)
         return replace(made, pattern=pattern)
 
@@ -269,6 +273,26 @@ class Levels:
             sample = self.stats[call.module].sample
             self._ranges[call.source] = calibrate(sample, matrix, signed=self.signed)
         return self._ranges[call.source]
+
+    def _range_of_images(self, call: MapCall, inputs: Tensor) -> ActivationRange:
+        """A range for all convolutions that read what `call` reads, in the channels left of it.
+
+        Where an image goes to several of them, TensorRT rounds it once only if their scales agree.
+        """
+        key = (call.source, tuple(inputs.tolist()))
+        if key not in self._image_ranges:
+            readers = [
+                c
+                for c in self.calls.values()
+                if c.source == call.source and _rounds(c) and c.module in self.stats
+            ]
+            seen = [
+                (self.stats[c.module].sample[:, at], matrices(c, self.weights[c.weight])[0][:, at])
+                for c in readers
+                for at in [_columns(c, inputs)]
+            ]
+            self._image_ranges[key] = calibrate_shared(seen, signed=self.signed)
+        return self._image_ranges[key]
 
     def _refitted(
         self, call: MapCall, weight: Tensor, bias: Tensor | None, inputs: Tensor
@@ -318,7 +342,7 @@ class Levels:
         activation: ActivationRange | None,
         gram: Tensor | None,
     ) -> MapState:
-        """A linear map in INT8, with a calibrated range of its input or with that of each batch.
+        """A map in INT8, with a calibrated range of its input or with that of each batch.
 
         Rounding errors are fed back where `gram` (in, in) is given.
         """
@@ -326,6 +350,11 @@ class Levels:
         stands_for = own_layout(call, integer.dequantized()[None], weight)
         numeric = DYNAMIC if activation is None else STATIC
         return MapState(stands_for, bias, numeric, integer, activation)
+
+
+def _rounds(call: MapCall) -> bool:
+    """Whether a convolution may run in INT8."""
+    return call.convolution and call.groups == 1 and not call.transposed
 
 
 def _columns(call: MapCall, inputs: Tensor) -> Tensor:

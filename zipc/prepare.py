@@ -64,9 +64,14 @@ class Prepared:
         return {c.module: c for c in reversed(self.program.maps)}
 
     def on_integers(self, site: Site) -> bool:
-        """Whether all maps of a site have integer kernels here: linear maps do, but for routers."""
-        maps = site.maps
-        return site.kind != "experts" and not any(self.calls[m].convolution for m in maps)
+        """Whether all maps of a site have integer kernels here: linear maps do, but for routers,
+        and where the runtime says so convolutions without groups."""
+        calls = [self.calls[m] for m in site.maps]
+        return site.kind != "experts" and not any(
+            c.transposed or c.groups > 1 or not self.runtime.convolutions
+            for c in calls
+            if c.convolution
+        )
 
     @property
     def numeric(self) -> str:
