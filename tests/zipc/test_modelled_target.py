@@ -9,20 +9,29 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto
 
 from tests.command_line import Run
+from tests.tiny_folders import save_family
 from tests.tiny_project import Told, request
+from tests.tiny_project import request as request_of
 from zipc import groundwork, pipeline
 from zipc.bench import bench
 from zipc.cli.compile import verdict_exit_code
 from zipc.core.errors import EngineFailed, UsageError
 from zipc.core.types import Allocation, InputSpec, Level
 from zipc.devices import open_device
+from zipc.exporters.graph import OnnxGraph
+from zipc.exporters.kernels import kernels_of
+from zipc.exporters.specialise import Edit
+from zipc.exporters.tensorrt.engine import build_engine
 from zipc.gate import check
+from zipc.groundwork import price_model
 from zipc.latency_tables.modelled import Doubt, device_model
+from zipc.latency_tables.operators import Product
 from zipc.manifest import Manifest
 from zipc.modelled_device import ModelledGraph, predicted_timing
 from zipc.pipeline import compile_model, plan_model
@@ -194,6 +203,7 @@ def test_profile_and_plan_answer_from_the_same_table(project: Project) -> None:
     assert plan.dense_ms == pytest.approx(found.dense_ms)
 
 
+GRID = {"fp16": 8, "int8-static": 32}
 NET = """
 import torch
 
@@ -220,8 +230,130 @@ def test_channels_are_priced_on_the_grid_of_their_numeric(tmp_path: Path) -> Non
     found = profile_model(asked, progress=Told())
     entries = json.loads(found.table_path.read_text())["entries"]
     sites = [e for e in entries if not e["signature"].startswith("model")]
-    assert {e["level"]["numeric"] for e in sites if e["level"]["width"]} == {"fp16"}
-    assert {e["level"]["width"] % 8 for e in sites} == {0}
+    widths = {n: [e["level"]["width"] for e in sites if e["level"]["numeric"] == n] for n in GRID}
+    assert all(w % GRID[n] == 0 or w in (16, 40) for n, found in widths.items() for w in found)
+    assert all(widths.values())
+    kinds = {e["level"]["numeric"] for e in sites if e["level"]["width"]}
+    assert kinds == set(GRID)
+
+
+BIG = """
+import torch
+
+def net():
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(3, 128, 3, padding=1), torch.nn.ReLU(),
+        torch.nn.Conv2d(128, 128, 3, padding=1), torch.nn.ReLU(),
+        torch.nn.Conv2d(128, 128, 3, padding=1), torch.nn.ReLU(),
+        torch.nn.Conv2d(128, 16, 3, padding=1),
+    )
+"""
+
+
+@pytest.mark.parametrize(("batch", "offered"), [(16, True), (1, False)])
+def test_a_convolution_is_offered_int8_where_its_gain_is_beyond_doubt(
+    tmp_path: Path, batch: int, offered: bool
+) -> None:
+    (tmp_path / "nets.py").write_text(BIG)
+    asked = request(
+        Path(f"{tmp_path}/nets.py:net"),
+        *(None, None, tmp_path / "cache"),
+        target="orin",
+        input_shapes=(InputSpec("input", "float32", (batch, 3, 32, 32)),),
+        sequence_length=None,
+    )
+    prices = price_model(asked, progress=Told()).prices
+    assert prices.gains("2", Level(128, "int8-static")) is offered
+
+
+FAMILIES = """
+from tests.zoo import ZOO
+
+def resnet():
+    return ZOO["cifar-resnet8"].build()
+
+def yolo():
+    return ZOO["yolo"].build()
+"""
+
+
+@pytest.fixture(scope="module", params=[("resnet", "a100"), ("yolo", "orin")], ids="-".join)
+def rounded(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Manifest]:
+    """A network of convolutions whose sites are all in INT8."""
+    name, target = request.param
+    root = tmp_path_factory.mktemp(name)
+    (root / "nets.py").write_text(FAMILIES)
+    images = np.random.default_rng(0).normal(size=(120, 3, 32, 32)).astype(np.float32)
+    np.savez(root / "images.npz", x=images)
+    asked = request_of(
+        Path(f"{root}/nets.py:{name}"),
+        *(root / "images.npz", root / "out", root / "cache"),
+        target=target,
+        input_shapes=(InputSpec("x", "float32", (2, 3, 32, 32)),),
+        sequence_length=None,
+    )
+    asked = replace(asked, numerics="int8-static", speedup=None, prune=False)
+    return root / "out", compile_model(asked, progress=Told())
+
+
+def test_convolutions_in_int8_are_rounded_at_their_inputs_and_nowhere_else(
+    rounded: tuple[Path, Manifest],
+) -> None:
+    out, manifest = rounded
+    assert {a.level.numeric for a in manifest.allocation} == {"int8-static"}
+    graph = OnnxGraph.of(onnx.load(out / "model.onnx"))
+    consumers, producers = graph.consumers(), graph.producers()
+    pairs = [n for n in graph.nodes if n.op_type == "DequantizeLinear"]
+    users = [u for n in pairs for u in consumers[n.output[0]]]
+    assert {u.op_type for u in users} <= {"Conv", "Gemm", "MatMul"}
+    images = [n.input[0] for n in graph.nodes if n.op_type == "QuantizeLinear"]
+    assert len(images) == len(set(images))  # those that read the same image share its scale
+    convolutions = [n for n in graph.nodes if n.op_type == "Conv"]
+    integer = [n for n in convolutions if n.input[1] in producers]
+    assert len(integer) >= len(convolutions) // 2
+    for node in integer:
+        assert producers[node.input[0]].op_type == "DequantizeLinear"
+        assert graph.arrays[producers[node.input[1]].input[0]].dtype == np.int8
+
+
+def test_the_quality_of_convolutions_in_int8_is_read_from_the_graph(
+    rounded: tuple[Path, Manifest],
+) -> None:
+    quality = rounded[1].quality
+    assert quality is not None
+    assert quality.compiled is not None
+    assert 80 < quality.compiled < 100
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx-cu13 is not installed"
+)
+@pytest.mark.parametrize("capability", ["sm80", "sm86", "sm89"])
+def test_tensorrt_builds_convolutions_in_int8(
+    rounded: tuple[Path, Manifest], capability: str
+) -> None:
+    out, manifest = rounded
+    model = (out / "model.onnx").read_bytes()
+    workload = manifest.workload
+    built = build_engine(model, builder="rtx", compute_capability=capability, workload=workload)
+    assert built.plan
+
+
+def test_a_mixture_is_priced_with_every_expert_on_all_tokens(tmp_path: Path) -> None:
+    folder = save_family("mixtral", tmp_path / "mixtral")
+    asked = request(folder, None, None, tmp_path / "cache", target="a100", sequence_length=8)
+    priced = price_model(asked, progress=Told())
+    correction = priced.prices.table.correction
+    assert correction is not None
+    assert correction.median_error < 0.1
+    (first, *_) = [s for s in priced.prepared.structure.sites if s.kind == "experts"]
+    ms = [priced.prices.alone_ms(first.name, Level(n)) for n in range(2, first.units + 1)]
+    assert ms == sorted(ms)
+    model = priced.prepared.specialise(priced.prepared.dense, Edit()).to_bytes()
+    products = [k for k in kernels_of(model, asked.workload) if isinstance(k, Product)]
+    assert {k.rows for k in products} == {8}
 
 
 def test_dry_run_knows_the_target(run: Run, project: Project) -> None:
@@ -276,7 +408,7 @@ def test_the_interval_is_wider_for_int8_and_for_what_is_not_anchored(project: Pr
 class Priced(Prices):
     """Prices of one site: 1 ms in floats, `dense_ms` in INT8."""
 
-    def ms(self, site: str, level: Level) -> float:
+    def alone_ms(self, site: str, level: Level) -> float:
         return self.dense_ms if level.numeric == "int8-static" else 1.0
 
 
