@@ -7,7 +7,6 @@ error is spread over the columns not yet rounded through the Cholesky factor of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -117,25 +116,14 @@ def calibrate(x: Tensor, weight: Tensor, *, signed: bool = False) -> ActivationR
     x (tokens, in), weight (out, in). Tries shrinking the min-max range from both ends, and judges
     each on tokens spread over the sample. `signed` asks for symmetric ranges.
     """
-    return calibrate_shared([(x, weight)], signed=signed)
-
-
-def calibrate_shared(
-    readers: Sequence[tuple[Tensor, Tensor]], *, signed: bool = False
-) -> ActivationRange:
-    """The same for what several maps read, each in rows of its own: their errors are added."""
-    low = min(float(x.min()) for x, _ in readers)
-    high = max(float(x.max()) for x, _ in readers)
-    drawn = [(x[:: max(1, len(x) // CALIBRATION_ROWS)], weight) for x, weight in readers]
-    exact = [x @ weight.T for x, weight in drawn]
+    low, high = float(x.min()), float(x.max())
+    x = x[:: max(1, len(x) // CALIBRATION_ROWS)]
+    exact = x @ weight.T
     made = (lambda a, b: symmetric(activation_range(a, b))) if signed else activation_range
     best, best_error = made(low, high), float("inf")
     for shrink in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2):
         at = made(low * shrink, high * shrink)
-        error = sum(
-            float((fake_quantize_static(x, at) @ weight.T - want).square().sum())
-            for (x, weight), want in zip(drawn, exact, strict=True)
-        )
+        error = float((fake_quantize_static(x.clone(), at) @ weight.T - exact).square().sum())
         if error < best_error:
             best, best_error = at, error
     return best

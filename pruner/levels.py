@@ -21,7 +21,6 @@ from zipc.numerics.int8 import (
     ActivationRange,
     QuantizedWeight,
     calibrate,
-    calibrate_shared,
     fake_quantize_dynamic,
     fake_quantize_static,
     quantize_weight,
@@ -245,7 +244,7 @@ class Levels:
             assert bias is not None
             return bias
         weight = weight.index_select(call.out_dim, outputs)
-        numeric = "fp32" if call.groups > 1 else level.numeric  # a depthwise map is passed through
+        numeric = level.numeric if call.plain else "fp32"  # a depthwise one is passed through
         if numeric == "fp32":
             return MapState(weight, bias, pattern=pattern)
         held, columns = self.stats[module], _columns(call, inputs)
@@ -277,21 +276,23 @@ class Levels:
     def _range_of_images(self, call: MapCall, inputs: Tensor) -> ActivationRange:
         """A range for all convolutions that read what `call` reads, in the channels left of it.
 
-        Where an image goes to several of them, TensorRT rounds it once only if their scales agree.
+        Where an image goes to several of them, TensorRT rounds it once only if their scales agree:
+        the widest of those that suit one each.
         """
         key = (call.source, tuple(inputs.tolist()))
         if key not in self._image_ranges:
             readers = [
                 c
                 for c in self.calls.values()
-                if c.source == call.source and _rounds(c) and c.module in self.stats
+                if c.source == call.source and c.convolution and c.plain and c.module in self.stats
             ]
-            seen = [
-                (self.stats[c.module].sample[:, at], matrices(c, self.weights[c.weight])[0][:, at])
-                for c in readers
-                for at in [_columns(c, inputs)]
-            ]
-            self._image_ranges[key] = calibrate_shared(seen, signed=self.signed)
+            ranges = []
+            for reader in readers:
+                columns = _columns(reader, inputs)
+                seen = self.stats[reader.module].sample[:, columns]
+                matrix = matrices(reader, self.weights[reader.weight])[0][:, columns]
+                ranges.append(calibrate(seen, matrix, signed=self.signed))
+            self._image_ranges[key] = max(ranges, key=lambda at: at.scale)
         return self._image_ranges[key]
 
     def _refitted(
@@ -350,11 +351,6 @@ class Levels:
         stands_for = own_layout(call, integer.dequantized()[None], weight)
         numeric = DYNAMIC if activation is None else STATIC
         return MapState(stands_for, bias, numeric, integer, activation)
-
-
-def _rounds(call: MapCall) -> bool:
-    """Whether a convolution may run in INT8."""
-    return call.convolution and call.groups == 1 and not call.transposed
 
 
 def _columns(call: MapCall, inputs: Tensor) -> Tensor:

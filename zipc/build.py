@@ -138,10 +138,18 @@ def checkpoint(
 ) -> tuple[dict[str, Any], dict[str, Tensor], nn.Module]:
     """The structure document, the tensors, and the module they make (already reloaded once).
 
+    Convolutions in INT8 are kept as the floats that their weights stand for.
+
     Raises:
         ExportMismatch: the rebuilt module disagrees with the simulation the search scored.
     """
     source = prepared.source
+    floats = {
+        m: replace(s, numeric="fp32", integer=None, activation=None)
+        for m, s in states.maps.items()
+        if prepared.calls[m].convolution
+    }
+    states = replace(states, maps=states.maps | floats)
     document, tensors = shrunk(
         source.module, prepared.program, prepared.structure, allocation, states
     )
@@ -154,7 +162,7 @@ def checkpoint(
     check_parity(
         [t.numpy() for t in source.chosen(result)],
         [t.numpy() for t in expected],
-        bound=INT8_BOUND if any(s.integer for s in states.maps.values()) else FP32_BOUND,
+        bound=INT8_BOUND if document["numerics"] else FP32_BOUND,
         what="the rebuilt checkpoint against the simulation",
     )
     return document, tensors, module
@@ -174,11 +182,7 @@ def shrunk(
         program,
         structure,
         widths=allocation.widths,
-        numerics={
-            m: s.numeric
-            for m, s in states.maps.items()
-            if s.integer is not None and not calls[m].convolution
-        },
+        numerics={m: s.numeric for m, s in states.maps.items() if s.integer is not None},
         biased=[m for m, s in states.maps.items() if s.bias is not None and not calls[m].bias],
         dropped=states.dropped,
     )
@@ -231,7 +235,7 @@ def _map_tensors(path: str, state: MapState) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     if state.bias is not None:
         found[f"{path}.bias"] = state.bias
-    if state.integer is None or state.weight.dim() > 2:  # a convolution is kept in floats
+    if state.integer is None:
         found[f"{path}.weight"] = state.weight
         return found
     found[f"{path}.weight"] = state.integer.values

@@ -65,12 +65,10 @@ class Prepared:
 
     def on_integers(self, site: Site) -> bool:
         """Whether all maps of a site have integer kernels here: linear maps do, but for routers,
-        and where the runtime says so convolutions without groups."""
-        calls = [self.calls[m] for m in site.maps]
-        return site.kind != "experts" and not any(
-            c.transposed or c.groups > 1 or not self.runtime.convolutions
-            for c in calls
-            if c.convolution
+        and plain convolutions where the runtime says so."""
+        calls, convolutions = [self.calls[m] for m in site.maps], self.runtime.convolutions
+        return site.kind != "experts" and all(
+            c.plain and (convolutions or not c.convolution) for c in calls
         )
 
     @property
