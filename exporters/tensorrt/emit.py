@@ -50,7 +50,7 @@ class InFloats:
     """The `Emitter` of what is priced and searched: rounded as for TensorRT, in fp32.
 
     Every expert of a mixture sees all tokens, as in the graph that ships: with tokens gathered for
-    each, sizes would depend on values, for which TensorRT can neither plan memory nor use graphs.
+    each, sizes would depend on values, which no model prices and no CUDA graph holds.
     """
 
     def quantise_(self, graph: OnnxGraph, maps: Mapping[str, Int8Weights], *, part: bool) -> None:
