@@ -118,13 +118,13 @@ def _fold_(node: NodeProto, arrays: dict[str, Array], graph: OnnxGraph) -> bool:
 
 
 def _size(name: str, axes: Mapping[str, int]) -> int:
-    """The number that an axis, or a sum of axes, stands for."""
-    parts = [part.strip() for part in name.split("+")]
-    if not all(part in axes or part.isdigit() for part in parts):
+    """The number that an axis, or a sum of products of axes, stands for."""
+    terms = [[part.strip() for part in term.split("*")] for term in name.split("+")]
+    if not all(part in axes or part.isdigit() for term in terms for part in term):
         raise UnsupportedModel(
             f"The axis '{name}' of the graph has no size in the workload. Give --input-shapes."
         )
-    return sum(axes[part] if part in axes else int(part) for part in parts)
+    return sum(math.prod(axes[p] if p in axes else int(p) for p in term) for term in terms)
 
 
 @dataclass(slots=True)

@@ -37,6 +37,12 @@ class Int8Weights:
     scale: FloatArray
     activation: tuple[float, int] | None = None
 
+    def dequantised(self) -> FloatArray:
+        """The floats that the integers stand for."""
+        each = self.scale.reshape(-1, *[1] * (self.values.ndim - 1))
+        floats: FloatArray = (self.values * each).astype(np.float32)
+        return floats
+
 
 @dataclass(slots=True)
 class Edit:
@@ -99,6 +105,9 @@ def specialise(
             _add_bias_(graph, name, value)
         else:
             raise ExportMismatch(f"{name} cannot be changed: it is not in the exported graph")
+    for module, weights in edit.int8.items():
+        if weights.values.ndim > 2:  # the groups that are left follow from the weight's shape
+            graph.arrays[graph.weights[f"{module}.weight"][0]] = weights.dequantised()
     if edit.size_of is not None:
         resize_(graph, edit.size_of)
     for name, index in edit.picks.items():

@@ -118,6 +118,7 @@ class Levels:
         owned = {p for c in calls.values() for p in (c.weight, c.bias)}
         self._others = [p for p in self.cuts.pieces if p not in owned]
         self._ranges: dict[str, ActivationRange] = {}  # of what several maps read
+        self._image_ranges: dict[tuple[str, tuple[int, ...]], ActivationRange] = {}
         self._sparse: dict[str, tuple[Tensor, Tensor | None]] = {}  # of maps with all their inputs
         self._cache: OrderedDict[Key, MapState | Tensor] = OrderedDict()
         dense = sum(_nbytes(weights[c.weight]) for m, c in calls.items() if self._touching[m])
@@ -243,17 +244,19 @@ class Levels:
             assert bias is not None
             return bias
         weight = weight.index_select(call.out_dim, outputs)
-        numeric = "fp32" if call.convolution else level.numeric
+        numeric = level.numeric if call.plain else "fp32"  # a depthwise one is passed through
         if numeric == "fp32":
             return MapState(weight, bias, pattern=pattern)
-        held = self.stats[module]
+        held, columns = self.stats[module], _columns(call, inputs)
         activation = None
-        if numeric == STATIC and len(inputs) < held.sample.shape[1]:
+        if numeric == STATIC and call.convolution:
+            activation = self._range_of_images(call, inputs)
+        elif numeric == STATIC and len(inputs) < held.sample.shape[1]:
             seen, matrix = held.sample[:, inputs], matrices(call, weight)[0]
             activation = calibrate(seen, matrix, signed=self.signed)
         elif numeric == STATIC:
             activation = self._shared_range(call)
-        gram = held.gram[0][inputs][:, inputs] if feedback else None
+        gram = held.gram[0][columns][:, columns] if feedback else None
         made = self.rounded(call, weight, bias, activation=activation, gram=gram)
         return replace(made, pattern=pattern)
 
@@ -269,6 +272,28 @@ class Levels:
             sample = self.stats[call.module].sample
             self._ranges[call.source] = calibrate(sample, matrix, signed=self.signed)
         return self._ranges[call.source]
+
+    def _range_of_images(self, call: MapCall, inputs: Tensor) -> ActivationRange:
+        """A range for all convolutions that read what `call` reads, in the channels left of it.
+
+        Where an image goes to several of them, TensorRT rounds it once only if their scales agree:
+        the widest of those that suit one each.
+        """
+        key = (call.source, tuple(inputs.tolist()))
+        if key not in self._image_ranges:
+            readers = [
+                c
+                for c in self.calls.values()
+                if c.source == call.source and c.convolution and c.plain and c.module in self.stats
+            ]
+            ranges = []
+            for reader in readers:
+                columns = _columns(reader, inputs)
+                seen = self.stats[reader.module].sample[:, columns]
+                matrix = matrices(reader, self.weights[reader.weight])[0][:, columns]
+                ranges.append(calibrate(seen, matrix, signed=self.signed))
+            self._image_ranges[key] = max(ranges, key=lambda at: at.scale)
+        return self._image_ranges[key]
 
     def _refitted(
         self, call: MapCall, weight: Tensor, bias: Tensor | None, inputs: Tensor
@@ -318,7 +343,7 @@ class Levels:
         activation: ActivationRange | None,
         gram: Tensor | None,
     ) -> MapState:
-        """A linear map in INT8, with a calibrated range of its input or with that of each batch.
+        """A map in INT8, with a calibrated range of its input or with that of each batch.
 
         Rounding errors are fed back where `gram` (in, in) is given.
         """

@@ -138,10 +138,18 @@ def checkpoint(
 ) -> tuple[dict[str, Any], dict[str, Tensor], nn.Module]:
     """The structure document, the tensors, and the module they make (already reloaded once).
 
+    Convolutions in INT8 are kept as the floats that their weights stand for.
+
     Raises:
         ExportMismatch: the rebuilt module disagrees with the simulation the search scored.
     """
     source = prepared.source
+    floats = {
+        m: replace(s, numeric="fp32", integer=None, activation=None)
+        for m, s in states.maps.items()
+        if prepared.calls[m].convolution
+    }
+    states = replace(states, maps=states.maps | floats)
     document, tensors = shrunk(
         source.module, prepared.program, prepared.structure, allocation, states
     )
@@ -213,8 +221,9 @@ def edit_of(states: States, size_of: SizeOf) -> Edit:
             tensors[module + ".weight"] = state.weight.numpy()
             continue
         at = state.activation
+        values = state.integer.values
         integers[module] = Int8Weights(
-            state.integer.values.numpy(),
+            (values.view_as(state.weight) if state.weight.dim() > 2 else values).numpy(),
             state.integer.scale.numpy(),
             None if at is None else (at.scale, at.zero_point),
         )

@@ -71,6 +71,7 @@ def gather(
     calibration = calibrating(effort.calibration_texts)
     repair = calibrating(effort.repair_texts)
     sparse = offers_sparse(target, request)
+    every = sparse or prepared.runtime.convolutions  # their producers are fitted or rounded too
     key = fingerprint(
         prepared.key,
         samples.sha256,
@@ -78,11 +79,11 @@ def gather(
         effort.calibration_texts,
         request.seed,
         [(s.name, s.units, s.maps) for s in prepared.structure.sites],  # another zipc finds others
-        *([SPARSE] if sparse else []),
+        *([SPARSE] if every else []),
         *(["signed"] if target.signed else []),
     )
     stats, sweeps = _evidence(
-        prepared, calibration, key, request, cache, progress, unit=samples.unit, every=sparse
+        prepared, calibration, key, request, cache, progress, unit=samples.unit, every=every
     )
     levels = Levels(
         prepared.sites,

@@ -191,7 +191,10 @@ def _prepare(source: SourceModel, request: Request, progress: Progress) -> Prepa
 def _price(
     prepared: Prepared, request: Request, target: Target, device: Device, progress: Progress
 ) -> Prices:
-    prepared.floats, prepared.runtime = target.reference_numeric, runtime_of(target)
+    prepared.floats, runtime = target.reference_numeric, runtime_of(target)
+    if request.quantizer != "zipc":  # it is for linear maps
+        runtime = replace(runtime, convolutions=False)
+    prepared.runtime = runtime
     prepared.body = _body(prepared, request, target, device, progress)
     store = TableStore(cache_root(request) / "tables")
     return price(prepared, target, request, device=device, store=store, progress=progress)

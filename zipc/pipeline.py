@@ -83,6 +83,7 @@ def compile_model(request: Request, *, progress: Progress) -> Manifest:
             target=setup.target,
             workload=request.workload,
             batches=[setup.prepared.for_graph(b) for b in setup.candidates.repair],
+            placed=request.engine is not None,
         )
         setup.candidates.notes += shipped.notes
         engine = _engine(setup.target, shipped, request, clock)

@@ -42,17 +42,18 @@ def plain_edit(
             call, name = calls[module], calls[module].weight
             if refusal(call, tensors[name].shape, integer=integer) is None:
                 tensors[name] = halved(call, torch.from_numpy(tensors[name])).numpy()
-        if level.numeric == "fp32":
+    for module, level in _numerics_of_maps(prepared, levels).items():
+        if level.removed or level.numeric == "fp32":
             continue
-        for module in site.maps:
-            call = calls[module]
-            matrix = matrices(call, torch.from_numpy(tensors[call.weight]))[0]
-            rounded = quantize_weight(matrix)
-            integers[module] = Int8Weights(
-                rounded.values.numpy(),
-                rounded.scale.numpy(),
-                (0.05, 128) if level.numeric == STATIC else None,
-            )
+        call = calls[module]
+        weight = torch.from_numpy(tensors[call.weight])
+        rounded = quantize_weight(matrices(call, weight)[0])
+        values = rounded.values.view_as(weight) if call.convolution else rounded.values
+        integers[module] = Int8Weights(
+            values.numpy(),
+            rounded.scale.numpy(),
+            (0.05, 128) if level.numeric == STATIC else None,
+        )
     routes = rerouted(cut, kept)
     for module in routes.ends:
         shape = cuts.shape(
@@ -61,6 +62,15 @@ def plain_edit(
         removed[module] = np.zeros(shape[calls[module].out_dim], dtype=np.float32)
     size_of = sizes_at(prepared.structure, widths_in(levels))
     return Edit(tensors, removed, integers, size_of, routes.picks, routes.ends)
+
+
+def _numerics_of_maps(prepared: Prepared, levels: Mapping[str, Level]) -> dict[str, Level]:
+    """The level whose numeric a map has: of the site it produces, else of the one it consumes."""
+    found: dict[str, Level] = {}
+    for name, level in levels.items():
+        site = prepared.sites[name]
+        found |= {m: level for m in site.maps if m in site.producers or m not in found}
+    return found
 
 
 def first_units(levels: Mapping[str, Level]) -> dict[str, tuple[int, ...]]:

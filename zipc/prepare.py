@@ -64,9 +64,12 @@ class Prepared:
         return {c.module: c for c in reversed(self.program.maps)}
 
     def on_integers(self, site: Site) -> bool:
-        """Whether all maps of a site have integer kernels here: linear maps do, but for routers."""
-        maps = site.maps
-        return site.kind != "experts" and not any(self.calls[m].convolution for m in maps)
+        """Whether all maps of a site have integer kernels here: linear maps do, but for routers,
+        and plain convolutions where the runtime says so."""
+        calls, convolutions = [self.calls[m] for m in site.maps], self.runtime.convolutions
+        return site.kind != "experts" and all(
+            c.plain and (convolutions or not c.convolution) for c in calls
+        )
 
     @property
     def numeric(self) -> str:

@@ -62,23 +62,26 @@ class Prices:
 
     def ms(self, site: str, level: Level) -> float:
         """Time of all calls of a site at a level, as part of the whole model."""
-        alone = self.table.price(self.signatures[site], level.within(self.numeric))
         dense = self.dense_prices[site]
-        whole = (dense - self.share * (dense - alone)) * self.calls[site]
+        whole = (dense - self.share * (dense - self.alone_ms(site, level))) * self.calls[site]
         return whole - self.inside.get(site, 0.0)
+
+    def alone_ms(self, site: str, level: Level) -> float:
+        """Time of one call of a site at a level, in a graph of its own."""
+        return self.table.price(self.signatures[site], level.within(self.numeric))
 
     def gains(self, site: str, level: Level, *, asked: Collection[Difference] = ()) -> bool:
         """Whether a level is faster beyond doubt than without its numeric, and than without its
         pattern, those `asked` for excepted.
 
         What was measured is left to the search; of a model's prices the interval of the gain must
-        exclude 1.
+        exclude 1. Maps that sites share gain once in the whole, but fully in the graph of each.
         """
         if self.doubt is None:
             return True
-        ms = self.ms(site, level)
+        ms = self.alone_ms(site, level)
         return all(
-            math.log(self.ms(site, level.without(kind)) / ms) > self.doubt.reach([kind])
+            math.log(self.alone_ms(site, level.without(kind)) / ms) > self.doubt.reach([kind])
             for kind in level.differs
             if kind not in asked
         )
@@ -260,9 +263,10 @@ def price(
         )
         gained = whole_ms - table.price(NARROWEST, whole)
         share = min(max(gained / gains, MIN_SHARE), 1.0) if gains > 0 else 1.0
-    else:
+    elif device.kind == "measured":
         # No whole is faster than one of its parts. Prices of a busy machine can say so; the check
-        # on whole models below then finds them out.
+        # on whole models below then finds them out. Those of a model are exact: where kernels of
+        # several parts run as one, as the first maps of all experts do, parts add up to more.
         fixed_ms = max(fixed_ms, max(least) - sum(least))
     prices = Prices(
         table,

@@ -13,6 +13,8 @@ import onnxruntime as ort
 from zipc.core.types import Target
 from zipc.exporters.openvino import OPENVINO
 from zipc.exporters.specialise import ONNX_RUNTIME, Emitter, count_integer_kernels
+from zipc.exporters.tensorrt.emit import IN_FLOATS
+from zipc.exporters.tensorrt.qdq import count_rounded_products
 from zipc.profiler.agent import TITLES
 from zipc.profiler.runners.onnxruntime import PROVIDERS, OnnxRuntimeRunner
 from zipc.profiler.runners.openvino import OpenVinoRunner, count_integer_products
@@ -21,11 +23,15 @@ from zipc.profiler.runners.session import SessionRunner
 
 @dataclass(frozen=True, slots=True)
 class CpuRuntime:
-    """How graphs are written for a runtime, run in it, and asked for their integer products."""
+    """How graphs are written for a runtime, run in it, and asked for their integer products.
+
+    `convolutions`: one of them between floats may run on integers too.
+    """
 
     emitter: Emitter
     runner: type[SessionRunner]
     integer_products: Callable[[bytes], int]
+    convolutions: bool = False
 
     @property
     def title(self) -> str:
@@ -55,9 +61,11 @@ def integer_kernels(model: bytes | Path) -> int:
 RUNTIMES: Mapping[str, CpuRuntime] = {
     "onnxruntime": CpuRuntime(ONNX_RUNTIME, OnnxRuntimeRunner, integer_kernels),
     "openvino": CpuRuntime(OPENVINO, OpenVinoRunner, count_integer_products),
+    # ONNX Runtime stands for TensorRT here
+    "tensorrt": CpuRuntime(IN_FLOATS, OnnxRuntimeRunner, count_rounded_products, convolutions=True),
 }
 
 
 def runtime_of(target: Target) -> CpuRuntime:
-    """The runtime of a target; of one under TensorRT, ONNX Runtime stands for it here."""
-    return RUNTIMES["onnxruntime" if target.runtime == "tensorrt" else target.runtime]
+    """The runtime of a target."""
+    return RUNTIMES[target.runtime]

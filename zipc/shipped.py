@@ -49,10 +49,12 @@ def ship(
     target: Target,
     workload: Workload,
     batches: Sequence[Feeds],
+    placed: bool,
 ) -> Shipped:
     """The graphs themselves for ONNX Runtime; for TensorRT, the same weights as it takes them.
 
-    There, `batches` of calibration rows tell which values fp16 cannot hold.
+    There, `batches` of calibration rows tell which values fp16 cannot hold. `placed` asks for
+    places, which errors of a builder name.
 
     Raises:
         ExportMismatch: the graph for TensorRT is far from the one the search judged.
@@ -77,7 +79,8 @@ def ship(
     )
     kept = Counter(k.reason for k in kept_in_fp32(model))
     notes = [f"{count} operators stay in fp32: {reason}" for reason, count in kept.items()]
-    return Shipped(made, reference.to_bytes(), places(model, prepared.program.exported), (*notes,))
+    found = places(model, prepared.program.exported) if placed else {}
+    return Shipped(made, reference.to_bytes(), found, (*notes,))
 
 
 def layout(

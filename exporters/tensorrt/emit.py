@@ -7,12 +7,11 @@ the type of the values they scale. One file serves all, for TensorRT 11 knows no
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import numpy as np
-
+from zipc.exporters.finish import fuse_attention_
 from zipc.exporters.graph import OnnxGraph
-from zipc.exporters.specialise import Edit, FloatArray, Int8Weights, specialise
+from zipc.exporters.specialise import Edit, Int8Weights, specialise
 from zipc.exporters.tensorrt.half import half_
 from zipc.exporters.tensorrt.lower import lower_
 from zipc.exporters.tensorrt.qdq import quantise_, scales_in_half_
@@ -29,17 +28,7 @@ def emit(dense: OnnxGraph, edit: Edit, *, maxima: Mapping[str, float]) -> OnnxGr
         ExportMismatch: a map in INT8 is not one that TensorRT quantises, or its range is dynamic or
             not symmetric.
     """
-    floats = {f"{m}.weight": w for m, i in edit.int8.items() if (w := _floats(i)) is not None}
-    whole = replace(edit, tensors={**edit.tensors, **floats})
-    return specialise(dense, whole, emitter=TensorRt(maxima))
-
-
-def _floats(weights: Int8Weights) -> FloatArray | None:
-    """A convolution's weight in floats: the groups that are left follow from its shape."""
-    if weights.values.ndim < 3:
-        return None
-    each = weights.scale.reshape(-1, *[1] * (weights.values.ndim - 1))
-    return (weights.values * each).astype(np.float32)
+    return specialise(dense, edit, emitter=TensorRt(maxima))
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,3 +44,20 @@ class TensorRt:
         lower_(graph)
         scales_in_half_(graph)
         half_(graph, maxima=self.maxima)
+
+
+class InFloats:
+    """The `Emitter` of what is priced and searched: rounded as for TensorRT, in fp32.
+
+    Every expert of a mixture sees all tokens, as in the graph that ships: with tokens gathered for
+    each, sizes would depend on values, which no model prices and no CUDA graph holds.
+    """
+
+    def quantise_(self, graph: OnnxGraph, maps: Mapping[str, Int8Weights], *, part: bool) -> None:
+        quantise_(graph, maps)
+
+    def finish_(self, graph: OnnxGraph) -> None:
+        fuse_attention_(graph)
+
+
+IN_FLOATS = InFloats()

@@ -36,6 +36,7 @@ def batch_norms_(graph: OnnxGraph) -> None:
     Variances are often outside the range of fp16; what they do to the weights is not.
     """
     producers, consumers, outputs = graph.producers(), graph.consumers(), set(graph.outputs())
+    graph.origin = dict(graph.origin)
     for norm in [n for n in graph.nodes if n.op_type == "BatchNormalization"]:
         scale, shift, mean, variance = (graph.arrays[i].astype(np.float64) for i in norm.input[1:5])
         factor = scale / np.sqrt(variance + attribute(norm, "epsilon", 1e-5))
@@ -46,6 +47,8 @@ def batch_norms_(graph: OnnxGraph) -> None:
             _fold_(graph, before, factor, offset, producers)
             graph.nodes = [n for n in graph.nodes if n is not norm]
             before.output[0] = norm.output[0]
+            if source in graph.origin:  # errors name the convolution
+                graph.origin[norm.output[0]] = graph.origin[source]
             producers[norm.output[0]] = before
             continue
         at = norm.output[0]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
+import onnx
 from onnx import NodeProto
 
 from zipc.core.errors import ExportMismatch
@@ -83,6 +84,13 @@ def _weight(graph: OnnxGraph, call: NodeProto, weights: Int8Weights, name: str) 
     inputs = [f"{name}_int8", f"{name}_scale", f"{name}_zero"]
     graph.nodes.append(node("DequantizeLinear", inputs, [f"{name}_dq"], axis=axis))
     return f"{name}_dq"
+
+
+def count_rounded_products(model: bytes) -> int:
+    """Products of a graph whose factors both come from integers: TensorRT runs those in INT8."""
+    graph = OnnxGraph.of(onnx.load_from_string(model))
+    integers = {o for n in graph.nodes if n.op_type == "DequantizeLinear" for o in n.output}
+    return sum(n.op_type in QUANTISED and integers.issuperset(n.input[:2]) for n in graph.nodes)
 
 
 def scales_in_half_(graph: OnnxGraph) -> None:

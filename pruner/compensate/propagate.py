@@ -262,7 +262,7 @@ def _repair(
     shift = bias_of_rows(call, shift[None], base.weight)
     bias = shift if base.bias is None else base.bias.double() + shift
     fitted = _thinned(call, MapState(weight, bias, pattern=rounder.pattern), moments)
-    at = _range(run, [matrices(call, fitted.weight)[0]], rounder.numeric, moments)
+    at = _range(run, call, [matrices(call, fitted.weight)[0]], rounder, moments)
     run.states.maps[consumer] = _rounded(run, call, fitted, rounder.numeric, at, moments)
 
 
@@ -280,9 +280,10 @@ def _finish_producers(run: _Run, site: Site, done: Collection[str]) -> None:
     maps = {m: run.states.maps[m] for m in site.producers if m in run.states.maps and m not in done}
     held = {m: s for m, s in maps.items() if s.differs and run.call(m).groups == 1}
     calls = {m: run.call(m) for m in held}
-    same: dict[tuple[str, ActivationRange | None], list[str]] = {}  # read the very same numbers
+    same: dict[tuple[object, ...], list[str]] = {}  # read the very same numbers
     for module, state in held.items():
-        same.setdefault((calls[module].source, state.activation), []).append(module)
+        way = (calls[module].source, calls[module].window, state.activation)
+        same.setdefault(way, []).append(module)
     groups = list(same.values())
 
     def of_batch(i: int) -> dict[str, _Moments]:
@@ -302,7 +303,7 @@ def _finish_producers(run: _Run, site: Site, done: Collection[str]) -> None:
             for m in group
         }
         weights = [matrices(calls[m], s.weight)[0] for m, s in fitted.items()]
-        at = _range(run, weights, numeric, seen)
+        at = _range(run, calls[group[0]], weights, held[group[0]], seen)
         for module, state in fitted.items():
             run.states.maps[module] = _rounded(run, calls[module], state, numeric, at, seen)
 
@@ -320,11 +321,14 @@ def _summed(parts: Iterable[dict[str, _Moments]]) -> dict[str, _Moments]:
 
 
 def _range(
-    run: _Run, weights: Sequence[Tensor], numeric: str, moments: _Moments
+    run: _Run, call: MapCall, weights: Sequence[Tensor], held: MapState, moments: _Moments
 ) -> ActivationRange | None:
-    """The range of the input that maps (out, in) share, where theirs is a calibrated one."""
-    if numeric != STATIC:
-        return None
+    """The range of the input that maps (out, in) share, where theirs is a calibrated one.
+
+    An image keeps its range: other convolutions read it by other windows.
+    """
+    if held.numeric != STATIC or call.convolution:
+        return held.activation
     sample, matrix = torch.cat(moments.samples), torch.cat(list(weights))
     return calibrate(sample, matrix, signed=run.levels.signed)
 

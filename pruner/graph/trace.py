@@ -40,6 +40,11 @@ class MapCall:
     window: tuple[tuple[int, int, int, int], ...] | None = ()
     # (kernel, stride, padding, dilation) of each axis; None where they do not say the output size
 
+    @property
+    def plain(self) -> bool:
+        """Whether it is a linear map, or a convolution neither grouped nor transposed."""
+        return self.groups == 1 and not self.transposed
+
 
 @dataclass(slots=True)
 class Program:

@@ -334,10 +334,10 @@ def test_tensorrt_builds_networks_in_int8(family: str) -> None:
 # --- what goes wrong ----------------------------------------------------------------------------
 
 
-def refused(graph: OnnxGraph) -> bytes:
-    """A graph with an operator that no TensorRT knows."""
+def refused(graph: OnnxGraph, operator: str) -> bytes:
+    """A graph with an operator that no TensorRT knows, in place of the first of a kind."""
     proto = graph.to_proto()
-    step = next(n for n in proto.graph.node if n.op_type == "Softmax")
+    step = next(n for n in proto.graph.node if n.op_type == operator)
     step.op_type, step.domain = "Unheard", "nowhere"
     del step.attribute[:]
     proto.opset_import.append(helper.make_opsetid("nowhere", 1))
@@ -345,20 +345,30 @@ def refused(graph: OnnxGraph) -> bytes:
 
 
 @needs_rtx
-def test_a_refusal_names_the_node_and_the_module_it_came_from() -> None:
-    member = ZOO["bert"]
+@pytest.mark.parametrize(
+    ("family", "operator", "module"),
+    [
+        ("bert", "Softmax", "attention"),
+        ("cifar-resnet8", "Conv", "conv1"),
+        ("yolo", "MaxPool", "sppf"),
+    ],
+)
+def test_a_refusal_names_the_node_and_the_module_it_came_from(
+    family: str, operator: str, module: str
+) -> None:
+    member = ZOO[family]
     program = trace(member.build(), member.example(), dynamic=member.dynamic, limits=LIMITS)
-    graph = emit(made("bert")[1], Edit(), maxima={})
+    graph = emit(made(family)[1], Edit(), maxima={})
     where = places(graph, program.exported)
-    softmax = next(n for n in graph.to_proto().graph.node if n.op_type == "Softmax")
+    node = next(n for n in graph.to_proto().graph.node if n.op_type == operator)
     with pytest.raises(EngineFailed) as found:
         build_engine(
-            refused(graph),
+            refused(graph, operator),
             builder="rtx",
             compute_capability="sm80",
-            workload=shapes_of("bert"),
+            workload=shapes_of(family),
             places=where,
         )
-    assert softmax.name in str(found.value)
-    assert "attention" in where[softmax.name]
-    assert where[softmax.name] in str(found.value)
+    assert node.name in str(found.value)
+    assert module in where[node.name]
+    assert where[node.name] in str(found.value)

@@ -14,6 +14,7 @@ import pytest
 from onnx import TensorProto
 
 from tests.command_line import Run
+from tests.tiny_folders import save_family
 from tests.tiny_project import Told, request
 from zipc import groundwork, pipeline
 from zipc.bench import bench
@@ -21,8 +22,12 @@ from zipc.cli.compile import verdict_exit_code
 from zipc.core.errors import EngineFailed, UsageError
 from zipc.core.types import Allocation, InputSpec, Level
 from zipc.devices import open_device
+from zipc.exporters.kernels import kernels_of
+from zipc.exporters.specialise import Edit
 from zipc.gate import check
+from zipc.groundwork import price_model
 from zipc.latency_tables.modelled import Doubt, device_model
+from zipc.latency_tables.operators import Product
 from zipc.manifest import Manifest
 from zipc.modelled_device import ModelledGraph, predicted_timing
 from zipc.pipeline import compile_model, plan_model
@@ -194,6 +199,7 @@ def test_profile_and_plan_answer_from_the_same_table(project: Project) -> None:
     assert plan.dense_ms == pytest.approx(found.dense_ms)
 
 
+GRID = {"fp16": 8, "int8-static": 32}
 NET = """
 import torch
 
@@ -220,8 +226,26 @@ def test_channels_are_priced_on_the_grid_of_their_numeric(tmp_path: Path) -> Non
     found = profile_model(asked, progress=Told())
     entries = json.loads(found.table_path.read_text())["entries"]
     sites = [e for e in entries if not e["signature"].startswith("model")]
-    assert {e["level"]["numeric"] for e in sites if e["level"]["width"]} == {"fp16"}
-    assert {e["level"]["width"] % 8 for e in sites} == {0}
+    widths = {n: [e["level"]["width"] for e in sites if e["level"]["numeric"] == n] for n in GRID}
+    assert all(w % GRID[n] == 0 or w in (16, 40) for n, found in widths.items() for w in found)
+    assert all(widths.values())
+    kinds = {e["level"]["numeric"] for e in sites if e["level"]["width"]}
+    assert kinds == set(GRID)
+
+
+def test_a_mixture_is_priced_with_every_expert_on_all_tokens(tmp_path: Path) -> None:
+    folder = save_family("mixtral", tmp_path / "mixtral")
+    asked = request(folder, None, None, tmp_path / "cache", target="a100", sequence_length=8)
+    priced = price_model(asked, progress=Told())
+    correction = priced.prices.table.correction
+    assert correction is not None
+    assert correction.median_error < 0.1
+    (first, *_) = [s for s in priced.prepared.structure.sites if s.kind == "experts"]
+    ms = [priced.prices.alone_ms(first.name, Level(n)) for n in range(2, first.units + 1)]
+    assert ms == sorted(ms)
+    model = priced.prepared.specialise(priced.prepared.dense, Edit()).to_bytes()
+    products = [k for k in kernels_of(model, asked.workload) if isinstance(k, Product)]
+    assert {k.rows for k in products} == {8}
 
 
 def test_dry_run_knows_the_target(run: Run, project: Project) -> None:
@@ -276,7 +300,7 @@ def test_the_interval_is_wider_for_int8_and_for_what_is_not_anchored(project: Pr
 class Priced(Prices):
     """Prices of one site: 1 ms in floats, `dense_ms` in INT8."""
 
-    def ms(self, site: str, level: Level) -> float:
+    def alone_ms(self, site: str, level: Level) -> float:
         return self.dense_ms if level.numeric == "int8-static" else 1.0
 
 

@@ -272,7 +272,7 @@ def test_where_it_is_asked_for_dense_levels_stay_only_for_want_of_others(
 class Priced(Prices):
     """1 ms in floats; INT8 and 2:4 each take a share of it."""
 
-    def ms(self, site: str, level: Level) -> float:
+    def alone_ms(self, site: str, level: Level) -> float:
         sparse = 0.8 if level.pattern == "2:4" else 1.0
         return sparse * (0.6 if level.numeric == "int8-static" else 1.0)
 
