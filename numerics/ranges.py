@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 Range = tuple[float, float]  # low <= 0 <= high
-SHRINK = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)  # of both ends
+SHRINK = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)  # of both ends
 PERCENTILES = (99.99, 99.9)
 BINS, STEPS = 2048, 255
 

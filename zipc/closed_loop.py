@@ -7,27 +7,24 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from zipc.build import Built, build, build_floats, in_integers
+from zipc.build import Built, build, build_floats
 from zipc.candidates import Candidates, weight_limit
-from zipc.core.errors import ExportMismatch, TargetUnreachable
+from zipc.core.errors import TargetUnreachable
 from zipc.core.files import fingerprint
 from zipc.core.memory import release, trim
 from zipc.core.request import Request
 from zipc.core.types import Allocation, Level, PairedTiming, Progress, Runner
 from zipc.effort import Effort
-from zipc.integer_body import RANGES, IntegerBody
+from zipc.integer_choice import network_in_integers
 from zipc.prepare import Prepared
 from zipc.pricing import Prices
 from zipc.profiler.device import Device, GraphTimer, TimedGraph
-from zipc.profiler.runners.session import SessionRunner
 from zipc.proof import paired_speedup, paired_timing
 from zipc.pruner.allocate.search import Problem, SearchState, build_problem, search
 from zipc.pruner.allocate.sensitivity import probe_count, site_losses
@@ -122,51 +119,7 @@ def _repaired(
     if theirs:
         states = by_modelopt(prepared, allocation, states, candidates.repair)
     progress.done()
-    built = build_floats(prepared, allocation, states, workload=request.workload)
-    if prepared.body is None:
-        return built
-    return _best_ranges(prepared, prepared.body, candidates, built, request, progress)
-
-
-def _best_ranges(
-    prepared: Prepared,
-    body: IntegerBody,
-    candidates: Candidates,
-    floats: Built,
-    request: Request,
-    progress: Progress,
-) -> Built:
-    """The network in INT8 under the ranges that cost least on the confirming rows.
-
-    Raises:
-        ExportMismatch: no way of choosing ranges is possible.
-    """
-    progress.stage("INT8 ranges", len(RANGES))
-    found: list[tuple[float, str, Built]] = []
-    refused: dict[str, ExportMismatch] = {}
-    for ranges in RANGES:
-        way = replace(body, ranges=ranges)
-        try:
-            built = in_integers(prepared, floats, way, workload=request.workload)
-        except ExportMismatch as error:  # a constant activation has no histogram
-            refused[ranges] = error
-            candidates.notes.append(f"INT8 ranges by {ranges} are not possible: {error}")
-            continue
-        runner = prepared.runtime.runner(built.model, workload=request.workload)
-
-        def outputs(feeds: Mapping[str, Tensor], runner: SessionRunner = runner) -> list[Tensor]:
-            values = runner.outputs(prepared.for_graph(feeds))
-            return [torch.from_numpy(values[name]) for _, name in prepared.source.outputs]
-
-        found.append((candidates.confirm.judge(outputs), ranges, built))
-        progress.advance(1, ranges)
-    if not found:
-        raise refused[RANGES[0]]
-    loss, ranges, built = min(found, key=lambda entry: entry[0])
-    told = ", ".join(f"{name} {value:.5f}" for value, name, _ in found)
-    candidates.notes.append(f"INT8 ranges by {ranges}; oracle: {told}")
-    progress.done(f"{ranges}, oracle {loss:.5f}")
-    return built
+    return build_floats(prepared, allocation, states, workload=request.workload)
 
 
 def make_problem(
@@ -382,7 +335,24 @@ class ClosedLoop:
         built = _repaired(
             self.prepared, self.candidates, solution.allocation, self.request, self.progress
         )
+        if self.prepared.body is not None:
+            built = network_in_integers(
+                self.prepared,
+                self.prepared.body,
+                self.candidates,
+                built,
+                workload=self.request.workload,
+                fast_enough=lambda model: self._fast_enough(model, target),
+                progress=self.progress,
+            )
         return Found(solution, built)
+
+    def _fast_enough(self, model: bytes, target: float | None) -> bool:
+        if target is None:
+            return True
+        runner = self.timer.load(model, workload=self.request.workload)
+        timing, _ = _look(self.reference, runner)
+        return timing.speedup >= target * self.accept[0]
 
     def forget(self) -> None:
         """Search anew next time: the verdict on this solution was not what was asked for."""
