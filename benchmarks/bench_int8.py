@@ -52,6 +52,7 @@ from zipc.pruner.compensate.propagate import propagate
 from zipc.pruner.evidence import collect
 from zipc.pruner.graph.sites import sizes_at
 from zipc.pruner.levels import Levels, States
+from zipc.pruner.on_grid import on_grid
 from zipc.quantizer import by_modelopt, quantised, unpadded
 from zipc.runtimes import integer_kernels
 from zipc.samples import Feeds, open_samples
@@ -163,9 +164,7 @@ def measure(name: str, request: Request, seeds: Sequence[int]) -> list[dict[str,
 
 def linear(prepared: Prepared, rows: Sequence[Feeds]) -> dict[str, bytes]:
     """A network of linear maps in INT8, repaired on the calibration rows."""
-    modules = list(dict.fromkeys(m for s in prepared.structure.sites for m in s.maps))
-    stats = collect(prepared.executor, rows, modules=modules)
-    levels = Levels(prepared.sites, prepared.calls, prepared.weights, stats, {})
+    levels = levels_on(prepared, rows)
     ways = {}
     for way, numeric in ((OURS, STATIC), (f"{OURS} dynamic", DYNAMIC)):
         at = unpruned(prepared, numeric)
@@ -185,15 +184,25 @@ def convolutional(
     dense, body = dense_model(prepared), IntegerBody(workload, row_bytes=prepared.dense.row_bytes())
     body = body.calibrated_on([prepared.for_graph(batch) for batch in rows])
     exact = outputs(prepared, dense, rows)
+    levels, at = levels_on(prepared, rows), unpruned(prepared, "fp32")
+    states = on_grid(levels, at, levels.states(at), limit=body.weight_limit)
+    fed_back = graph(prepared, at, states)
 
     def lost(model: bytes) -> float:
         return error(exact, outputs(prepared, model, rows), rows)
 
     def best(exact_sums: bool) -> bytes:
         way = replace(body, exact_sums=exact_sums)
-        return min((replace(way, ranges=ranges).emit(dense) for ranges in RANGES), key=lost)
+        return min((replace(way, ranges=ranges).emit(fed_back) for ranges in RANGES), key=lost)
 
     return {OURS: best(True), ROUNDED: best(False)}
+
+
+def levels_on(prepared: Prepared, rows: Sequence[Feeds]) -> Levels:
+    """Weights of every map, with what it reads on the rows."""
+    modules = list(dict.fromkeys(m for s in prepared.structure.sites for m in s.maps))
+    stats = collect(prepared.executor, rows, modules=modules)
+    return Levels(prepared.sites, prepared.calls, prepared.weights, stats, {})
 
 
 def unpruned(prepared: Prepared, numeric: str) -> Allocation:

@@ -30,6 +30,7 @@ from zipc.pruner.allocate.search import Problem, SearchState, build_problem, sea
 from zipc.pruner.allocate.sensitivity import probe_count, site_losses
 from zipc.pruner.compensate.propagate import propagate
 from zipc.pruner.graph.mixtures import nested
+from zipc.pruner.on_grid import on_grid
 from zipc.quantizer import by_modelopt, in_floats
 from zipc.stage_cache import StageCache
 from zipc.turns import by_default
@@ -118,6 +119,9 @@ def _repaired(
     )
     if theirs:
         states = by_modelopt(prepared, allocation, states, candidates.repair)
+    if prepared.body is not None:
+        limit = prepared.body.weight_limit
+        states = on_grid(candidates.levels, allocation, states, limit=limit)
     progress.done()
     return build_floats(prepared, allocation, states, workload=request.workload)
 

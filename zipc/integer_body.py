@@ -52,6 +52,11 @@ class IntegerBody:
     # rows of a batch cannot be taken apart
     batches: Sequence[Batch] = field(default=())
 
+    @property
+    def weight_limit(self) -> int:
+        """The integer that ONNX Runtime's quantiser maps the largest weight of a channel to."""
+        return 64 if self.reduce_range else 127
+
     def calibrated_on(self, batches: Sequence[Batch]) -> IntegerBody:
         """With ranges from some rows of these batches; those of another size are left out."""
         shapes = [[value.shape for value in batch.values()] for batch in batches]

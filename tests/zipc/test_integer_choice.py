@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tests.zipc.test_integer_body import NETS
-from zipc.build import Built, build_floats
+from zipc.build import Built, build_floats, edit_of
 from zipc.core.request import Request
 from zipc.core.types import Allocation, Level, Silent, Workload
 from zipc.exporters.specialise import Edit
@@ -23,7 +23,11 @@ from zipc.integer_choice import network_in_integers
 from zipc.model_source import load_source, settle
 from zipc.prepare import Prepared, prepare
 from zipc.profiler.runners.onnxruntime import OnnxRuntimeRunner
-from zipc.pruner.levels import States
+from zipc.pruner.evidence import collect
+from zipc.pruner.graph.sites import sizes_at
+from zipc.pruner.levels import Levels, States
+from zipc.pruner.maps import matrices
+from zipc.pruner.on_grid import on_grid
 from zipc.stage_cache import StageCache
 
 IMAGES = np.random.default_rng(0).standard_normal((64, 3, 16, 16), dtype=np.float32)
@@ -121,3 +125,44 @@ def test_exact_sums_lose_less_and_only_the_first_convolution_its_integers(
 def test_the_result_of_the_network_is_not_rounded(prepared: Prepared, body: IntegerBody) -> None:
     dense = prepared.specialise(prepared.dense, Edit()).to_bytes()
     assert len(np.unique(outputs(body.emit(dense)))) > 256
+
+
+@pytest.mark.parametrize("reduce_range", [False, True])
+def test_weights_rounded_with_feedback_are_not_rounded_again(
+    prepared: Prepared, body: IntegerBody, reduce_range: bool
+) -> None:
+    body = replace(body, reduce_range=reduce_range)
+    modules = [m for site in prepared.structure.sites for m in site.maps]
+    rows = [{"x": torch.from_numpy(IMAGES[:8])}]
+    stats = collect(prepared.executor, rows, modules=modules)
+    levels = Levels(prepared.sites, prepared.calls, prepared.weights, stats, {})
+    allocation = Allocation({n: Level(s.units) for n, s in prepared.sites.items()}, 0.0, 0.0)
+    plain = levels.states(allocation)
+    made = on_grid(levels, allocation, plain, limit=body.weight_limit)
+    convolutions = [m for m in plain.maps if prepared.calls[m].convolution]
+    assert len(convolutions) == 5
+    weights = {}
+    for module in convolutions:
+        call, gram = prepared.calls[module], stats[module].gram[0].double()
+        before, after = (matrices(call, s.maps[module].weight)[0].double() for s in (plain, made))
+        scale = before.abs().amax(1, keepdim=True) / body.weight_limit
+        nearest = (before / scale).round() * scale
+
+        def lost(other: Tensor, W: Tensor = before, G: Tensor = gram) -> float:
+            return float((((W - other) @ G) * (W - other)).sum())
+
+        assert lost(after) < lost(nearest)
+        weights[module] = (after / scale).round().flatten().tolist()
+    integers = [
+        onnx.numpy_helper.to_array(t).flatten().tolist()
+        for t in onnx.load_from_string(emitted(prepared, body, made)).graph.initializer
+        if t.data_type == onnx.TensorProto.INT8 and len(t.dims) == 4
+    ]
+    assert sorted(integers) == sorted(weights.values())
+
+
+def emitted(prepared: Prepared, body: IntegerBody, states: States) -> bytes:
+    edit = edit_of(
+        states, sizes_at(prepared.structure, {n: s.units for n, s in prepared.sites.items()})
+    )
+    return body.emit(prepared.specialise(prepared.dense, edit).to_bytes())
