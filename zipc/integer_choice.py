@@ -31,7 +31,7 @@ def network_in_integers(
     on the confirming rows, are fast enough, and nothing had to be removed for speed.
 
     Raises:
-        ExportMismatch: no way of choosing ranges is possible.
+        ExportMismatch: no way of choosing ranges is possible with rounded sums.
     """
 
     def made(way: IntegerBody) -> tuple[float, Built]:
@@ -41,7 +41,10 @@ def network_in_integers(
     widths = floats.allocation.widths
     if any(widths[name] < site.units for name, site in prepared.sites.items()):
         return built
-    exact_loss, exact = made(replace(body, exact_sums=True))
+    try:
+        exact_loss, exact = made(replace(body, exact_sums=True))
+    except ExportMismatch:  # told in the notes; no product may be left that runs on integers
+        return built
     if exact_loss >= loss:
         return built
     enough = fast_enough(exact.model)
@@ -64,6 +67,7 @@ def _best_ranges(
         ExportMismatch: no way of choosing ranges is possible.
     """
     progress.stage("INT8 ranges", len(RANGES))
+    sums = ", exact sums" if body.exact_sums else ""
     found: list[tuple[float, str, Built]] = []
     refused: dict[str, ExportMismatch] = {}
     for ranges in RANGES:
@@ -72,7 +76,7 @@ def _best_ranges(
             built = in_integers(prepared, floats, way, workload=workload)
         except ExportMismatch as error:  # a constant activation has no histogram
             refused[ranges] = error
-            candidates.notes.append(f"INT8 ranges by {ranges} are not possible: {error}")
+            candidates.notes.append(f"INT8 ranges by {ranges}{sums} are not possible: {error}")
             continue
         runner = prepared.runtime.runner(built.model, workload=workload)
 
@@ -86,7 +90,6 @@ def _best_ranges(
         raise refused[RANGES[0]]
     loss, ranges, built = min(found, key=lambda entry: entry[0])
     told = ", ".join(f"{name} {value:.5f}" for value, name, _ in found)
-    sums = ", exact sums" if body.exact_sums else ""
     candidates.notes.append(f"INT8 ranges by {ranges}{sums}; oracle: {told}")
     progress.done(f"{ranges}{sums}, oracle {loss:.5f}")
     return loss, built

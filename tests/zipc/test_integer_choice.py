@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tests.zipc.test_integer_body import NETS
 from zipc.build import Built, build_floats, edit_of
+from zipc.core.errors import ExportMismatch
 from zipc.core.request import Request
 from zipc.core.types import Allocation, Level, Silent, Workload
 from zipc.exporters.specialise import Edit
@@ -108,6 +109,22 @@ def test_a_network_that_was_pruned_for_speed_gives_none_back(
 
     built, _ = chosen(prepared, body, never, cut=1)
     assert sums_of_floats(built.model) == 0
+
+
+def test_where_exact_sums_are_not_possible_rounded_ones_stay(
+    prepared: Prepared, body: IntegerBody, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    emit = IntegerBody.emit
+
+    def emit_rounded(self: IntegerBody, model: bytes, *, part: bool = False) -> bytes:
+        if self.exact_sums:
+            raise ExportMismatch("No product is left.")
+        return emit(self, model, part=part)
+
+    monkeypatch.setattr(IntegerBody, "emit", emit_rounded)
+    built, told = chosen(prepared, body, lambda _: True)
+    assert sums_of_floats(built.model) == 0
+    assert told[-1].endswith(", exact sums are not possible: No product is left.")
 
 
 def test_exact_sums_lose_less_and_only_the_first_convolution_its_integers(
