@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from zipc.numerics.inverse import inverse_factor
+from zipc.numerics.ranges import candidate_ranges
 
 DYNAMIC = "int8-dynamic"
 STATIC = "int8-static"
@@ -111,22 +112,23 @@ def symmetric(at: ActivationRange) -> ActivationRange:
 
 
 def calibrate(x: Tensor, weight: Tensor, *, signed: bool = False) -> ActivationRange:
-    """Choose the clipping range that gives the least output error of `weight` on sample `x`.
+    """Choose the range that gives the least output error of `weight` on sample `x`.
 
-    x (tokens, in), weight (out, in). Tries shrinking the min-max range from both ends, and judges
-    each on tokens spread over the sample. `signed` asks for symmetric ranges.
+    x (tokens, in), weight (out, in). Tries every way of `candidate_ranges`, and judges each on
+    tokens spread over the sample. `signed` asks for symmetric ranges.
     """
-    low, high = float(x.min()), float(x.max())
+    ranges = candidate_ranges(x)
     x = x[:: max(1, len(x) // CALIBRATION_ROWS)]
     exact = x @ weight.T
-    made = (lambda a, b: symmetric(activation_range(a, b))) if signed else activation_range
-    best, best_error = made(low, high), float("inf")
-    for shrink in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2):
-        at = made(low * shrink, high * shrink)
-        error = float((fake_quantize_static(x.clone(), at) @ weight.T - exact).square().sum())
-        if error < best_error:
-            best, best_error = at, error
-    return best
+
+    def made(low: float, high: float) -> ActivationRange:
+        at = activation_range(low, high)
+        return symmetric(at) if signed else at
+
+    def error(at: ActivationRange) -> float:
+        return float((fake_quantize_static(x.clone(), at) @ weight.T - exact).square().sum())
+
+    return min((made(*ends) for ends in dict.fromkeys(ranges.values())), key=error)
 
 
 class Int8Linear(nn.Module):

@@ -182,6 +182,13 @@ class Levels:
         kept = self._kept_units(tuple(allocation.levels.items()))
         return self.cuts.stays(call.weight, call.out_dim, size, kept)
 
+    def columns(self, module: str, allocation: Allocation) -> Tensor:
+        """Which columns of its dense matrix a map still has."""
+        call = self.calls[module]
+        size = self.weights[call.weight].shape[call.in_dim]
+        kept = self._kept_units(tuple(allocation.levels.items()))
+        return _columns(call, self.cuts.stays(call.weight, call.in_dim, size, kept))
+
     def _passes_on(self, module: str, site: str) -> bool:
         """Whether a map is only run through by the units of a site, as a depthwise one is: around
         a removed site it stays as it was."""

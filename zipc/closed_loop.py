@@ -7,32 +7,30 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from zipc.build import Built, build, build_floats, in_integers
+from zipc.build import Built, build, build_floats
 from zipc.candidates import Candidates, weight_limit
-from zipc.core.errors import ExportMismatch, TargetUnreachable
+from zipc.core.errors import TargetUnreachable
 from zipc.core.files import fingerprint
 from zipc.core.memory import release, trim
 from zipc.core.request import Request
 from zipc.core.types import Allocation, Level, PairedTiming, Progress, Runner
 from zipc.effort import Effort
-from zipc.integer_body import RANGES, IntegerBody
+from zipc.integer_choice import network_in_integers
 from zipc.prepare import Prepared
 from zipc.pricing import Prices
 from zipc.profiler.device import Device, GraphTimer, TimedGraph
-from zipc.profiler.runners.session import SessionRunner
 from zipc.proof import paired_speedup, paired_timing
 from zipc.pruner.allocate.search import Problem, SearchState, build_problem, search
 from zipc.pruner.allocate.sensitivity import probe_count, site_losses
 from zipc.pruner.compensate.propagate import propagate
 from zipc.pruner.graph.mixtures import nested
+from zipc.pruner.on_grid import on_grid
 from zipc.quantizer import by_modelopt, in_floats
 from zipc.stage_cache import StageCache
 from zipc.turns import by_default
@@ -121,52 +119,11 @@ def _repaired(
     )
     if theirs:
         states = by_modelopt(prepared, allocation, states, candidates.repair)
+    if prepared.body is not None:
+        limit = prepared.body.weight_limit
+        states = on_grid(candidates.levels, allocation, states, limit=limit)
     progress.done()
-    built = build_floats(prepared, allocation, states, workload=request.workload)
-    if prepared.body is None:
-        return built
-    return _best_ranges(prepared, prepared.body, candidates, built, request, progress)
-
-
-def _best_ranges(
-    prepared: Prepared,
-    body: IntegerBody,
-    candidates: Candidates,
-    floats: Built,
-    request: Request,
-    progress: Progress,
-) -> Built:
-    """The network in INT8 under the ranges that cost least on the confirming rows.
-
-    Raises:
-        ExportMismatch: no way of choosing ranges is possible.
-    """
-    progress.stage("INT8 ranges", len(RANGES))
-    found: list[tuple[float, str, Built]] = []
-    refused: dict[str, ExportMismatch] = {}
-    for ranges in RANGES:
-        way = replace(body, ranges=ranges)
-        try:
-            built = in_integers(prepared, floats, way, workload=request.workload)
-        except ExportMismatch as error:  # a constant activation has no histogram
-            refused[ranges] = error
-            candidates.notes.append(f"INT8 ranges by {ranges} are not possible: {error}")
-            continue
-        runner = prepared.runtime.runner(built.model, workload=request.workload)
-
-        def outputs(feeds: Mapping[str, Tensor], runner: SessionRunner = runner) -> list[Tensor]:
-            values = runner.outputs(prepared.for_graph(feeds))
-            return [torch.from_numpy(values[name]) for _, name in prepared.source.outputs]
-
-        found.append((candidates.confirm.judge(outputs), ranges, built))
-        progress.advance(1, ranges)
-    if not found:
-        raise refused[RANGES[0]]
-    loss, ranges, built = min(found, key=lambda entry: entry[0])
-    told = ", ".join(f"{name} {value:.5f}" for value, name, _ in found)
-    candidates.notes.append(f"INT8 ranges by {ranges}; oracle: {told}")
-    progress.done(f"{ranges}, oracle {loss:.5f}")
-    return built
+    return build_floats(prepared, allocation, states, workload=request.workload)
 
 
 def make_problem(
@@ -368,7 +325,8 @@ class ClosedLoop:
     def find(self, target: float | None) -> Found:
         """The best allocation that measures at least `target`, with its final weights.
 
-        None asks for the fastest numerics without pruning. A solution found by an earlier run of
+        None asks for the fastest numerics without pruning (of a network that is in INT8 as a whole,
+        with exact sums where those lose less). A solution found by an earlier run of
         the same request is taken from the cache.
         """
         folder = self.cache.get(STAGE, self.key)
@@ -382,7 +340,27 @@ class ClosedLoop:
         built = _repaired(
             self.prepared, self.candidates, solution.allocation, self.request, self.progress
         )
+        if self.prepared.body is not None:
+            built = network_in_integers(
+                self.prepared,
+                self.prepared.body,
+                self.candidates,
+                built,
+                workload=self.request.workload,
+                fast_enough=lambda model: self._fast_enough(model, target),
+                progress=self.progress,
+            )
         return Found(solution, built)
+
+    def _fast_enough(self, model: bytes, target: float | None) -> bool:
+        """Whether a finished graph measures as fast as asked, under the default options as well."""
+        if target is None:
+            return True
+        runner = self.timer.load(model, workload=self.request.workload)
+        timings: list[PairedTiming | None] = [_look(self.reference, runner)[0]]
+        if self.request.by_default:
+            timings.append(self.by_default(model))
+        return all(t is None or t.speedup >= target * self.accept[0] for t in timings)
 
     def forget(self) -> None:
         """Search anew next time: the verdict on this solution was not what was asked for."""

@@ -23,10 +23,13 @@ import onnxruntime as ort
 from zipc.core.errors import ExportMismatch
 from zipc.core.quiet import hush
 from zipc.core.types import Workload
+from zipc.exporters.graph import live
 from zipc.profiler.runners.onnxruntime import PROVIDERS, default_feeds, one_line
 
 Batch = Mapping[str, np.ndarray[Any, Any]]
 RANGES = ("minmax", "percentile")  # how the range of an activation is chosen
+SUMS = ("Add", "Sum")
+FLOAT_OUTPUTS = ("Gemm", "MatMul")  # their integer kernels give floats at no cost
 PERCENTILE = 99.99
 ROWS = 256  # that ranges are taken from
 WARNINGS, ERRORS = 2, 3  # severities of ONNX Runtime's log; warnings are its default
@@ -43,9 +46,16 @@ class IntegerBody:
     workload: Workload
     reduce_range: bool = False  # 7 bits: where U8 x S8 dot products saturate in 16 bits
     ranges: str = "minmax"
+    exact_sums: bool = False  # sums, and convolutions that read the inputs, in floats: less error
+    # and less speed
     row_bytes: int = 0  # of all activations of one row, which a percentile wants at once; 0 where
     # rows of a batch cannot be taken apart
     batches: Sequence[Batch] = field(default=())
+
+    @property
+    def weight_limit(self) -> int:
+        """The integer that ONNX Runtime's quantiser maps the largest weight of a channel to."""
+        return 64 if self.reduce_range else 127
 
     def calibrated_on(self, batches: Sequence[Batch]) -> IntegerBody:
         """With ranges from some rows of these batches; those of another size are left out."""
@@ -71,6 +81,7 @@ class IntegerBody:
             ExportMismatch: ONNX Runtime's quantiser does not take the graph.
         """
         from onnxruntime import quantization as q
+        from onnxruntime.quantization.registry import QDQRegistry
 
         method = q.CalibrationMethod.MinMax
         if self.ranges == "percentile":
@@ -78,6 +89,7 @@ class IntegerBody:
         with tempfile.TemporaryDirectory() as folder, hush(), _no_advice():
             try:
                 folded, made_up = _folded(model, Path(folder) / "folded.onnx", self.workload)
+                kept = _first_maps(folded) if self.exact_sums else []
                 q.quantize_static(
                     folded,
                     str(Path(folder) / "integer.onnx"),
@@ -88,14 +100,24 @@ class IntegerBody:
                     weight_type=q.QuantType.QInt8,
                     activation_type=q.QuantType.QUInt8,
                     calibrate_method=method,
-                    extra_options={"CalibPercentile": PERCENTILE},
+                    op_types_to_quantize=[
+                        op for op in QDQRegistry if not (self.exact_sums and op in SUMS)
+                    ],
+                    nodes_to_exclude=kept,
+                    extra_options={
+                        "CalibPercentile": PERCENTILE,
+                        "OpTypesToExcludeOutputQuantization": list(FLOAT_OUTPUTS),
+                    },
                 )
             except Exception as error:  # the quantiser raises many unrelated types
                 raise ExportMismatch(
                     f"ONNX Runtime {ort.__version__} cannot bring the graph to INT8: "
                     f"{one_line(error)}. Use --numerics fp32."
                 ) from error
-            return _standard(onnx.load(Path(folder) / "integer.onnx"), like=model)
+            made = onnx.load(Path(folder) / "integer.onnx")
+            if self.exact_sums:
+                _sum_floats_(made)
+            return _standard(made, like=model)
 
 
 def _folded(model: bytes, path: Path, workload: Workload) -> tuple[onnx.ModelProto, Batch]:
@@ -106,6 +128,33 @@ def _folded(model: bytes, path: Path, workload: Workload) -> tuple[onnx.ModelPro
     options.log_severity_level = 4
     session = ort.InferenceSession(model, options, providers=PROVIDERS)
     return onnx.load(path), default_feeds(session, workload)
+
+
+def _first_maps(folded: onnx.ModelProto) -> list[str]:
+    """Names of the convolutions that read the inputs of the graph."""
+    inputs = {entry.name for entry in folded.graph.input}
+    return [n.name for n in folded.graph.node if n.op_type == "Conv" and n.input[0] in inputs]
+
+
+def _sum_floats_(made: onnx.ModelProto) -> None:
+    """Let every sum read what it adds before that is rounded, but for results of convolutions,
+    which run on integers only where their result is rounded."""
+    graph = made.graph
+    producers = {name: n for n in graph.node for name in n.output}
+
+    def behind(name: str, op_type: str) -> str | None:
+        found = producers.get(name)
+        return found.input[0] if found is not None and found.op_type == op_type else None
+
+    for node in graph.node:
+        for i, name in enumerate(node.input if node.op_type in SUMS else ()):
+            rounded = behind(name, "DequantizeLinear")
+            exact = behind(rounded, "QuantizeLinear") if rounded is not None else None
+            if exact in producers and producers[exact].op_type not in ("Conv", "ConvTranspose"):
+                node.input[i] = exact
+    kept = live(list(graph.node), [entry.name for entry in graph.output])
+    del graph.node[:]
+    graph.node.extend(kept)
 
 
 def _standard(made: onnx.ModelProto, *, like: bytes) -> bytes:
