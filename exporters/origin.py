@@ -10,6 +10,7 @@ import torch
 from onnx import NodeProto
 from torch import fx
 
+from zipc.core.nodes import module_of
 from zipc.exporters.graph import OnnxGraph
 
 _FX_NODE = "pkg.torch.onnx.fx_node"  # where the exporter keeps the text of a node
@@ -80,7 +81,7 @@ def places(graph: OnnxGraph, traced: torch.export.ExportedProgram) -> dict[str, 
     A node that a pass made has the place of the nearest one that has a place: a Cast that of what
     reads it.
     """
-    paths = {n.name: _module(n) for n in traced.graph.nodes}
+    paths = {n.name: module_of(n)[0] for n in traced.graph.nodes}
     producers, consumers = graph.producers(), graph.consumers()
     found: dict[str, str] = {}
     for node in graph.nodes:
@@ -95,11 +96,6 @@ def places(graph: OnnxGraph, traced: torch.export.ExportedProgram) -> dict[str, 
             at += [n for n in around if id(n) not in seen]
             seen.update(id(n) for n in around)
     return found
-
-
-def _module(node: fx.Node) -> str:
-    stack = node.meta.get("nn_module_stack") or {"": ("", "")}
-    return str(list(stack.values())[-1][0])
 
 
 def _items(graph: fx.Graph) -> dict[tuple[str, object], str]:

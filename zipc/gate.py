@@ -24,8 +24,8 @@ from zipc.bench import refuse_elsewhere
 from zipc.core.errors import CorruptFile, UsageError
 from zipc.core.files import read_json
 from zipc.core.types import Progress, Runner, Silent, Workload
-from zipc.core.workload import read_workload, workload_document
-from zipc.manifest import recorded_runtime
+from zipc.core.workload import read_workload, resized, workload_document
+from zipc.manifest import FILE_NAME, recorded_runtime
 from zipc.profiler.device import local_device
 from zipc.profiler.runners.registry import RUNNERS
 from zipc.profiler.timing import interleave, warm_up
@@ -106,18 +106,22 @@ def check(
     fail_on: str = "p50:5%",
     max_time_s: float = 60.0,
     min_delta_ms: float = 0.0,
-    workload: Workload | None = None,
+    batch_size: int | None = None,
+    sequence_length: int | None = None,
+    threads: int | None = None,
     progress: Progress | None = None,
     runners: tuple[Runner, Runner] | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> GateResult:
     """Compare two artifacts (output folders or .onnx files) by the rules of `fail_on`.
 
-    A slowdown below `min_delta_ms` is never a regression. `runners` are those of new and base;
-    by default each of the runtime it was compiled for, on the workload of the baseline's manifest.
+    A slowdown below `min_delta_ms` is never a regression. `runners` are those of new and base; by
+    default each of the runtime it was compiled for, on the workload of the baseline's manifest (of
+    the new one's where the baseline has none) with the sizes and threads that are given.
 
     Raises:
-        UsageError: a rule cannot be read, or an artifact is missing.
+        UsageError: a rule cannot be read, or an artifact is missing or was made for another device.
+        CorruptFile: a manifest has no usable workload.
         ExportMismatch: a runtime cannot load or run a graph.
         NoisyMeasurement: the clock gave something that is not a positive time.
     """
@@ -127,11 +131,23 @@ def check(
     progress = progress or Silent()
     timed = [rule for rule in rules if rule.metric in QUANTILES]
     decided = {r: _compare_sizes(r, new=new, base=base) for r in rules if r.metric == "size"}
+    workload = None
     if timed and runners is None:
-        workload = workload or workload_of(new, base)
-        for artifact in (new, base):
-            refuse_elsewhere(_recorded(artifact), artifact)
-        runners = _runner(new, base, workload), _runner(base, new, workload)
+        held = {
+            artifact: read_json(artifact / FILE_NAME, advice="Compile again.")
+            for artifact in (base, new)
+            if (artifact / FILE_NAME).is_file()
+        }
+        workloads = [_workload(manifest, artifact) for artifact, manifest in held.items()]
+        for artifact, manifest in held.items():
+            refuse_elsewhere(manifest, artifact)
+        workload = resized(
+            workloads[0] if workloads else Workload(),
+            batch_size=batch_size,
+            sequence_length=sequence_length,
+            threads=threads,
+        )
+        runners = _runner(new, base, held, workload), _runner(base, new, held, workload)
     trial = _Trial(
         timed, max_time_s=max_time_s, min_delta_ms=min_delta_ms, progress=progress, clock=clock
     )
@@ -152,15 +168,6 @@ def check(
         elapsed_s=trial.elapsed_s,
         workload=workload,
     )
-
-
-def workload_of(new: Path, base: Path) -> Workload:
-    """What the baseline was compiled for, else the new artifact, else the usual workload.
-
-    Raises:
-        CorruptFile: a manifest has no usable workload.
-    """
-    return _recorded_workload(base) or _recorded_workload(new) or Workload()
 
 
 def parse_rules(text: str) -> tuple[Rule, ...]:
@@ -340,25 +347,22 @@ def bytes_of(graph: Path) -> int:
         raise UsageError(f"{graph} needs {error.filename}, which is missing.") from error
 
 
-def _recorded(artifact: Path) -> Any:
-    """The manifest of an output folder as it stands; empty where there is none."""
-    path = artifact / "manifest.json"
-    return read_json(path, advice="Compile again.") if path.is_file() else {}
-
-
-def _runner(artifact: Path, other: Path, workload: Workload) -> Runner:
+def _runner(
+    artifact: Path, other: Path, manifests: Mapping[Path, Any], workload: Workload
+) -> Runner:
     """The graph in the runtime it was compiled for; a mere file, in that of the other."""
-    name = recorded_runtime(_recorded(artifact) or _recorded(other))
+    name = recorded_runtime(manifests.get(artifact, manifests.get(other, {})))
     local_device(name)
     return RUNNERS[name](graph_of(artifact), workload=workload)
 
 
-def _recorded_workload(artifact: Path) -> Workload | None:
-    held, path = _recorded(artifact), artifact / "manifest.json"
+def _workload(manifest: Any, artifact: Path) -> Workload:
     try:
-        return read_workload(held["workload"]) if held or path.is_file() else None
+        return read_workload(manifest["workload"])
     except (KeyError, TypeError, ValueError) as error:
-        raise CorruptFile(f"{path} has no usable workload ({error!r}). Compile again.") from error
+        raise CorruptFile(
+            f"{artifact / FILE_NAME} has no usable workload ({error!r}). Compile again."
+        ) from error
 
 
 def _percent(text: str, *, clause: str) -> float:

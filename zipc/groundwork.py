@@ -54,7 +54,7 @@ def price_model(request: Request, *, progress: Progress) -> Priced:
     """The prices of a model's sites on the target; what its table lacks is measured."""
     with one_thread():
         clock = Clock(progress)
-        target, device = _open(request)
+        target, device = open_target(request)
         source, request = _load(request, clock)
         prepared = _prepare(source, request, clock)
         if request.runtime == AUTO:
@@ -72,7 +72,7 @@ def price_on_boards(
     """
     with one_thread():
         clock = Clock(progress)
-        opened = dict(zip(requests, beside(_open, requests), strict=True))
+        opened = dict(zip(requests, beside(open_target, requests), strict=True))
         unreached = [found for found in opened.values() if isinstance(found, ZipcError)]
         if len(unreached) == len(requests):
             return [*unreached]
@@ -112,7 +112,7 @@ def set_up(request: Request, progress: Progress) -> Setup:
     kind_of(request)
     if request.recover != "none":
         raise UsageError(f"--recover {request.recover} is not available; the only choice is none.")
-    target, device = _open(request)
+    target, device = open_target(request)
     effort = effort_of(request.effort)
     cache = cache_of(request)
     source, request = _load(request, progress)
@@ -142,7 +142,7 @@ def set_up(request: Request, progress: Progress) -> Setup:
     return Setup(request, target, device, samples, prepared, prices, candidates)
 
 
-def _open(request: Request) -> tuple[Target, Device]:
+def open_target(request: Request) -> tuple[Target, Device]:
     """The target and its device, if they can do what is asked.
 
     Raises:

@@ -146,7 +146,13 @@ def _measured(
         source.notes.append(f"the latency was not measured: {error}")
         progress.done("not possible")
         return None, {}
-    progress.done(f"{found[0]:.2f} ms")
+    dense_ms, shares = found
+    if not shares:
+        source.notes.append(
+            "no shares of the latency: with what lies around it, a site by itself takes longer "
+            f"than the whole model, {dense_ms:.3f} ms"
+        )
+    progress.done(f"{dense_ms:.2f} ms")
     return found
 
 

@@ -12,12 +12,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from onnx import TensorProto, helper
 
 from zipc.core.errors import TableMissing
 from zipc.core.files import fingerprint as short_hash
 from zipc.core.request import Request
 from zipc.core.types import Difference, Level, Progress, Site, Target, Workload
 from zipc.exporters.graph import OnnxGraph
+from zipc.exporters.onnx_export import OPSET
 from zipc.exporters.site_graph import extract
 from zipc.exporters.specialise import EMISSION, Edit, Int8Weights, specialise
 from zipc.latency_tables import correction
@@ -42,6 +44,7 @@ MIN_SHARE = 0.05
 SWEEP_ROUNDS = 20
 SWEEP_SECONDS = 200.0  # spent, as on a busy machine, noisy prices get no more rounds
 SHARE_ROUNDS = 10
+SHARE_NOISE = 0.2  # sites that take this much more than the whole model have no share of it
 CORRECTION_POINTS = 6
 TRUSTED_ERROR = 0.06  # a table whose sums are further off than this (median) is not kept
 CORRECTION_ROUNDS = (10, 20)  # of a whole model beside dense: as many as fit
@@ -152,18 +155,33 @@ def dense_shares(
     """Milliseconds of the dense model, and the share of them that each site takes.
 
     A share is that of the graph the site is priced in: with the normalisation and the residual sum
-    after it. Those of sites that share maps overlap.
+    after it. Those of sites that share maps overlap. Every graph pays once for being run at all:
+    what a graph of nothing takes is not counted. There are no shares where a site comes out slower
+    than the whole all the same, as one whose surroundings count once for every call.
     """
     signatures, parts = surroundings(dense, sites)
-    graphs = [dense, *parts.values()]
-    runners = [
-        timer.load(specialise(graph, Edit()).to_bytes(), workload=workload) for graph in graphs
-    ]
+    graphs = [specialise(graph, Edit()).to_bytes() for graph in (dense, *parts.values())]
+    runners = [timer.load(model, workload=workload) for model in (_nothing(), *graphs)]
     for runner in runners:
         warm_up(runner)
     times = [float(np.median(t)) for t in interleave(runners, rounds=SHARE_ROUNDS)]
-    alone = dict(zip(parts, times[1:], strict=True))
-    return times[0], {s.name: alone[signatures[s.name]] * s.calls / times[0] for s in sites}
+    empty, whole, *rest = times
+    alone = {name: max(ms - empty, 0.0) for name, ms in zip(parts, rest, strict=True)}
+    spent = {s.name: alone[signatures[s.name]] * s.calls for s in sites}
+    inside = whole - empty
+    if inside <= 0 or max(spent.values()) > inside * (1 + SHARE_NOISE):
+        return whole, {}
+    return whole, {name: min(ms / inside, 1.0) for name, ms in spent.items()}
+
+
+def _nothing() -> bytes:
+    """A graph that hands on one number."""
+    x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, [1]) for n in "xy")
+    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "nothing", [x], [y])
+    opset = helper.make_opsetid("", OPSET)
+    lowest = helper.find_min_ir_version_for([opset])
+    model = helper.make_model(graph, opset_imports=[opset], ir_version=lowest)
+    return bytes(model.SerializeToString())
 
 
 def price(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from zipc.core.errors import CorruptFile
+from zipc.core.nodes import module_of
 from zipc.core.types import Site
 from zipc.numerics.int8 import DYNAMIC, STATIC, Int8Linear
 from zipc.pruner.graph.cuts import Cuts
@@ -237,8 +238,7 @@ def _groups(program: Program, structure: Structure, widths: Mapping[str, int]) -
     for node in program.nodes:
         extent = structure.groups.get(node.name)
         if extent is not None and op_name(node) not in ("layer_norm",):
-            stack = node.meta.get("nn_module_stack") or {"": ("", "")}
-            found[str(list(stack.values())[-1][0])] = extent_size(extent, widths) or 1
+            found[module_of(node)[0]] = extent_size(extent, widths) or 1
     return found
 
 

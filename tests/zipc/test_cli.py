@@ -317,6 +317,13 @@ class TestCompile:
         assert pipeline.requests == []
         assert not out.exists()
 
+    def test_dry_run_misses_what_is_not_installed(
+        self, run: Run, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setitem(sys.modules, "modelopt", None)
+        code, _, err = run(*COMPILE, "--quantizer", "modelopt", "--dry-run")
+        assert (code, "pip install 'zipc[modelopt]'" in err) == (2, True)
+
 
 class TestFailures:
     def test_zipc_error_is_its_message_and_code(self, run: Run, pipeline: Any) -> None:
@@ -390,7 +397,9 @@ class TestStandardOutput:
 
     def test_letters_the_encoding_lacks_become_question_marks(self, tmp_path: Path) -> None:
         manifest(model=ModelRecord(source="modèle · 2×", sha256=SHA)).write(tmp_path)
-        ran = self.zipc("inspect", str(tmp_path), shell="{}", PYTHONIOENCODING="ascii")
+        ran = self.zipc(
+            "inspect", str(tmp_path / "manifest.json"), shell="{}", PYTHONIOENCODING="ascii"
+        )
         assert ran.returncode == 0
         assert "mod?le ? 2?" in ran.stdout
 
@@ -398,7 +407,7 @@ class TestStandardOutput:
     def test_a_reader_that_stops_early_is_no_failure(self, tmp_path: Path, form: str) -> None:
         made = manifest(left_alone=tuple(LeftAlone(f"part {i}", "x" * 90) for i in range(2000)))
         made.write(tmp_path)
-        words = ("inspect", str(tmp_path), "--format", form)
+        words = ("inspect", str(tmp_path / "manifest.json"), "--format", form)
         ran = self.zipc(*words, shell="{} | head -1 >/dev/null")
         assert (ran.returncode, ran.stdout) == (0, "")
         assert "Traceback" not in ran.stderr
@@ -408,18 +417,23 @@ class TestStandardOutput:
     @pytest.mark.parametrize("form", ["table", "json"])
     def test_a_full_disk_is_one_message(self, tmp_path: Path, form: str) -> None:
         manifest().write(tmp_path)
-        ran = self.zipc("inspect", str(tmp_path), "--format", form, shell="{} > /dev/full")
+        ran = self.zipc(
+            "inspect", str(tmp_path / "manifest.json"), "--format", form, shell="{} > /dev/full"
+        )
         assert ran.returncode == 2
         assert ran.stderr.splitlines()[-1].startswith("zipc: cannot write to standard output")
         assert "Traceback" not in ran.stderr
 
     def test_a_closed_stream_is_written_nothing(self, tmp_path: Path) -> None:
         manifest().write(tmp_path)
-        assert self.zipc("inspect", str(tmp_path), shell="{} >&- 2>&-").returncode == 0
+        assert (
+            self.zipc("inspect", str(tmp_path / "manifest.json"), shell="{} >&- 2>&-").returncode
+            == 0
+        )
 
     def test_lines_end_where_their_text_does(self, run: Run, tmp_path: Path) -> None:
         manifest().write(tmp_path)
-        _, out, _ = run("inspect", str(tmp_path))
+        _, out, _ = run("inspect", str(tmp_path / "manifest.json"))
         assert not [line for line in out.splitlines() if line != line.rstrip()]
 
 
@@ -476,6 +490,10 @@ class TestOtherVerbs:
         asked = [(r.batch_size, r.sequence_length) for r in profiling.requests]
         assert (code, len(json.loads(out)["tables"])) == (0, 3)
         assert asked == [(1, 128), (8, 128), (1, 384)]
+        checked = json.loads(run("profile", "m", *sizes, "--dry-run", "--format", "json")[1])
+        requests = [document["request"] for document in checked["tables"]]
+        assert [(r["batch_size"], r["sequence_length"]) for r in requests] == asked
+        assert run("profile", "m", *sizes, "--dry-run")[1].count("batch_size") == 3
 
     def test_workloads_of_a_decode_step_and_of_images(self, run: Run, profiling: Any) -> None:
         assert run("profile", "m", "--phase", "decode", "--workloads", "2x64")[0] == 0
@@ -494,10 +512,24 @@ class TestOtherVerbs:
 
     def test_inspect_prints_the_same_report(self, run: Run, tmp_path: Path) -> None:
         manifest().write(tmp_path)
-        code, out, _ = run("inspect", str(tmp_path))
+        code, out, _ = run("inspect", str(tmp_path / "manifest.json"))
         assert code == 0
         assert "validated  2.04x" in out
-        assert json.loads(run("inspect", str(tmp_path), "--format", "json")[1])["verdict"]
+        document = json.loads(
+            run("inspect", str(tmp_path / "manifest.json"), "--format", "json")[1]
+        )
+        assert document["verdict"]
+
+    def test_inspect_refuses_files_that_are_not_those_of_the_manifest(
+        self, run: Run, tmp_path: Path
+    ) -> None:
+        manifest().write(tmp_path)
+        for content in (None, b"another graph"):
+            if content is not None:
+                (tmp_path / "reference.onnx").write_bytes(content)
+            code, out, err = run("inspect", str(tmp_path))
+            assert (code, out) == (2, "")
+            assert "reference.onnx missing or changed" in " ".join(err.split())
 
     def test_check_hands_over_rules_and_returns_the_gate_s_code(
         self, run: Run, monkeypatch: pytest.MonkeyPatch
@@ -524,7 +556,9 @@ class TestOtherVerbs:
             "fail_on": "p99:15%",
             "max_time_s": 120.0,
             "min_delta_ms": pytest.approx(0.1),
-            "workload": Workload(threads=2),
+            "threads": 2,
+            "batch_size": None,
+            "sequence_length": None,
         }
 
     def test_check_keeps_what_the_baseline_was_compiled_for_beside_the_flags_given(
@@ -532,16 +566,17 @@ class TestOtherVerbs:
     ) -> None:
         from zipc import gate
 
-        seen: dict[str, Any] = {}
+        seen: list[Workload] = []
 
-        def check(new: Path, base: Path, **keywords: Any) -> FakeGate:
-            seen.update(keywords)
-            return FakeGate()
+        def open_runner(path: Path, *, workload: Workload) -> Any:
+            seen.append(workload)
+            raise NoisyMeasurement("seen enough")
 
-        monkeypatch.setattr(gate, "check", check)
+        monkeypatch.setitem(gate.RUNNERS, "onnxruntime", open_runner)
         manifest(workload=Workload(8, 32, 1)).write(tmp_path)
-        run("check", "NEW", "--baseline", str(tmp_path), "--threads", "2")
-        assert seen["workload"] == Workload(8, 32, 2)
+        (tmp_path / "model.onnx").touch()
+        run("check", str(tmp_path), "--baseline", str(tmp_path), "--threads", "2")
+        assert seen == [Workload(8, 32, 2)]
 
     @pytest.mark.parametrize("delta", ["-1ms", "0", "soon"])
     def test_bad_delta_is_told_under_its_own_name(self, run: Run, delta: str) -> None:

@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -17,6 +19,7 @@ from transformers import BertConfig, BertModel
 import zipc
 from tests.command_line import Run
 from zipc.core.errors import ExportMismatch, UnsupportedModel, UsageError
+from zipc.core.shapes import parse_input_shapes
 from zipc.inspect import inspect_model, inspect_onnx
 
 ROOT = Path(__file__).parents[2]
@@ -33,6 +36,23 @@ class Net(nn.Module):
     def forward(self, x):
         x = self.up(x).relu()
         return self.down(2 * x if self.doubled > 0 else x)
+
+def net():
+    return Net()
+"""
+
+THRICE = """
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x):
+        for _ in range(3):
+            x = x + self.down(self.up(x).relu())
+        return x
 
 def net():
     return Net()
@@ -73,6 +93,48 @@ def test_every_site_has_its_share_of_parameters_and_time(bare: Path) -> None:
     for site in found["sites"]:
         assert site["parameter_share"] == site["parameters"] / found["parameters"]
         assert 0 < site["latency_share"] < 1
+
+
+class Timer:
+    """A run takes `start_ms`, and `product_ms` for every product."""
+
+    def __init__(self, *, start_ms: float, product_ms: float) -> None:
+        self.start_ms, self.product_ms = start_ms, product_ms
+
+    def load(self, model: bytes, **_: object) -> Any:
+        products = [n for n in onnx.load_from_string(model).graph.node if n.op_type == "Gemm"]
+        ms = self.start_ms + self.product_ms * len(products)
+        return SimpleNamespace(run=lambda: ms)
+
+
+@pytest.mark.parametrize("start_ms", [0.1, 100.0])
+def test_what_it_costs_to_run_a_graph_is_in_no_share(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start_ms: float
+) -> None:
+    """Its site is called three times, and all products are of it."""
+    (tmp_path / "nets.py").write_text(THRICE)
+    monkeypatch.setattr(
+        "zipc.inspect.TimingProcess", lambda _: Timer(start_ms=start_ms, product_ms=1)
+    )
+    shapes = parse_input_shapes("x:2x8")
+    (site,) = inspect_model(f"{tmp_path}/nets.py:net", input_shapes=shapes)["sites"]
+    assert site["calls"] == 3
+    assert site["latency_share"] == pytest.approx(1)
+
+
+def test_where_a_part_comes_out_slower_than_the_whole_there_are_no_shares(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Noisy(Timer):
+        def load(self, model: bytes, **_: object) -> Any:
+            self.start_ms += 1  # every graph later is slower
+            return super().load(model)
+
+    (tmp_path / "nets.py").write_text(THRICE)
+    monkeypatch.setattr("zipc.inspect.TimingProcess", lambda _: Noisy(start_ms=0, product_ms=0))
+    found = inspect_model(f"{tmp_path}/nets.py:net", input_shapes=parse_input_shapes("x:2x8"))
+    assert [site["latency_share"] for site in found["sites"]] == [None]
+    assert any("no shares of the latency" in note for note in found["notes"])
 
 
 def test_shares_of_the_time_are_none_where_nothing_is_measured(bare: Path) -> None:

@@ -11,7 +11,6 @@ from zipc.cli.flags import FormatFlag, parse_latency, parse_seconds
 from zipc.cli.printing import show_fields
 from zipc.cli.running import Outcome, run_verb
 from zipc.core.types import Progress
-from zipc.core.workload import resized
 
 
 def check_verb(
@@ -57,12 +56,9 @@ def check_verb(
             fail_on=fail_on,
             max_time_s=parse_seconds(max_time, "--max-time"),
             min_delta_ms=0.0 if min_delta is None else parse_latency(min_delta, "--min-delta"),
-            workload=resized(
-                gate.workload_of(new, baseline),
-                batch_size=batch_size,
-                sequence_length=sequence_length,
-                threads=threads,
-            ),
+            batch_size=batch_size,
+            sequence_length=sequence_length,
+            threads=threads,
             progress=progress,
         )
         document = result.to_json()

@@ -11,24 +11,19 @@ from rich.table import Table
 
 from zipc.cli.running import Outcome
 from zipc.core.request import Request
-from zipc.core.types import Target
-from zipc.targets import requested_target
 
 
 def dry_run(request: Request) -> Outcome:
-    """Load the target and read the data of `request`; nothing is measured or written.
+    """Open the target and read the data of `request`; nothing is measured or written.
 
     Raises:
-        UsageError: there is no such target, the data cannot be used, or two wishes contradict
-            each other.
+        RemoteError: the board cannot be reached.
+        UsageError: there is no such target, the data cannot be used, something is not installed,
+            or two wishes contradict each other.
     """
-    target = requested_target(request)
-    if request.engine is not None and target.sheet is not None:
-        from zipc.exporters.tensorrt.engine import choose_builder
+    from zipc.groundwork import open_target
 
-        choose_builder(request.engine, target.sheet.sm)
-    if request.host is not None:
-        _check_host(target, request)
+    target, _ = open_target(request)
     data = None if request.data is None else _describe_data(request)
     asked = {k: _plain(v) for k, v in dataclasses.asdict(request).items()}
     asked["input_shapes"] = [str(spec) for spec in request.input_shapes]
@@ -52,12 +47,6 @@ def dry_run(request: Request) -> Outcome:
         console.print("dry run: nothing was measured or written")
 
     return Outcome(document, show)
-
-
-def _check_host(target: Target, request: Request) -> None:
-    from zipc.devices import open_device
-
-    open_device(target, request.host, python=request.host_python)
 
 
 def _describe_data(request: Request) -> str:

@@ -10,6 +10,7 @@ import typer
 from zipc.cli.flags import ExcludeFlag, FormatFlag, IncludeFlag, InputShapesFlag, WeightsFlag
 from zipc.cli.printing import show_fields, show_manifest, show_structure
 from zipc.cli.running import Outcome, run_verb
+from zipc.core.errors import CorruptFile
 from zipc.core.shapes import parse_input_shapes
 from zipc.core.types import Progress
 from zipc.manifest import FILE_NAME, Manifest
@@ -47,9 +48,12 @@ def inspect_verb(
         if _is_compiled(path):
             manifest = Manifest.read(path)
             out = path.parent if path.name == FILE_NAME else path
-            for name in manifest.changed_files(out):
-                progress.info(
-                    f"{name} is missing or was changed after the compile: what follows is not of it"
+            changed = manifest.changed_files(out)
+            if changed and path.name != FILE_NAME:
+                raise CorruptFile(
+                    f"{out} is damaged: {', '.join(changed)} missing or changed after the compile. "
+                    "Run the same zipc compile again, or read what it was with: zipc inspect "
+                    f"{out / FILE_NAME}"
                 )
             return Outcome(
                 manifest.to_json(),

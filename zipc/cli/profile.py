@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -85,21 +86,26 @@ def profile_verb(flags: ProfileFlags) -> None:
     def body(progress: Progress) -> Outcome:
         requests, boards = flags.requests(), flags.boards()
         if flags.dry_run:
-            return dry_run(requests[0])
+            return _together([dry_run(request) for request in requests], flags)
         if len(boards) > 1:
             return _several(requests, boards, progress)
         from zipc.profiling import profile_model
 
         results = [profile_model(request, progress=progress) for request in requests]
-        documents = [result.to_json() for result in results]
-
-        def show(console: Console) -> None:
-            for result in results:
-                _show(console, result)
-
-        return Outcome(documents[0] if flags.workloads is None else {"tables": documents}, show)
+        return _together([Outcome(r.to_json(), partial(_show, result=r)) for r in results], flags)
 
     run_verb(body, output=flags.format)
+
+
+def _together(outcomes: Sequence[Outcome], flags: ProfileFlags) -> Outcome:
+    """One outcome of those of all workloads."""
+
+    def show(console: Console) -> None:
+        for outcome in outcomes:
+            outcome.show(console)
+
+    documents = [outcome.document for outcome in outcomes]
+    return Outcome(documents[0] if flags.workloads is None else {"tables": documents}, show)
 
 
 def _several(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
+from zipc.core.nodes import module_of
 from zipc.pruner.graph.axes import Atom, Dim, flatten, is_concrete, mark, pin, product, tie, unify
 from zipc.pruner.graph.rules.state import GROUPED, HEADS, Axes, argument, fresh, shape_of, unknown
 from zipc.pruner.graph.trace import MAP_MODULES, MapCall, Program, op_name
@@ -71,9 +72,8 @@ def _foreign(program: Program, node: fx.Node, call: MapCall) -> tuple[str | None
     assert isinstance(weight, fx.Node)
     if any(u.target is not node.target or u.args.index(weight) != place for u in weight.users):
         return f"{call.weight} is used by other operations too", True
-    stack = node.meta.get("nn_module_stack") or {"": ("", "")}
-    path, kind = list(stack.values())[-1]
-    kind = str(kind).rpartition(".")[2]
+    path, kind = module_of(node)
+    kind = kind.rpartition(".")[2]
     names = [call.weight] + ([call.bias] if call.bias else [])
     if kind not in MAP_MODULES:
         reason = f"{call.weight} belongs to a {kind}, not to a plain linear map or convolution"
