@@ -18,12 +18,12 @@ from zipc.exporters.sparse_weights import sparse_weights
 from zipc.gate import bytes_of
 from zipc.model_source import SourceModel, load_source, settle, trace_source
 from zipc.prepare import discover
-from zipc.pricing import dense_shares
 from zipc.profiler.runners.apart import TimingProcess
 from zipc.pruner.graph.sites import Structure
 from zipc.pruner.graph.trace import Program
 from zipc.pruner.ladder import widths_of
 from zipc.runtimes import integer_kernels
+from zipc.shares import dense_shares
 from zipc.targets import load_target
 
 

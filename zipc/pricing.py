@@ -8,43 +8,33 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
-from onnx import TensorProto, helper
 
 from zipc.core.errors import TableMissing
 from zipc.core.files import fingerprint as short_hash
 from zipc.core.request import Request
-from zipc.core.types import Difference, Level, Progress, Site, Target, Workload
+from zipc.core.types import Difference, Level, Progress, Site, Target
 from zipc.exporters.graph import OnnxGraph
-from zipc.exporters.onnx_export import OPSET
 from zipc.exporters.site_graph import extract
-from zipc.exporters.specialise import EMISSION, Edit, Int8Weights, specialise
+from zipc.exporters.specialise import EMISSION, Edit, specialise
 from zipc.latency_tables import correction
 from zipc.latency_tables.modelled import Doubt
 from zipc.latency_tables.store import TableStore, differences
 from zipc.latency_tables.table import Entry, LatencyTable
-from zipc.numerics.int8 import STATIC, quantize_weight
 from zipc.patterns import SPARSE, sparse_level
+from zipc.plain_edits import first_units, plain_edit
 from zipc.prepare import Prepared
 from zipc.profiler.device import Device, GraphTimer
 from zipc.profiler.sweep import PricedGraph, sweep
 from zipc.profiler.timing import interleave, warm_up
-from zipc.pruner.graph.cuts import Cuts
-from zipc.pruner.graph.mixtures import nested, rerouted, settled
-from zipc.pruner.graph.sites import sizes_at
+from zipc.pruner.graph.mixtures import nested, settled
 from zipc.pruner.ladder import widths_of
-from zipc.pruner.maps import matrices
-from zipc.pruner.sparse import halved, refusal
 
 WHOLE, NARROWEST = "model", "model-narrowest"  # stand in a table at the level of width 1
 MIN_SHARE = 0.05
 SWEEP_ROUNDS = 20
 SWEEP_SECONDS = 200.0  # spent, as on a busy machine, noisy prices get no more rounds
-SHARE_ROUNDS = 10
-SHARE_NOISE = 0.2  # sites that take this much more than the whole model have no share of it
 CORRECTION_POINTS = 6
 TRUSTED_ERROR = 0.06  # a table whose sums are further off than this (median) is not kept
 CORRECTION_ROUNDS = (10, 20)  # of a whole model beside dense: as many as fit
@@ -147,41 +137,6 @@ def surroundings(
         signatures[site.name] = signature
         parts.setdefault(signature, part)
     return signatures, parts
-
-
-def dense_shares(
-    dense: OnnxGraph, sites: Sequence[Site], workload: Workload, timer: GraphTimer
-) -> tuple[float, dict[str, float]]:
-    """Milliseconds of the dense model, and the share of them that each site takes.
-
-    A share is that of the graph the site is priced in: with the normalisation and the residual sum
-    after it. Those of sites that share maps overlap. Every graph pays once for being run at all:
-    what a graph of nothing takes is not counted. There are no shares where a site comes out slower
-    than the whole all the same, as one whose surroundings count once for every call.
-    """
-    signatures, parts = surroundings(dense, sites)
-    graphs = [specialise(graph, Edit()).to_bytes() for graph in (dense, *parts.values())]
-    runners = [timer.load(model, workload=workload) for model in (_nothing(), *graphs)]
-    for runner in runners:
-        warm_up(runner)
-    times = [float(np.median(t)) for t in interleave(runners, rounds=SHARE_ROUNDS)]
-    empty, whole, *rest = times
-    alone = {name: max(ms - empty, 0.0) for name, ms in zip(parts, rest, strict=True)}
-    spent = {s.name: alone[signatures[s.name]] * s.calls for s in sites}
-    inside = whole - empty
-    if inside <= 0 or max(spent.values()) > inside * (1 + SHARE_NOISE):
-        return whole, {}
-    return whole, {name: min(ms / inside, 1.0) for name, ms in spent.items()}
-
-
-def _nothing() -> bytes:
-    """A graph that hands on one number."""
-    x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, [1]) for n in "xy")
-    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "nothing", [x], [y])
-    opset = helper.make_opsetid("", OPSET)
-    lowest = helper.find_min_ir_version_for([opset])
-    model = helper.make_model(graph, opset_imports=[opset], ir_version=lowest)
-    return bytes(model.SerializeToString())
 
 
 def price(
@@ -414,59 +369,6 @@ def _builder(part: OnnxGraph, site: Site, level: Level, prepared: Prepared) -> C
     return build
 
 
-def plain_edit(
-    prepared: Prepared, levels: Mapping[str, Level], kept: Mapping[str, tuple[int, ...]]
-) -> Edit:
-    """An edit with the right shapes and unrepaired weights: latency does not depend on values."""
-    weights, calls = prepared.weights, prepared.calls
-    cut = [prepared.sites[n] for n, lv in levels.items() if not lv.removed]
-    cuts = Cuts(cut)
-    tensors = {p: cuts.cut(weights[p], p, kept).numpy() for p in cuts.pieces}
-    removed: dict[str, np.ndarray[Any, Any]] = {}
-    integers: dict[str, Int8Weights] = {}
-    for name, level in levels.items():
-        site = prepared.sites[name]
-        if level.removed:
-            for consumer in site.consumers:
-                call = calls[consumer.module]
-                shape = cuts.shape(call.weight, weights[call.weight].shape, widths_in(levels))
-                removed[consumer.module] = np.zeros(shape[call.out_dim], dtype=np.float32)
-            continue
-        integer = level.within(prepared.numeric).numeric.startswith("int8")
-        for module in site.maps if level.pattern != "dense" else ():
-            call, name = calls[module], calls[module].weight
-            if refusal(call, tensors[name].shape, integer=integer) is None:
-                tensors[name] = halved(call, torch.from_numpy(tensors[name])).numpy()
-        if level.numeric == "fp32":
-            continue
-        for module in site.maps:
-            call = calls[module]
-            matrix = matrices(call, torch.from_numpy(tensors[call.weight]))[0]
-            rounded = quantize_weight(matrix)
-            integers[module] = Int8Weights(
-                rounded.values.numpy(),
-                rounded.scale.numpy(),
-                (0.05, 128) if level.numeric == STATIC else None,
-            )
-    routes = rerouted(cut, kept)
-    for module in routes.ends:
-        shape = cuts.shape(
-            calls[module].weight, weights[calls[module].weight].shape, widths_in(levels)
-        )
-        removed[module] = np.zeros(shape[calls[module].out_dim], dtype=np.float32)
-    size_of = sizes_at(prepared.structure, widths_in(levels))
-    return Edit(tensors, removed, integers, size_of, routes.picks, routes.ends)
-
-
-def first_units(levels: Mapping[str, Level]) -> dict[str, tuple[int, ...]]:
-    """As many units as the levels say; which, does not matter to the latency."""
-    return {n: tuple(range(lv.width)) for n, lv in levels.items()}
-
-
-def widths_in(levels: Mapping[str, Level]) -> dict[str, int]:
-    return {n: lv.width for n, lv in levels.items()}
-
-
 def random_levels(prepared: Prepared, target: Target, rng: np.random.Generator) -> dict[str, Level]:
     """A random allocation: widths around a random overall density, one numeric policy."""
     density = rng.uniform(0.15, 0.95)
@@ -540,4 +442,4 @@ def _fit_correction(
     return fitted
 
 
-__all__ = ["Prices", "dense_shares", "measure_points", "offered_levels", "plain_edit", "price"]
+__all__ = ["Prices", "measure_points", "offered_levels", "price"]

@@ -28,8 +28,8 @@ from zipc.exporters.specialise import specialise
 from zipc.manifest import Manifest
 from zipc.model_source import SourceModel, load_source, settle, with_cache
 from zipc.pipeline import compile_model
+from zipc.plain_edits import plain_edit
 from zipc.prepare import Prepared, prepare
-from zipc.pricing import plain_edit
 from zipc.pruner.graph.interpret import Variant
 from zipc.stage_cache import StageCache
 from zipc.targets import load_target

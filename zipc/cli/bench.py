@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from zipc.cli.flags import FormatFlag, HostFlag, HostPythonFlag, one_host, parse_seconds
+from zipc.cli.flags import FormatFlag, HostFlag, HostPythonFlag, one_host
 from zipc.cli.printing import show_fields
+from zipc.cli.quantities import parse_seconds
 from zipc.cli.running import Outcome, run_verb
 from zipc.core.errors import UsageError
 from zipc.core.types import Progress

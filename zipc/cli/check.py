@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from zipc.cli.flags import FormatFlag, parse_latency, parse_seconds
+from zipc.cli.flags import FormatFlag
 from zipc.cli.printing import show_fields
+from zipc.cli.quantities import parse_latency, parse_seconds
 from zipc.cli.running import Outcome, run_verb
 from zipc.core.types import Progress
 
