@@ -15,8 +15,8 @@ from zipc.core.request import Request
 from zipc.core.types import InputSpec, Progress, Silent, Site
 from zipc.exporters.onnx_export import export_dense
 from zipc.exporters.sparse_weights import sparse_weights
-from zipc.gate import bytes_of
 from zipc.model_source import SourceModel, load_source, settle, trace_source
+from zipc.onnx_file import bytes_of
 from zipc.prepare import discover
 from zipc.profiler.runners.apart import TimingProcess
 from zipc.pruner.graph.sites import Structure

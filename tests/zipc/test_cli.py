@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from tests import relu_graph
 from tests.command_line import Run
 from zipc.cli.bench import pairs_within
 from zipc.cli.printing import show_manifest
@@ -520,7 +521,7 @@ class TestOtherVerbs:
 
         monkeypatch.setitem(gate.RUNNERS, "onnxruntime", open_runner)
         manifest(workload=Workload(8, 32, 1)).write(tmp_path)
-        (tmp_path / "model.onnx").touch()
+        (tmp_path / "model.onnx").write_bytes(relu_graph.graph())
         run("check", str(tmp_path), "--baseline", str(tmp_path), "--threads", "2")
         assert seen == [Workload(8, 32, 2)]
 
