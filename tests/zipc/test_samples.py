@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -395,6 +396,66 @@ def test_several_outputs_are_judged_by_their_relative_error(tmp_path: Path) -> N
     assert before.value == pytest.approx(100)
     expected = (1 + np.maximum(1 - relative("test"), 0)) / 2
     assert after.value == pytest.approx(100 * expected.mean(), rel=1e-5)
+
+
+@pytest.mark.parametrize("metric", [None, "accuracy"])
+@pytest.mark.parametrize("names", [False, True])
+def test_labels_are_read_against_the_one_of_several_outputs_that_has_their_classes(
+    tmp_path: Path, metric: str | None, names: bool
+) -> None:
+    x = RNG.normal(size=(90, 5)).astype(np.float32)
+    first = RNG.normal(size=(5, 4)).astype(np.float32)
+    _, second = heads()
+    classes = (x @ first).argmax(1)
+    labels = np.array(["ant", "bee", "cat", "dog"])[classes] if names else classes
+    data = save(tmp_path / "a.npz", x=x, labels=labels)
+    source = source_of(TwoHeads(first, second), specs=[VECTOR], outputs=["one", "two"])
+    samples = opened(source, data, metric=metric)
+    assert samples.metric == "accuracy"
+    assert any("the labels are read against one, one of several" in n for n in samples.notes)
+    other, worse = heads()[1], RNG.normal(size=first.shape).astype(np.float32)
+    test = [i for _, i in samples.parts["test"]]
+    hits = (x[test] @ worse).argmax(1) == classes[test]
+    before, after = samples.compare(
+        two_heads_onnx(first, second), two_heads_onnx(worse, other), "test"
+    )
+    assert (before.value, after.value) == (100, pytest.approx(100 * hits.mean()))
+    loss, _ = on_torch(samples, TwoHeads(first, second), TwoHeads(first, other), inputs=("x",))
+    assert loss > 0  # the search keeps the other output, too
+
+
+def test_labels_that_are_of_none_of_several_outputs_are_told(tmp_path: Path) -> None:
+    x = RNG.normal(size=(90, 5)).astype(np.float32)
+    data = save(tmp_path / "a.npz", x=x, labels=np.arange(90) % 7)
+    source = source_of(TwoHeads(*heads()), specs=[VECTOR], outputs=["one", "two"])
+    samples = opened(source, data)
+    assert samples.metric == "agreement"
+    told = r"none of several outputs: one \(2,\), two \(3, 2\).*--eval"
+    assert re.search(told, " ".join(samples.notes))
+    with pytest.raises(UsageError, match=told):
+        opened(source, data, metric="accuracy")
+
+
+@pytest.mark.parametrize(
+    ("shapes", "labels", "wanted"),
+    [
+        ([("cls", (10,)), ("reg", (1,))], np.arange(10), "cls"),
+        ([("reg", (1,)), ("cls", (10,))], np.arange(10), "cls"),
+        ([("reg", (1,)), ("embedding", (384,))], np.arange(10), "reg"),
+        ([("fine", (20,)), ("coarse", (10,))], np.arange(10), "coarse"),
+        ([("out", (3, 4, 4)), ("aux", (3, 4, 4))], np.full((9, 4, 4), 2), "out"),
+        ([("cls", (10,)), ("reg", (1,))], np.arange(10) / 7, "reg"),
+        ([("a", (1,)), ("b", (1,))], np.arange(10) / 7, None),
+    ],
+)
+def test_which_of_several_outputs_labels_are_of(
+    shapes: list[judges.Shape], labels: np.ndarray, wanted: str | None
+) -> None:
+    _, notes = judges.choose_judge(
+        source_of(TwoHeads(*heads())), shapes, inputs={}, labels=labels, metric=None
+    )
+    (note,) = notes
+    assert ("none of several" if wanted is None else f"read against {wanted},") in note
 
 
 def test_one_number_a_row_is_ranked(tmp_path: Path) -> None:

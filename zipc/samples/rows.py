@@ -293,9 +293,13 @@ def named_classes(
     Raises:
         UsageError: the model's classes have other names, or are of another number.
     """
-    name, row = shapes[0]
-    if len(shapes) > 1 or len(row) != 1 or row[0] < 2:
-        return None, f"labels are names of classes, and {name} {row} are not classes: not used"
+    fitting = [row for _, row in shapes if len(row) == 1 and row[0] > 1]
+    if len(shapes) > 1:
+        fitting = [row for row in fitting if row[0] == len(names)]
+    if not fitting:
+        told = ", ".join(f"{name} {row}" for name, row in shapes)
+        return None, f"labels are names of classes, and {told} are not classes: not used"
+    (row, *_) = fitting
     config = {} if source.folder is None else model_config(source.folder)
     return class_order({"num_labels": row[0], **config}, names)
 
