@@ -11,6 +11,7 @@ from typing import Any
 import onnx
 
 from zipc.core.errors import UsageError, ZipcError
+from zipc.core.figures import three_digits
 from zipc.core.request import Request
 from zipc.core.types import InputSpec, Progress, Silent, Site
 from zipc.exporters.onnx_export import export_dense
@@ -150,9 +151,9 @@ def _measured(
     if not shares:
         source.notes.append(
             "no shares of the latency: with what lies around it, a site by itself takes longer "
-            f"than the whole model, {dense_ms:.3f} ms"
+            f"than the whole model, {three_digits(dense_ms)} ms"
         )
-    progress.done(f"{dense_ms:.2f} ms")
+    progress.done(f"{three_digits(dense_ms)} ms")
     return found
 
 
