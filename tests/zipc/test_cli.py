@@ -265,6 +265,26 @@ class TestCompile:
         assert pipeline.requests == []
         assert not out.exists()
 
+    @pytest.mark.parametrize(
+        ("flags", "told"),
+        [
+            (["-o", "mine"], "mine is not empty and was not written by zipc"),
+            (["-o", "mine/thesis.tex"], "thesis.tex is a file"),
+            (["-o", "mine/thesis.tex/out"], "Cannot write to "),
+            (["-o", "out", "--metric", "acuracy"], "Did you mean 'accuracy'?"),
+        ],
+    )
+    def test_dry_run_refuses_what_the_run_would(
+        self, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], told: str
+    ) -> None:
+        (tmp_path / "mine").mkdir()
+        (tmp_path / "mine/thesis.tex").write_text("mine")
+        monkeypatch.chdir(tmp_path)
+        data = ("--data", str(ROOT / "examples/stsb"))
+        code, _, err = run("compile", "m", "--speedup", "2x", *data, *flags, "--dry-run")
+        assert (code, told in " ".join(err.split())) == (2, True)
+        assert [p.name for p in tmp_path.rglob("*")] == ["mine", "thesis.tex"]
+
     def test_dry_run_misses_what_is_not_installed(
         self, run: Run, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -28,6 +28,7 @@ from tests.tiny_sources import (
     two_heads_onnx,
 )
 from zipc.core.errors import UsageError
+from zipc.core.shapes import parse_input_shapes
 from zipc.core.types import InputSpec
 from zipc.model_source import SourceModel
 from zipc.samples import Samples, describe_data, judges, open_samples
@@ -587,6 +588,30 @@ def test_a_metric_that_needs_labels_is_refused_without_them(tmp_path: Path) -> N
     assert opened(picture_source(), data, label_column="none").metric == "agreement"
     with pytest.raises(UsageError, match="no array 'stars' for labels"):
         opened(picture_source(), data, label_column="stars")
+
+
+def test_arrays_are_described_if_they_fit_the_input_shapes_given(tmp_path: Path) -> None:
+    image, table = np.zeros((60, 3, 8, 8), np.float32), np.zeros((60, 4), np.int64)
+    image[:, 0, 0, 0] = np.arange(60)
+    data = save(tmp_path / "a.npz", image=image, table=table, y=np.zeros(60))
+
+    def described(shapes: str) -> str:
+        request = request_of(data, input_shapes=parse_input_shapes(shapes))
+        return describe_data(request)
+
+    for fitting in ("image:1x3x8x8,table:1x4", "table:2x4:int64", "y:1x3x8x8", "x:1x3x9x9"):
+        assert "image 3x8x8 float32" in described(fitting)
+    for shapes, told in (
+        ("image:1x3x9x9,table:1x4", r"row of 'image' in --data is 3x8x8, .* image:1x3x9x9\."),
+        ("image:1x3x8x8:int64,table:1x4", r"'image' in --data is float32, .* takes int64"),
+        ("image:1x3x8x8,tabel:1x4", r"no array 'tabel'.*: image, table; .* inputs: image, tabel"),
+    ):
+        with pytest.raises(UsageError, match=told):
+            described(shapes)
+    save(data, x=np.arange(240, dtype=np.float32).reshape(60, 4))
+    assert "4 float32" in described("z:1x4")
+    with pytest.raises(UsageError, match="row of 'z' in --data is 4, "):
+        described("z:1x5")
 
 
 @pytest.mark.parametrize("name", ["y", "target", "stars"])

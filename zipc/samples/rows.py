@@ -14,6 +14,7 @@ import torch
 
 from zipc.core.errors import UsageError
 from zipc.core.request import Request
+from zipc.core.types import InputSpec
 from zipc.evaluate import class_order, model_config
 from zipc.metrics import EvalResult, metric_value
 from zipc.model_source import SourceModel
@@ -205,25 +206,33 @@ def probe(source: SourceModel, feeds: Mapping[str, Array]) -> list[Shape]:
 
 
 def _check_sizes(source: SourceModel, feeds: Mapping[str, Array]) -> None:
-    """Refuse rows of other sizes than the model is compiled for."""
     for spec in source.specs:
-        row, wanted = feeds[spec.name].shape[1:], spec.shape[1:]
-        fits = len(row) == len(wanted) and all(
-            isinstance(size, str) or size == found for size, found in zip(wanted, row, strict=True)
+        values = feeds[spec.name]
+        check_row(spec, InputSpec(spec.name, str(values.dtype), values.shape))
+
+
+def check_row(spec: InputSpec, found: InputSpec) -> None:
+    """Refuse rows of another size or kind than the model is compiled for.
+
+    Raises:
+        UsageError: what was `found` of an input does not fit its `spec`.
+    """
+    row, wanted = found.shape[1:], spec.shape[1:]
+    fits = len(row) == len(wanted) and all(
+        isinstance(size, str) or size == have for size, have in zip(wanted, row, strict=True)
+    )
+    if not fits:
+        told = "x".join(map(str, (1, *row)))
+        raise UsageError(
+            f"A row of '{spec.name}' in --data is {told[2:]}, and the model is compiled for "
+            f"{spec}. Compile it for the data's size with --input-shapes {spec.name}:{told}, "
+            "or bring the data to the model's."
         )
-        if not fits:
-            told = "x".join(map(str, (1, *row)))
-            raise UsageError(
-                f"A row of '{spec.name}' in --data is {told[2:]}, and the model is compiled for "
-                f"{spec}. Compile it for the data's size with --input-shapes {spec.name}:{told}, "
-                "or bring the data to the model's."
-            )
-        whole = feeds[spec.name].dtype.kind != "f"
-        if whole != (not spec.dtype.startswith("float")):
-            raise UsageError(
-                f"'{spec.name}' in --data is {feeds[spec.name].dtype}, and the model takes "
-                f"{spec.dtype}. Save it in that type."
-            )
+    if found.dtype.startswith("float") != spec.dtype.startswith("float"):
+        raise UsageError(
+            f"'{spec.name}' in --data is {found.dtype}, and the model takes {spec.dtype}. Save it "
+            "in that type."
+        )
 
 
 def _filled(feeds: Mapping[str, Array], count: int | None) -> dict[str, Array]:
