@@ -15,7 +15,9 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from zipc.core.errors import UnsupportedModel
 from zipc.core.quiet import hush
 
-_NOT_MODELS = (Path(torch.__file__).parent, Path(__file__).parent)  # code on every stack
+# What stands on the stack of an error beside the code of the model.
+_PYTHON = Path(traceback.__file__).parent
+_OWN = (Path(torch.__file__).parent, Path(__file__).parent)
 # Modules whose whole forward pass is one map with `weight` and `bias`.
 MAP_MODULES = frozenset(
     "Linear Conv1D Conv1d Conv2d Conv3d ConvTranspose1d ConvTranspose2d ConvTranspose3d".split()
@@ -160,7 +162,9 @@ def _place(error: Exception) -> str:
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
-        if frame.line and not any(Path(frame.filename).is_relative_to(own) for own in _NOT_MODELS)
+        if frame.line
+        and Path(frame.filename).parent != _PYTHON
+        and not any(Path(frame.filename).is_relative_to(own) for own in _OWN)
     ]
     return "".join(f" ({Path(f.filename).name}, line {f.lineno}: {f.line})" for f in frames[-1:])
 

@@ -438,22 +438,24 @@ def test_labels_that_are_of_none_of_several_outputs_are_told(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("shapes", "labels", "wanted"),
+    ("shapes", "labels", "metric", "wanted"),
     [
-        ([("cls", (10,)), ("reg", (1,))], np.arange(10), "cls"),
-        ([("reg", (1,)), ("cls", (10,))], np.arange(10), "cls"),
-        ([("reg", (1,)), ("embedding", (384,))], np.arange(10), "reg"),
-        ([("fine", (20,)), ("coarse", (10,))], np.arange(10), "coarse"),
-        ([("out", (3, 4, 4)), ("aux", (3, 4, 4))], np.full((9, 4, 4), 2), "out"),
-        ([("cls", (10,)), ("reg", (1,))], np.arange(10) / 7, "reg"),
-        ([("a", (1,)), ("b", (1,))], np.arange(10) / 7, None),
+        ([("cls", (10,)), ("reg", (1,))], np.arange(10), None, "cls"),
+        ([("cls", (10,)), ("reg", (1,))], np.arange(10), "spearman", "reg"),
+        ([("reg", (1,)), ("cls", (10,))], np.arange(10), None, "cls"),
+        ([("reg", (1,)), ("embedding", (384,))], np.arange(10), None, "reg"),
+        ([("reg", (1,)), ("cls", (384,))], np.arange(10), "accuracy", "cls"),
+        ([("fine", (20,)), ("coarse", (10,))], np.arange(10), None, "coarse"),
+        ([("out", (3, 4, 4)), ("aux", (3, 4, 4))], np.full((9, 4, 4), 2), None, "out"),
+        ([("cls", (10,)), ("reg", (1,))], np.arange(10) / 7, None, "reg"),
+        ([("a", (1,)), ("b", (1,))], np.arange(10) / 7, None, None),
     ],
 )
 def test_which_of_several_outputs_labels_are_of(
-    shapes: list[judges.Shape], labels: np.ndarray, wanted: str | None
+    shapes: list[judges.Shape], labels: np.ndarray, metric: str | None, wanted: str | None
 ) -> None:
     _, notes = judges.choose_judge(
-        source_of(TwoHeads(*heads())), shapes, inputs={}, labels=labels, metric=None
+        source_of(TwoHeads(*heads())), shapes, inputs={}, labels=labels, metric=metric
     )
     (note,) = notes
     assert ("none of several" if wanted is None else f"read against {wanted},") in note

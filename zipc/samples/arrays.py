@@ -141,7 +141,7 @@ def _spec_of(name: str, values: Array) -> InputSpec:
 
 
 def _meant(request: Request) -> Sequence[InputSpec]:
-    """The inputs of --input-shapes; not a single one that may be an input by the name of labels."""
+    """The inputs of --input-shapes; none where its only name is one that labels have."""
     specs = request.input_shapes
     return () if len(specs) == 1 and specs[0].name in LABEL_NAMES else specs
 

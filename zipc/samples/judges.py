@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
+from math import inf, prod
 from typing import Any, Protocol
 
 import numpy as np
@@ -29,6 +29,7 @@ KEPT = 1 << 25  # numbers a draw keeps of the outputs: 128 MiB for the dense mod
 IGNORED = -100  # a label that stands for none, as in torch's cross entropy
 CLASS_AXIS = {1: -1, 2: -1, 3: 1}  # by the dimensions of a row: classes, (tokens, C), (C, H, W)
 SPARE_CLASSES = 2  # most classes of an output for each that the labels name
+RANKS = ("spearman", "pearson")  # metrics of one number a row
 AGREEMENT = "metric: agreement with the dense model x100, not accuracy"
 RELATIVE = ": 100 less the relative error of a row in percent"
 
@@ -206,7 +207,7 @@ def choose_judge(
         judge: Judge = Classes(metric=chosen, output=name, axis=axis, classes=classes, mask=masked)
     elif prod(row) == 1:
         usable = labels is not None and labels.dtype.kind in "iuf" and labels[:1].size == 1
-        fitting = ["spearman", "pearson", "agreement"] if usable else ["agreement"]
+        fitting = [*RANKS, "agreement"] if usable else ["agreement"]
         chosen = choose_metric(metric, fitting, what=f"{name}, one number a row")
         judge = Scalars(metric=chosen, output=name)
     else:
@@ -230,16 +231,17 @@ def _judge_of_several(
     """The search keeps every output; the report reads the one that the labels are of."""
     kept = _features(shapes, _token_mask(inputs))
     told = ", ".join(f"{name} {row}" for name, row in shapes)
-    wanted = None if labels is None or metric == "agreement" else _labelled(shapes, labels)
+    wanted = None if labels is None or metric == "agreement" else _labelled(shapes, labels, metric)
     if wanted is not None:
         read, _ = choose_judge(source, [wanted], inputs=inputs, labels=labels, metric=metric)
         if read.metric != "agreement":
             note = f"the labels are read against {wanted[0]}, one of several outputs: {told}"
             return Labelled(kept=kept, read=read), [note]
-    why = "no labels" if labels is None else f"labels of none of several outputs: {told}"
-    evaluate = "--eval FILE.py:FUNCTION can read several outputs"
-    choose_metric(metric, [kept.metric], what=f"{why}; {evaluate}")
-    return kept, [] if metric else [f"{AGREEMENT} ({why}){RELATIVE}; {evaluate}"]
+    why = "no labels"
+    if labels is not None:
+        why = f"labels of none of several outputs: {told}; --eval FILE.py:FUNCTION can read them"
+    choose_metric(metric, [kept.metric], what=why)
+    return kept, [] if metric else [f"{AGREEMENT} ({why}){RELATIVE}"]
 
 
 def _features(shapes: Sequence[Shape], mask: str | None) -> Features:
@@ -247,20 +249,23 @@ def _features(shapes: Sequence[Shape], mask: str | None) -> Features:
     return Features(metric="agreement", outputs=names, widths=widths, mask=mask)
 
 
-def _labelled(shapes: Sequence[Shape], labels: Array) -> Shape | None:
+def _labelled(shapes: Sequence[Shape], labels: Array, metric: str | None) -> Shape | None:
     """The one of several outputs that labels can be of.
 
-    Whole numbers are classes of the output that has the fewest of them, the first of equals, but
-    not where it has more than `SPARE_CLASSES` for each that the labels name, as embeddings have.
-    Other labels are of the only output that is one number a row.
+    Whole numbers are classes of the output that has the fewest of them, the first of equals. Where
+    no metric of classes was asked for, one with more than `SPARE_CLASSES` for each that the labels
+    name is none, as embeddings are not. Other labels are of the only output that is one number a
+    row.
     """
     known = labels[labels != IGNORED]
-    if labels.dtype.kind in "iu" and known.size and known.min() >= 0:
+    whole = labels.dtype.kind in "iu" and known.size and known.min() >= 0
+    if whole and metric not in RANKS:
         named, fitting = int(known.max()) + 1, []
+        most = SPARE_CLASSES * named if metric is None else inf
         for name, row in shapes:
             axis = CLASS_AXIS.get(len(row))
             classes, places = (0, ()) if axis is None else _classes(row, axis)
-            if labels.shape[1:] == places and named <= classes <= SPARE_CLASSES * named:
+            if labels.shape[1:] == places and named <= classes <= most:
                 fitting.append((classes, (name, row)))
         if fitting:
             return min(fitting, key=lambda found: found[0])[1]
