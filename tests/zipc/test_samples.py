@@ -604,6 +604,7 @@ def test_arrays_are_described_if_they_fit_the_input_shapes_given(tmp_path: Path)
     for fitting in ("image:1x3x8x8,table:1x4", "table:2x4:int64", "y:1x3x8x8", "x:1x3x9x9"):
         assert "image 3x8x8 float32" in described(fitting)
     for shapes, told in (
+        ("image:1x3x9x9", r"row of 'image' in --data is 3x8x8, "),
         ("image:1x3x9x9,table:1x4", r"row of 'image' in --data is 3x8x8, .* image:1x3x9x9\."),
         ("image:1x3x8x8:int64,table:1x4", r"'image' in --data is float32, .* takes int64"),
         ("image:1x3x8x8,tabel:1x4", r"no array 'tabel'.*: image, table; .* inputs: image, tabel"),
@@ -611,9 +612,10 @@ def test_arrays_are_described_if_they_fit_the_input_shapes_given(tmp_path: Path)
         with pytest.raises(UsageError, match=told):
             described(shapes)
     save(data, x=np.arange(240, dtype=np.float32).reshape(60, 4))
-    assert "4 float32" in described("z:1x4")
-    with pytest.raises(UsageError, match="row of 'z' in --data is 4, "):
-        described("z:1x5")
+    for name in ("x", "z", "y"):
+        assert "4 float32" in described(f"{name}:1x4")
+        with pytest.raises(UsageError, match=r"row of 'x' in --data is 4, .* for x:1x5"):
+            described(f"{name}:1x5")
 
 
 @pytest.mark.parametrize("name", ["y", "target", "stars"])

@@ -17,7 +17,7 @@ from zipc.model_source import SourceModel
 from zipc.predict import Array
 from zipc.samples.base import Part
 from zipc.samples.judges import IGNORED, Shape
-from zipc.samples.npz import LABEL_NAMES, LABELS, SUFFIX, find_npz, read_arrays
+from zipc.samples.npz import LABELS, SUFFIX, find_npz, read_arrays
 from zipc.samples.rows import (
     Item,
     RowSamples,
@@ -99,12 +99,12 @@ def describe_arrays(request: Request) -> str:
         UsageError: a file is damaged, has other inputs or sizes than --input-shapes, or too few
             rows.
     """
-    files, specs = find_npz(request), _meant(request)
-    read, _ = read_arrays(files, request, [spec.name for spec in specs])
+    files, specs = find_npz(request), request.input_shapes
+    read, _ = read_arrays(files, request, [spec.name for spec in specs if len(specs) > 1])
     other = (LABELS, MEAN, STD)
     held = {role: {n: v for n, v in a.items() if n not in other} for role, a in read.items()}
     for role, path in files.items():
-        _check_meant(specs, held[role], path, request)
+        _check_given(specs, held[role], path, request)
     targets = _labels(read, held, files, request)
     return f"{_shapes(held)} · {_cut(held, targets, files, request).description}"
 
@@ -140,19 +140,18 @@ def _spec_of(name: str, values: Array) -> InputSpec:
     return InputSpec(name, "int64", shape, int(values.max()) + 1)
 
 
-def _meant(request: Request) -> Sequence[InputSpec]:
-    """The inputs of --input-shapes; none where its only name is one that labels have."""
-    specs = request.input_shapes
-    return () if len(specs) == 1 and specs[0].name in LABEL_NAMES else specs
-
-
-def _check_meant(
+def _check_given(
     specs: Sequence[InputSpec], arrays: Mapping[str, Array], path: Path, request: Request
 ) -> None:
-    """Refuse arrays of other sizes than --input-shapes gives; its types may come from them."""
-    if len(specs) > 1:  # a single one may have any name
-        _named(arrays, [spec.name for spec in specs], path, model=request.model)
+    """Refuse arrays of other sizes than --input-shapes gives; its types may come from them.
+
+    The shape of a single input may have any name, as its array may.
+    """
     found = _specs_of(arrays)
+    if len(specs) > 1:
+        _named(arrays, [spec.name for spec in specs], path, model=request.model)
+    elif specs and len(found) == 1:
+        specs = [replace(specs[0], name=next(iter(found)))]
     for spec in specs:
         if spec.name in found:
             kind = found[spec.name].dtype if spec.dtype == "float32" else spec.dtype
