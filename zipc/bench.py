@@ -11,14 +11,16 @@ import numpy as np
 
 from zipc.core.errors import CorruptFile, UsageError
 from zipc.core.files import read_json
-from zipc.core.types import PairedTiming, Progress, Silent, VerdictName, Workload
+from zipc.core.types import Artifact, PairedTiming, Progress, Silent, VerdictName, Workload
 from zipc.core.workload import read_workload, workload_document
-from zipc.manifest import TENSORRT, latency_of, recorded_runtime
+from zipc.manifest import TENSORRT, latency_of, recorded_runtime, refuse_changed
 from zipc.profiler.device import Device, LocalDevice, local_device
 from zipc.profiler.facts import machine
 from zipc.profiler.timing import warm_up
 from zipc.proof import default_pairs, paired_speedup, percentiles, verdict
 from zipc.turns import by_default
+
+GRAPHS = ("reference.onnx", "model.onnx")
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +97,8 @@ def bench(
 
     Raises:
         UsageError: a file of the folder is missing, or the proof is that of another device.
-        CorruptFile: the manifest is truncated or lacks a field.
+        CorruptFile: the manifest is truncated or lacks a field, or a graph is not the one that it
+            describes.
         NoisyMeasurement: the clock gave something that is not a positive time.
         EngineFailed: TensorRT refuses a graph.
         RemoteError: the device cannot be reached, or lacks what it needs.
@@ -122,13 +125,13 @@ def measure(
     recorded = _recorded(manifest, path=path)
     _refuse_runtime(manifest, out, runtime=device.runtime)
     _promise(manifest, reference_ms=1.0, path=path)  # fails before minutes of measuring
+    refuse_changed(_graphs(manifest, path=path), out)
     progress = progress or Silent()
     before = device.state()
     timer = device.timer()
-    names = ("reference.onnx", "model.onnx")
-    progress.stage("load graphs", total=len(names))
+    progress.stage("load graphs", total=len(GRAPHS))
     graphs = []
-    for name in names:
+    for name in GRAPHS:
         graphs.append(timer.load((out / name).read_bytes(), workload=workload))
         progress.advance(note=name)
     reference, candidate = graphs
@@ -138,7 +141,7 @@ def measure(
     promised = _promise(manifest, reference_ms=float(np.median(timing.reference_ms)), path=path)
     free = None
     if threads is None and _promised_by_default(manifest):
-        models = [(out / name).read_bytes() for name in names]
+        models = [(out / name).read_bytes() for name in GRAPHS]
         free = by_default(device, models, workload, progress)
     return BenchResult(
         out=str(out),
@@ -218,6 +221,16 @@ def _recorded(manifest: Any, *, path: Path) -> float:
         return float(manifest["latency"]["speedup"])
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptFile(f"{path} records no speedup ({error!r}). Compile again.") from error
+
+
+def _graphs(manifest: Any, *, path: Path) -> list[Artifact]:
+    try:
+        files = {f["path"]: Artifact(f["path"], f["kind"], f["sha256"]) for f in manifest["files"]}
+        return [files[name] for name in GRAPHS]
+    except (KeyError, TypeError) as error:
+        raise CorruptFile(
+            f"{path} does not list both graphs ({error!r}). Compile again."
+        ) from error
 
 
 def _promised_by_default(manifest: Any) -> bool:

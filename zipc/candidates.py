@@ -14,6 +14,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from zipc.core.errors import UsageError
+from zipc.core.figures import three_digits
 from zipc.core.files import fingerprint
 from zipc.core.request import Request
 from zipc.core.types import Difference, Ladder, Level, Progress, Rung, Site, Target
@@ -251,7 +252,7 @@ def _numerics(
     schemes = tuple(n for n in known if n in target.numerics)
     if prepared.body is not None:
         ms = prices.fixed_ms + sum(prices.ms(n, Level(s.units)) for n, s in sites.items())
-        notes.append(f"the whole network in {prepared.numeric}, unpruned: {ms:.2f} ms")
+        notes.append(f"the whole network in {prepared.numeric}, unpruned: {three_digits(ms)} ms")
         return ("fp32",)
     if wanted == prepared.floats:
         return ("fp32",)
@@ -268,7 +269,7 @@ def _numerics(
     for scheme in schemes:
         full = {n: Level(s.units, scheme if n in integers else "fp32") for n, s in sites.items()}
         ms = prices.fixed_ms + sum(prices.ms(n, lv) for n, lv in full.items())
-        notes.append(f"{scheme} everywhere, unpruned: {ms:.2f} ms")
+        notes.append(f"{scheme} everywhere, unpruned: {three_digits(ms)} ms")
     return schemes if wanted == "int8" else ("fp32", *schemes)
 
 

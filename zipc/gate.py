@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import onnx
-from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
 from zipc.bench import refuse_elsewhere
 from zipc.core.errors import CorruptFile, UsageError
@@ -26,6 +24,7 @@ from zipc.core.files import read_json
 from zipc.core.types import Progress, Runner, Silent, Workload
 from zipc.core.workload import read_workload, resized, workload_document
 from zipc.manifest import FILE_NAME, recorded_runtime
+from zipc.onnx_file import bytes_of, graph_of, inputs_of
 from zipc.profiler.device import local_device
 from zipc.profiler.runners.registry import RUNNERS
 from zipc.profiler.timing import interleave, warm_up
@@ -120,7 +119,8 @@ def check(
     the new one's where the baseline has none) with the sizes and threads that are given.
 
     Raises:
-        UsageError: a rule cannot be read, or an artifact is missing or was made for another device.
+        UsageError: a rule cannot be read, an artifact is missing or was made for another device, or
+            the graphs take other inputs.
         CorruptFile: a manifest has no usable workload.
         ExportMismatch: a runtime cannot load or run a graph.
         NoisyMeasurement: the clock gave something that is not a positive time.
@@ -129,6 +129,8 @@ def check(
     if max_time_s <= 0 or min_delta_ms < 0:
         raise UsageError("The largest time must be above 0 s and the smallest delta at least 0 ms.")
     progress = progress or Silent()
+    if runners is None:
+        _refuse_other_inputs(new, base)
     timed = [rule for rule in rules if rule.metric in QUANTILES]
     decided = {r: _compare_sizes(r, new=new, base=base) for r in rules if r.metric == "size"}
     workload = None
@@ -188,18 +190,6 @@ def parse_rules(text: str) -> tuple[Rule, ...]:
             raise UsageError(f"The rule {metric!r} is given twice in {text!r}. Keep one.")
         rules[metric] = Rule(metric, _percent(limit, clause=clause.strip()))
     return tuple(rules.values())
-
-
-def graph_of(artifact: Path) -> Path:
-    """Return the ONNX file of an output folder, or the file itself.
-
-    Raises:
-        UsageError: there is no such file.
-    """
-    path = artifact / "model.onnx" if artifact.is_dir() else artifact
-    if not path.is_file():
-        raise UsageError(f"There is no ONNX file at {path}. Give a zipc output folder or an .onnx.")
-    return path
 
 
 class _Trial:
@@ -328,23 +318,18 @@ def _compare_sizes(rule: Rule, *, new: Path, base: Path) -> RuleResult:
     return RuleResult(str(rule), status, ratio, (ratio, ratio), limit)
 
 
-def bytes_of(graph: Path) -> int:
-    """Size of an ONNX file with the files its weights are kept in."""
-    try:
-        model = onnx.load(str(graph), load_external_data=False)
-    except Exception as error:  # protobuf's errors share no base
-        raise UsageError(f"{graph} is not an ONNX file: {error}") from error
-    if not model.HasField("graph"):
-        raise UsageError(f"{graph} is not an ONNX file: it holds no graph.")
-    files = {
-        graph.parent / ExternalDataInfo(tensor).location
-        for tensor in model.graph.initializer
-        if uses_external_data(tensor)
-    }
-    try:
-        return sum(path.stat().st_size for path in {graph, *files})
-    except OSError as error:
-        raise UsageError(f"{graph} needs {error.filename}, which is missing.") from error
+def _refuse_other_inputs(new: Path, base: Path) -> None:
+    """Graphs of other inputs are other models, whose times say nothing about each other."""
+    inputs = {artifact: inputs_of(graph_of(artifact)) for artifact in (new, base)}
+    if inputs[new] != inputs[base]:
+        told = [
+            f"{artifact} takes {', '.join(f'{n} ({kind})' for n, kind in taken.items())}"
+            for artifact, taken in inputs.items()
+        ]
+        raise UsageError(
+            f"{' and '.join(told)}: they are not two versions of one model. Give a --baseline "
+            "with the inputs of NEW."
+        )
 
 
 def _runner(

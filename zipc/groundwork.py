@@ -21,6 +21,7 @@ from zipc.effort import effort_of
 from zipc.exporters.tensorrt.engine import choose_builder
 from zipc.integer_body import IntegerBody
 from zipc.latency_tables.store import TableStore, default_cache_dir
+from zipc.metrics import check_metric
 from zipc.model_source import SourceModel, load_source, settle, with_cache
 from zipc.numerics.int8 import FULL, STATIC
 from zipc.prepare import Prepared, prepare
@@ -110,6 +111,7 @@ class Setup:
 
 def set_up(request: Request, progress: Progress) -> Setup:
     kind_of(request)
+    check_metric(request.metric)
     if request.recover != "none":
         raise UsageError(f"--recover {request.recover} is not available; the only choice is none.")
     target, device = open_target(request)

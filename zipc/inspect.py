@@ -11,12 +11,13 @@ from typing import Any
 import onnx
 
 from zipc.core.errors import UsageError, ZipcError
+from zipc.core.figures import three_digits
 from zipc.core.request import Request
 from zipc.core.types import InputSpec, Progress, Silent, Site
 from zipc.exporters.onnx_export import export_dense
 from zipc.exporters.sparse_weights import sparse_weights
-from zipc.gate import bytes_of
 from zipc.model_source import SourceModel, load_source, settle, trace_source
+from zipc.onnx_file import bytes_of
 from zipc.prepare import discover
 from zipc.profiler.runners.apart import TimingProcess
 from zipc.pruner.graph.sites import Structure
@@ -150,9 +151,9 @@ def _measured(
     if not shares:
         source.notes.append(
             "no shares of the latency: with what lies around it, a site by itself takes longer "
-            f"than the whole model, {dense_ms:.3f} ms"
+            f"than the whole model, {three_digits(dense_ms)} ms"
         )
-    progress.done(f"{dense_ms:.2f} ms")
+    progress.done(f"{three_digits(dense_ms)} ms")
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -161,11 +162,7 @@ class Manifest(Record):
 
     def changed_files(self, out: Path) -> list[str]:
         """Files of `out` that are missing or not those the manifest describes."""
-        return [
-            file.path
-            for file in self.files
-            if not (out / file.path).is_file() or sha256_file(out / file.path) != file.sha256
-        ]
+        return _changed(self.files, out)
 
     @classmethod
     def read(cls, out: Path) -> Self:
@@ -186,6 +183,19 @@ class Manifest(Record):
             return cls.model_validate_json(path.read_bytes(), strict=True)
         except ValidationError as error:
             raise CorruptFile(f"{path} is damaged: {_first(error)}. {_AGAIN}") from error
+
+
+def refuse_changed(files: Iterable[Artifact], out: Path) -> None:
+    """Refuse files of `out` that are not the recorded ones.
+
+    Raises:
+        CorruptFile: one is missing, or has another hash.
+    """
+    changed = _changed(files, out)
+    if changed:
+        raise CorruptFile(
+            f"{out}: {', '.join(changed)} changed since the compile, or is missing. Compile again."
+        )
 
 
 def recorded_runtime(document: Any) -> str:
@@ -214,6 +224,14 @@ _AGAIN = "Run the same zipc compile again to write it anew."
 
 def _file(path: Path) -> Path:
     return path if path.suffix == ".json" else path / FILE_NAME
+
+
+def _changed(files: Iterable[Artifact], out: Path) -> list[str]:
+    return [
+        file.path
+        for file in files
+        if not (out / file.path).is_file() or sha256_file(out / file.path) != file.sha256
+    ]
 
 
 def _check_schema(document: Any, path: Path) -> None:

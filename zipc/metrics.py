@@ -40,6 +40,21 @@ def lower_is_better(metric: str) -> bool:
     return metric in LOWER_IS_BETTER
 
 
+def check_metric(name: str | None) -> None:
+    """Refuse the name of no metric, before a model is loaded that it may fit.
+
+    Raises:
+        UsageError: there is no such metric.
+    """
+    if name is not None and name not in METRICS:
+        close = difflib.get_close_matches(name, METRICS, n=1)
+        hint = f" Did you mean '{close[0]}'?" if close else ""
+        raise UsageError(
+            f"--metric {name} is not known.{hint} Choose from: {', '.join(METRICS)}; or bring your "
+            "own with --eval FILE.py:FUNCTION."
+        )
+
+
 def choose_metric(wanted: str | None, fitting: Sequence[str], *, what: str) -> str:
     """Return the wanted metric, or the first that fits.
 

@@ -33,7 +33,7 @@ FOLDERS = {"checkpoint": "checkpoint", "triton": "model repository for Triton"}
 
 
 def check_output(out: Path) -> None:
-    """Refuse a place where the result could not or should not be written.
+    """Refuse a place where the result could not or should not be written; nothing is left there.
 
     Raises:
         UsageError: it is a file, holds something that is not ours, or cannot be written.
@@ -42,14 +42,14 @@ def check_output(out: Path) -> None:
         raise UsageError(f"{out} is a file. Choose a folder with -o.")
     if out.is_dir() and any(out.iterdir()) and not (out / "manifest.json").is_file():
         raise UsageError(f"{out} is not empty and was not written by zipc. Choose another with -o.")
+    place = next(folder for folder in out.absolute().parents if folder.exists())
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        handle, probe = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.zipc-probe-")
+        handle, probe = tempfile.mkstemp(dir=place, prefix=f".{out.name}.zipc-probe-")
         os.close(handle)
         os.unlink(probe)
     except OSError as error:
         raise UsageError(
-            f"Cannot write to {out.parent} ({error.strerror or error}). Choose another with -o."
+            f"Cannot write to {place} ({error.strerror or error}). Choose another with -o."
         ) from error
 
 
@@ -63,6 +63,7 @@ def staged(out: Path) -> Iterator[Path]:
         UsageError: the disk is full or the folder cannot be written.
     """
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as held:
             with _locked(out.parent):
                 _clear_leftovers(out)

@@ -12,6 +12,7 @@ from zipc.build import checkpoint, dense_model
 from zipc.clock import Clock, one_thread
 from zipc.closed_loop import FINALISTS, ClosedLoop, Found, choose, make_problem
 from zipc.core.errors import UsageError
+from zipc.core.figures import three_digits
 from zipc.core.request import Request
 from zipc.core.types import Allocation, LeftAlone, PairedTiming, Progress, Runner, Site, Target
 from zipc.effort import effort_of
@@ -292,7 +293,7 @@ def target_speedup(request: Request, reference: Runner) -> float | None:
         dense_ms = float(np.median([reference.run() for _ in range(40)]))
         if dense_ms <= request.latency_ms:
             raise UsageError(
-                f"The dense model already takes {dense_ms:.2f} ms, less than the "
+                f"The dense model already takes {three_digits(dense_ms)} ms, less than the "
                 f"{request.latency_ms:g} ms asked for. Ask for less, or give --speedup."
             )
         return dense_ms / request.latency_ms

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import importlib.util
+import inspect
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from typing import Any
 from zipc.core.errors import UsageError
 
 LAST_FRAMES = 3
+SHOWN = 5  # names in a message
 FAILURES = (Exception, SystemExit)  # whatever code of the user's may raise
 
 
@@ -27,11 +29,13 @@ def split_reference(source: str) -> tuple[Path, str] | None:
     return Path(file).expanduser(), name
 
 
-def load_function(source: str, *, flag: str = "") -> tuple[Callable[..., Any], ModuleType]:
+def load_function(
+    source: str, *, arguments: int = 0, flag: str = ""
+) -> tuple[Callable[..., Any], ModuleType]:
     """The function that `path/to/file.py:function` names, and its module.
 
     While the file is imported, its folder can be imported from, as if it were run as a script.
-    `flag` is where the user named it, for messages.
+    For messages, `arguments` is how many it will be called with, `flag` where the user named it.
 
     Raises:
         UsageError: no such file or function, or importing the file fails.
@@ -57,12 +61,41 @@ def load_function(source: str, *, flag: str = "") -> tuple[Callable[..., Any], M
         raise UsageError(f"{where}: importing it raised {told(error, path)}") from error
     function = getattr(module, name, None)
     if not callable(function):
-        names = [n for n, value in vars(module).items() if callable(value) and n[0] != "_"]
+        names = _functions(module, arguments)
         close = difflib.get_close_matches(name, names, n=1)
-        found = f" It has: {', '.join(names[:5])}." if names else ""
+        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+        found = f" It has: {', '.join(names[:SHOWN])}{more}." if names else ""
         hint = f" Did you mean '{close[0]}'?" if close else found
         raise UsageError(f"{where}: {path.name} has no function '{name}'.{hint}")
     return function, module
+
+
+def _functions(module: ModuleType, arguments: int) -> list[str]:
+    """Public functions of the file that take so many arguments; without any, all that it can call.
+
+    What it imports is not its own.
+    """
+    own = {
+        name: value
+        for name, value in vars(module).items()
+        if callable(value)
+        and name[0] != "_"
+        and getattr(value, "__module__", "") == module.__name__
+    }
+    fitting = [
+        name
+        for name, value in own.items()
+        if inspect.isfunction(value) and _takes(value, arguments)
+    ]
+    return fitting or list(own)
+
+
+def _takes(function: Callable[..., Any], arguments: int) -> bool:
+    try:
+        inspect.signature(function).bind(*[None] * arguments)
+    except TypeError:
+        return False
+    return True
 
 
 @contextmanager

@@ -24,7 +24,7 @@ def load_user_function(source: str) -> UserFunction:
     Raises:
         UsageError: no such file or function, or importing the file fails.
     """
-    return load_function(source, flag="--eval")[0]
+    return load_function(source, arguments=2, flag="--eval")[0]
 
 
 def call_user_function(

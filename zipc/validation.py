@@ -8,10 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from zipc.bench import BenchResult, measure
-from zipc.core.errors import CorruptFile
 from zipc.core.files import sha256_file, write_json
 from zipc.core.types import Artifact, Progress
-from zipc.manifest import LatencyRecord, Manifest
+from zipc.manifest import LatencyRecord, Manifest, refuse_changed
 from zipc.output import KINDS, staged
 from zipc.profiler.device import Device
 from zipc.record import by_default_record, samples_of, times_of
@@ -35,11 +34,7 @@ def validate(
         EngineFailed, NoisyMeasurement, RemoteError: see `bench`.
     """
     manifest = Manifest.read(out)
-    changed = manifest.changed_files(out)
-    if changed:
-        raise CorruptFile(
-            f"{out}: {', '.join(changed)} changed since the compile, or is missing. Compile again."
-        )
+    refuse_changed(manifest.files, out)
     result = measure(out, pairs=pairs, progress=progress, device=device)
     with staged(out) as folder:
         shutil.copytree(out, folder, dirs_exist_ok=True)

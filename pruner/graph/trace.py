@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from zipc.core.errors import UnsupportedModel
 from zipc.core.quiet import hush
 
+# What stands on the stack of an error beside the code of the model.
+_PYTHON = Path(traceback.__file__).parent
+_OWN = (Path(torch.__file__).parent, Path(__file__).parent)
 # Modules whose whole forward pass is one map with `weight` and `bias`.
 MAP_MODULES = frozenset(
     "Linear Conv1D Conv1d Conv2d Conv3d ConvTranspose1d ConvTranspose2d ConvTranspose3d".split()
@@ -107,7 +113,7 @@ def trace(
     try:
         exported = _export(model, example, shapes)
     except Exception as error:  # torch.export raises many unrelated types
-        refused = f"{type(error).__name__}: {_reason(error)}"
+        refused = f"{_reason(error).rstrip('.')}{_place(error)}"
         followed = _symbolic(model)
         try:
             if followed is None:
@@ -115,8 +121,8 @@ def trace(
             exported = _export(followed, example, shapes)
         except Exception:
             raise UnsupportedModel(
-                f"{type(model).__name__} cannot be traced by torch.export: {refused}. "
-                "Data-dependent control flow and custom ops must be rewritten or the part excluded."
+                f"{type(model).__name__} cannot be traced by torch.export: {refused}. Rewrite that "
+                "with operations on tensors, such as torch.where in place of a branch."
             ) from error
     program = program_of(exported)
     program.refused = refused
@@ -147,10 +153,25 @@ def _symbolic(model: nn.Module) -> nn.Module | None:
 
 def _reason(error: Exception) -> str:
     """The first line of what torch says, and what it found where it lists that below."""
+    if isinstance(error, GuardOnDataDependentSymNode):  # which names symbols of torch's own
+        return "the code depends on the value of a tensor"
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
     found = [line.removeprefix("- ") for line in lines[1:] if line.startswith("- ")]
     first = [line.partition(" For more information")[0] for line in lines[:1]]
-    return " ".join([*first, *found[:1]])
+    found = [line.partition(" If you're using")[0] for line in found]  # torch's own interface
+    return f"{type(error).__name__}: {' '.join([*first, *found[:1]])}"
+
+
+def _place(error: Exception) -> str:
+    """The last line of the model's own code that led to an error."""
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.line
+        and Path(frame.filename).parent != _PYTHON
+        and not any(Path(frame.filename).is_relative_to(own) for own in _OWN)
+    ]
+    return "".join(f" ({Path(f.filename).name}, line {f.lineno}: {f.line})" for f in frames[-1:])
 
 
 def _in_place(node: fx.Node) -> bool:

@@ -19,12 +19,14 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from tests import relu_graph
 from tests.command_line import Run
 from zipc.cli.bench import pairs_within
 from zipc.cli.printing import show_manifest
 from zipc.cli.progress import Lines, open_progress
 from zipc.cli.running import INTERRUPTED
 from zipc.core.errors import NoisyMeasurement, TargetUnreachable, UsageError
+from zipc.core.figures import three_digits
 from zipc.core.request import Request
 from zipc.core.types import (
     Allocation,
@@ -187,7 +189,7 @@ class TestCompile:
     def test_report_says_speedup_quality_size_and_what_next(self, run: Run, pipeline: Any) -> None:
         _, out, err = run(*COMPILE)
         assert "validated  2.04x (95 % interval 2.01 to 2.07, 200 pairs), asked 2x" in out
-        assert "reference 20.00 ms, compiled 9.80 ms" in out
+        assert "reference 20.0 ms, compiled 9.80 ms" in out
         assert "dense 82.03, compiled 81.53 (-0.50)" in out
         assert "90.0 MB to 24.0 MB" in out
         assert "512/1536" in out
@@ -262,6 +264,26 @@ class TestCompile:
         assert "sentence1" in document["data"]
         assert pipeline.requests == []
         assert not out.exists()
+
+    @pytest.mark.parametrize(
+        ("flags", "told"),
+        [
+            (["-o", "mine"], "mine is not empty and was not written by zipc"),
+            (["-o", "mine/thesis.tex"], "thesis.tex is a file"),
+            (["-o", "mine/thesis.tex/out"], "Cannot write to "),
+            (["-o", "out", "--metric", "acuracy"], "Did you mean 'accuracy'?"),
+        ],
+    )
+    def test_dry_run_refuses_what_the_run_would(
+        self, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], told: str
+    ) -> None:
+        (tmp_path / "mine").mkdir()
+        (tmp_path / "mine/thesis.tex").write_text("mine")
+        monkeypatch.chdir(tmp_path)
+        data = ("--data", str(ROOT / "examples/stsb"))
+        code, _, err = run("compile", "m", "--speedup", "2x", *data, *flags, "--dry-run")
+        assert (code, told in " ".join(err.split())) == (2, True)
+        assert [p.name for p in tmp_path.rglob("*")] == ["mine", "thesis.tex"]
 
     def test_dry_run_misses_what_is_not_installed(
         self, run: Run, monkeypatch: pytest.MonkeyPatch
@@ -384,15 +406,69 @@ class TestStandardOutput:
 
 
 def test_names_of_sites_stay_whole_on_a_narrow_terminal() -> None:
-    console = Console(file=io.StringIO(), width=40)
+    console = Console(file=io.StringIO(), width=36)
     names = [f"encoder.layer.{i}.attention.self" for i in range(3)]
     records = tuple(AllocationRecord(site=name, level=Level(4), units=12) for name in names)
     show_manifest(console, manifest(allocation=records), out=Path("OUT"))
     assert isinstance(console.file, io.StringIO)
     printed = console.file.getvalue()
     assert "…" not in printed
-    folded = "".join(line[:20].split(" ")[0] for line in printed.splitlines())
+    folded = "".join(line.split(" ")[0] for line in printed.splitlines())
     assert all(name in folded for name in names)
+
+
+def printed(made: Manifest) -> str:
+    console = Console(file=io.StringIO(), width=120)
+    show_manifest(console, made, out=Path("OUT"))
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_times_of_small_networks_stay_apart() -> None:
+    times = {"reference_ms": 0.0237, "compiled_ms": 0.0163, "p90_ms": 0.0171, "p99_ms": 0.0204}
+    shown = printed(manifest(latency=manifest().latency.model_copy(update=times)))
+    assert "reference 0.0237 ms, compiled 0.0163 ms (p90 0.0171, p99 0.0204)" in shown
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0"), (0.00021234, "0.000212"), (0.5, "0.500"), (9.996, "10.00"), (1234.5, "1234")],
+)
+def test_figures_have_three_digits_and_no_exponent(value: float, text: str) -> None:
+    assert three_digits(value) == text
+
+
+@pytest.mark.parametrize(
+    ("verdict", "asked", "told"),
+    [
+        ("missed", 2.0, "1.996x (95 % interval 1.982 to 2.018, 200 pairs), asked 2x"),
+        ("inconclusive", 2.0, "1.996x (95 % interval 1.982 to 2.018, 200 pairs), asked 2x"),
+        ("validated", 1.98, "2.00x (95 % interval 1.98 to 2.02, 200 pairs), asked 1.98x"),
+        ("missed", 3.0, "2.00x (95 % interval 1.98 to 2.02, 200 pairs), asked 3x"),
+    ],
+)
+def test_a_narrow_miss_does_not_read_like_what_was_asked(
+    verdict: str, asked: float, told: str
+) -> None:
+    near = {"speedup": 1.996, "speedup_ci95": (1.982, 2.018)}
+    latency = manifest().latency.model_copy(update=near)
+    request = RequestRecord(model="minilm", speedup=asked)
+    assert f"{verdict}  {told}\n" in printed(
+        manifest(latency=latency, request=request, verdict=verdict)
+    )
+
+
+@pytest.mark.parametrize(("each_ms", "shown"), [(4.5, True), (5.0, False)])
+def test_prices_of_sites_that_exceed_the_whole_network_are_not_shown(
+    each_ms: float, shown: bool
+) -> None:
+    records = tuple(
+        AllocationRecord(site=name, level=Level(4), units=12, predicted_ms=each_ms, error=0.1)
+        for name in ("a", "b")
+    )
+    text = printed(manifest(allocation=records))
+    assert ("ms, priced alone" in text, f"{each_ms:.2f} " in text) == (shown, shown)
+    assert "0.1000" in text
 
 
 class TestOtherVerbs:
@@ -520,7 +596,7 @@ class TestOtherVerbs:
 
         monkeypatch.setitem(gate.RUNNERS, "onnxruntime", open_runner)
         manifest(workload=Workload(8, 32, 1)).write(tmp_path)
-        (tmp_path / "model.onnx").touch()
+        (tmp_path / "model.onnx").write_bytes(relu_graph.graph())
         run("check", str(tmp_path), "--baseline", str(tmp_path), "--threads", "2")
         assert seen == [Workload(8, 32, 2)]
 

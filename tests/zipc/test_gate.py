@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -217,12 +218,12 @@ def test_impossible_limits_are_usage_errors(limits: dict[str, float]):
         check(NEW, BASE, **limits)
 
 
-def _matmul(path: Path, width: int) -> Path:
+def _matmul(path: Path, width: int, *, x: str = "x", kind: int = TensorProto.FLOAT) -> Path:
     graph = helper.make_graph(
-        [helper.make_node("MatMul", ["x", "w"], ["y"])],
+        [helper.make_node("MatMul", [x, "w"], ["y"])],
         "matmul",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", "sequence", 64])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", "sequence", width])],
+        [helper.make_tensor_value_info(x, kind, ["batch", "sequence", 64])],
+        [helper.make_tensor_value_info("y", kind, ["batch", "sequence", width])],
         [numpy_helper.from_array(np.ones((64, width), np.float32), "w")],
     )
     path.parent.mkdir(exist_ok=True)
@@ -242,6 +243,16 @@ def test_real_graphs_are_compared_as_folders_or_files_on_the_baselines_workload(
     assert result.rules[1].status == result.status == "regressed"
     assert set(result.new_ms) == set(result.base_ms) == {"p50", "p90", "p99"}
     json.dumps(result.to_json(), allow_nan=False)
+
+
+@pytest.mark.parametrize("rules", ["p50:5%", "size:5%"])
+@pytest.mark.parametrize("other", [{"x": "image"}, {"kind": TensorProto.DOUBLE}])
+def test_graphs_of_other_inputs_are_not_compared(tmp_path: Path, rules: str, other: dict[str, Any]):
+    new, base = _matmul(tmp_path / "n.onnx", 8, **other), _matmul(tmp_path / "b.onnx", 8)
+    name, kind = other.get("x", "x"), "double" if "kind" in other else "float"
+    told = rf"n\.onnx takes {name} \({kind}\) and .*b\.onnx takes x \(float\)"
+    with pytest.raises(UsageError, match=told):
+        check(new, base, fail_on=rules, max_time_s=1)
 
 
 def test_size_counts_weights_kept_in_a_second_file(tmp_path: Path):

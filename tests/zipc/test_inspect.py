@@ -122,6 +122,12 @@ def test_what_it_costs_to_run_a_graph_is_in_no_share(
     assert site["latency_share"] == pytest.approx(1)
 
 
+def test_the_latency_of_a_network_with_an_input_of_any_name_is_measured(tmp_path: Path) -> None:
+    (tmp_path / "nets.py").write_text(THRICE)
+    found = inspect_model(f"{tmp_path}/nets.py:net", input_shapes=parse_input_shapes("x:2x8"))
+    assert (found["latency_ms"] or 0) > 0, found["notes"]
+
+
 def test_where_a_part_comes_out_slower_than_the_whole_there_are_no_shares(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

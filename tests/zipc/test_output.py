@@ -32,6 +32,13 @@ def test_writable_places_pass_and_stay_as_they_are(tmp_path: Path, place: str) -
     check_output(tmp_path / place)
     assert {p.name for p in out.iterdir()} == {"manifest.json", "model.onnx"}
     assert not [p for p in tmp_path.rglob(".*")]
+    assert not (tmp_path / "new").exists()
+
+
+def test_folders_above_are_made_when_the_result_is_written(tmp_path: Path) -> None:
+    with staged(tmp_path / "new" / "in" / "new") as folder:
+        (folder / "model.onnx").write_text("new")
+    assert (tmp_path / "new/in/new/model.onnx").read_text() == "new"
 
 
 def test_file_in_the_way_is_refused(tmp_path: Path) -> None:

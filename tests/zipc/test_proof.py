@@ -15,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tests import loopback
 from zipc.bench import bench
 from zipc.core.errors import CorruptFile, NoisyMeasurement, UsageError
+from zipc.core.files import sha256_file
 from zipc.core.types import PairedTiming
 from zipc.profiler.device import LocalDevice
 from zipc.profiler.remote import Host, RemoteDevice
@@ -179,6 +180,10 @@ def _folder(path: Path, **request: float) -> Path:
         "workload": {"batch_size": 1, "sequence_length": 128, "threads": 1},
         "request": request,
         "latency": {"speedup": 9.0, "speedup_ci95": [1.1, 10.0]},
+        "files": [
+            {"path": name, "kind": name, "sha256": sha256_file(path / name)}
+            for name in ("model.onnx", "reference.onnx")
+        ],
     }
     (path / "manifest.json").write_text(json.dumps(manifest))
     return path
@@ -264,6 +269,14 @@ def test_bench_refuses_a_missing_folder_and_a_damaged_manifest(tmp_path: Path):
         (folder / "manifest.json").write_text(text)
         with pytest.raises(CorruptFile):
             bench(folder)
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "reference.onnx"])
+def test_bench_refuses_graphs_that_are_not_those_of_the_compile(tmp_path: Path, name: str):
+    folder = _folder(tmp_path, speedup=1.9)
+    _matmul(folder / name, 32)
+    with pytest.raises(CorruptFile, match=f"{name} changed"):
+        bench(folder, pairs=40, device=Scripted("onnxruntime"))
 
 
 def test_bench_on_a_board_times_both_graphs_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

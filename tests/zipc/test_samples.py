@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from tests.tiny_sources import (
     two_heads_onnx,
 )
 from zipc.core.errors import UsageError
+from zipc.core.shapes import parse_input_shapes
 from zipc.core.types import InputSpec
 from zipc.model_source import SourceModel
 from zipc.samples import Samples, describe_data, judges, open_samples
@@ -397,6 +399,68 @@ def test_several_outputs_are_judged_by_their_relative_error(tmp_path: Path) -> N
     assert after.value == pytest.approx(100 * expected.mean(), rel=1e-5)
 
 
+@pytest.mark.parametrize("metric", [None, "accuracy"])
+@pytest.mark.parametrize("names", [False, True])
+def test_labels_are_read_against_the_one_of_several_outputs_that_has_their_classes(
+    tmp_path: Path, metric: str | None, names: bool
+) -> None:
+    x = RNG.normal(size=(90, 5)).astype(np.float32)
+    first = RNG.normal(size=(5, 4)).astype(np.float32)
+    _, second = heads()
+    classes = (x @ first).argmax(1)
+    labels = np.array(["ant", "bee", "cat", "dog"])[classes] if names else classes
+    data = save(tmp_path / "a.npz", x=x, labels=labels)
+    source = source_of(TwoHeads(first, second), specs=[VECTOR], outputs=["one", "two"])
+    samples = opened(source, data, metric=metric)
+    assert samples.metric == "accuracy"
+    assert any("the labels are read against one, one of several" in n for n in samples.notes)
+    other, worse = heads()[1], RNG.normal(size=first.shape).astype(np.float32)
+    test = [i for _, i in samples.parts["test"]]
+    hits = (x[test] @ worse).argmax(1) == classes[test]
+    before, after = samples.compare(
+        two_heads_onnx(first, second), two_heads_onnx(worse, other), "test"
+    )
+    assert (before.value, after.value) == (100, pytest.approx(100 * hits.mean()))
+    loss, _ = on_torch(samples, TwoHeads(first, second), TwoHeads(first, other), inputs=("x",))
+    assert loss > 0  # the search keeps the other output, too
+
+
+def test_labels_that_are_of_none_of_several_outputs_are_told(tmp_path: Path) -> None:
+    x = RNG.normal(size=(90, 5)).astype(np.float32)
+    data = save(tmp_path / "a.npz", x=x, labels=np.arange(90) % 7)
+    source = source_of(TwoHeads(*heads()), specs=[VECTOR], outputs=["one", "two"])
+    samples = opened(source, data)
+    assert samples.metric == "agreement"
+    told = r"none of several outputs: one \(2,\), two \(3, 2\).*--eval"
+    assert re.search(told, " ".join(samples.notes))
+    with pytest.raises(UsageError, match=told):
+        opened(source, data, metric="accuracy")
+
+
+@pytest.mark.parametrize(
+    ("shapes", "labels", "metric", "wanted"),
+    [
+        ([("cls", (10,)), ("reg", (1,))], np.arange(10), None, "cls"),
+        ([("cls", (10,)), ("reg", (1,))], np.arange(10), "spearman", "reg"),
+        ([("reg", (1,)), ("cls", (10,))], np.arange(10), None, "cls"),
+        ([("reg", (1,)), ("embedding", (384,))], np.arange(10), None, "reg"),
+        ([("reg", (1,)), ("cls", (384,))], np.arange(10), "accuracy", "cls"),
+        ([("fine", (20,)), ("coarse", (10,))], np.arange(10), None, "coarse"),
+        ([("out", (3, 4, 4)), ("aux", (3, 4, 4))], np.full((9, 4, 4), 2), None, "out"),
+        ([("cls", (10,)), ("reg", (1,))], np.arange(10) / 7, None, "reg"),
+        ([("a", (1,)), ("b", (1,))], np.arange(10) / 7, None, None),
+    ],
+)
+def test_which_of_several_outputs_labels_are_of(
+    shapes: list[judges.Shape], labels: np.ndarray, metric: str | None, wanted: str | None
+) -> None:
+    _, notes = judges.choose_judge(
+        source_of(TwoHeads(*heads())), shapes, inputs={}, labels=labels, metric=metric
+    )
+    (note,) = notes
+    assert ("none of several" if wanted is None else f"read against {wanted},") in note
+
+
 def test_one_number_a_row_is_ranked(tmp_path: Path) -> None:
     pictures = RNG.normal(size=(80, 3, 4, 4)).astype(np.float32)
     labels = RNG.normal(size=80)
@@ -526,6 +590,32 @@ def test_a_metric_that_needs_labels_is_refused_without_them(tmp_path: Path) -> N
     assert opened(picture_source(), data, label_column="none").metric == "agreement"
     with pytest.raises(UsageError, match="no array 'stars' for labels"):
         opened(picture_source(), data, label_column="stars")
+
+
+def test_arrays_are_described_if_they_fit_the_input_shapes_given(tmp_path: Path) -> None:
+    image, table = np.zeros((60, 3, 8, 8), np.float32), np.zeros((60, 4), np.int64)
+    image[:, 0, 0, 0] = np.arange(60)
+    data = save(tmp_path / "a.npz", image=image, table=table, y=np.zeros(60))
+
+    def described(shapes: str) -> str:
+        request = request_of(data, input_shapes=parse_input_shapes(shapes))
+        return describe_data(request)
+
+    for fitting in ("image:1x3x8x8,table:1x4", "table:2x4:int64", "y:1x3x8x8", "x:1x3x9x9"):
+        assert "image 3x8x8 float32" in described(fitting)
+    for shapes, told in (
+        ("image:1x3x9x9", r"row of 'image' in --data is 3x8x8, "),
+        ("image:1x3x9x9,table:1x4", r"row of 'image' in --data is 3x8x8, .* image:1x3x9x9\."),
+        ("image:1x3x8x8:int64,table:1x4", r"'image' in --data is float32, .* takes int64"),
+        ("image:1x3x8x8,tabel:1x4", r"no array 'tabel'.*: image, table; .* inputs: image, tabel"),
+    ):
+        with pytest.raises(UsageError, match=told):
+            described(shapes)
+    save(data, x=np.arange(240, dtype=np.float32).reshape(60, 4))
+    for name in ("x", "z", "y"):
+        assert "4 float32" in described(f"{name}:1x4")
+        with pytest.raises(UsageError, match=r"row of 'x' in --data is 4, .* for x:1x5"):
+            described(f"{name}:1x5")
 
 
 @pytest.mark.parametrize("name", ["y", "target", "stars"])

@@ -18,11 +18,16 @@ def dry_run(request: Request) -> Outcome:
 
     Raises:
         RemoteError: the board cannot be reached.
-        UsageError: there is no such target, the data cannot be used, something is not installed,
-            or two wishes contradict each other.
+        UsageError: there is no such target or metric, the output cannot be written, the data cannot
+            be used, something is not installed, or two wishes contradict each other.
     """
     from zipc.groundwork import open_target
+    from zipc.metrics import check_metric
+    from zipc.output import check_output
 
+    if request.output is not None:
+        check_output(request.output)
+    check_metric(request.metric)
     target, _ = open_target(request)
     data = None if request.data is None else _describe_data(request)
     asked = {k: _plain(v) for k, v in dataclasses.asdict(request).items()}

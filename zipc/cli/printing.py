@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from zipc.core.figures import three_digits
 from zipc.core.request import Request
 from zipc.core.types import LeftAlone, Level
 from zipc.manifest import Manifest
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from zipc.pipeline import Plan
 
 _COLOURS = {"validated": "green", "predicted": "yellow", "missed": "red", "inconclusive": "yellow"}
+CLOSE = 0.05  # of what was asked
 _FEW_SITES = 32  # more than this and the table is shortened to one line per level
 
 
@@ -35,8 +37,12 @@ def show_manifest(
     for name, value in _facts(manifest):
         facts.add_row(f"[dim]{name}[/]", escape(value))
     console.print(facts)
+    whole = manifest.latency.compiled_ms or manifest.latency.predicted_ms or 0.0
+    # what sites take alone is no share of the network where it adds up to more than that takes
+    shares = sum(a.predicted_ms or 0.0 for a in manifest.allocation) <= whole
     rows: list[Row] = [
-        (a.site, a.level, a.units, a.predicted_ms, a.error) for a in manifest.allocation
+        (a.site, a.level, a.units, a.predicted_ms if shares else None, a.error)
+        for a in manifest.allocation
     ]
     _show_allocation(console, rows, every_site=every_site)
     _show_left_alone(console, manifest.left_alone)
@@ -53,7 +59,7 @@ def show_plan(console: Console, plan: Plan, *, request: Request) -> None:
     _say(
         console,
         f"[bold]predicted {plan.predicted_speedup:.2f}x[/]  "
-        f"{plan.allocation.predicted_ms:.2f} ms of {plan.dense_ms:.2f} ms dense",
+        f"{_ms(plan.allocation.predicted_ms)} of {_ms(plan.dense_ms)} dense",
     )
     _say(console, " / ".join(f"{name} {rows:,}" for name, rows in plan.split.items()) + " rows")
     units = {site.name: site.units for site in plan.sites}
@@ -72,7 +78,7 @@ def show_structure(console: Console, document: Mapping[str, Any]) -> None:
         console,
         f"[bold]{escape(document['model'])}[/]  {document['architecture']}, "
         f"{document['parameters'] / 1e6:.2f} M parameters, {len(sites)} sites"
-        + (f", {ms:.2f} ms ({document['workload']})" if (ms := document["latency_ms"]) else ""),
+        + (f", {_ms(ms)} ({document['workload']})" if (ms := document["latency_ms"]) else ""),
     )
     table = Table(box=None, pad_edge=False)
     for name in ("site", "kind", "consumers"):
@@ -127,20 +133,31 @@ def _say(console: Console, line: str) -> None:
 
 
 def _asked(manifest: Manifest) -> str:
-    latency, request = manifest.latency, manifest.request
+    latency, request, places = manifest.latency, manifest.request, _places_of(manifest)
     if latency.speedup is None:
         got = "not measured"
     else:
-        got = f"{latency.speedup:.2f}x"
+        got = f"{latency.speedup:.{places}f}x"
         if latency.speedup_ci95 is not None:
             low, high = latency.speedup_ci95
             how = (
                 f"{latency.pairs} pairs" if latency.pairs else f"{latency.table_kind}, not measured"
             )
-            got += f" (95 % interval {low:.2f} to {high:.2f}, {how})"
+            got += f" (95 % interval {low:.{places}f} to {high:.{places}f}, {how})"
     if request.speedup is not None:
         return f"{got}, asked {request.speedup:g}x"
     return f"{got}, asked {request.latency_ms:g} ms" if request.latency_ms is not None else got
+
+
+def _places_of(manifest: Manifest) -> int:
+    """Decimals of a speedup: more where what was got would read like what was asked."""
+    latency, asked = manifest.latency, manifest.request.speedup
+    if manifest.request.latency_ms is not None and latency.reference_ms is not None:
+        asked = latency.reference_ms / manifest.request.latency_ms
+    if asked is None or latency.speedup is None:
+        return 2
+    short = manifest.verdict in ("missed", "inconclusive")
+    return 3 if short and abs(latency.speedup / asked - 1) < CLOSE else 2
 
 
 def _facts(manifest: Manifest) -> Iterable[tuple[str, str]]:
@@ -154,15 +171,16 @@ def _facts(manifest: Manifest) -> Iterable[tuple[str, str]]:
         times = f"reference {_ms(latency.reference_ms)}, compiled {_ms(latency.compiled_ms)}"
     free = latency.by_default
     if latency.p90_ms is not None and latency.p99_ms is not None:
-        times += f" (p90 {latency.p90_ms:.2f}, p99 {latency.p99_ms:.2f})"
+        times += f" (p90 {three_digits(latency.p90_ms)}, p99 {three_digits(latency.p99_ms)})"
     yield "latency", times
     if free is not None:
         low, high = free.speedup_ci95
+        places = _places_of(manifest)
         but = ", but in fp32" if manifest.runtime == "openvino" else ""
         yield (
             "by default",
-            f"{free.speedup:.2f}x ({low:.2f} to {high:.2f}) under the runtime's default "
-            f"options{but}, {free.processors} processors",
+            f"{free.speedup:.{places}f}x ({low:.{places}f} to {high:.{places}f}) under the "
+            f"runtime's default options{but}, {free.processors} processors",
         )
     predicted = f"from a {latency.table_kind} table"
     if latency.prediction_error is not None and latency.speedup is not None:
@@ -215,20 +233,27 @@ def _show_allocation(console: Console, rows: Sequence[Row], *, every_site: bool)
         counts = Counter(str(level) for _, level, _, _, _ in rows)
         _say(console, ", ".join(f"{n} sites {level}" for level, n in counts.most_common(12)))
         return
+    cells = [_cells(row) for row in rows]
+    filled = [i for i in range(len(_COLUMNS)) if any(row[i] for row in cells)]
     table = Table(box=None, pad_edge=False)
-    for name, justify in _COLUMNS:
+    for name, justify in (_COLUMNS[i] for i in filled):
         table.add_column(name, justify=justify, overflow="fold", no_wrap=name != "site")
-    for site, level, units, ms, error in rows:
-        kept = "removed" if level.removed else str(level.width)
-        numeric = "" if level.removed else level.numeric
-        table.add_row(
-            escape(site),
-            kept if units is None or level.removed else f"{kept}/{units}",
-            numeric if level.pattern == "dense" else f"{numeric} {level.pattern}",
-            "" if ms is None else f"{ms:.3f}",
-            "" if error is None else f"{error:.4f}",
-        )
+    for row in cells:
+        table.add_row(*(row[i] for i in filled))
     console.print(table)
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    site, level, units, ms, error = row
+    kept = "removed" if level.removed else str(level.width)
+    numeric = "" if level.removed else level.numeric
+    return (
+        escape(site),
+        kept if units is None or level.removed else f"{kept}/{units}",
+        numeric if level.pattern == "dense" else f"{numeric} {level.pattern}",
+        "" if ms is None else three_digits(ms),
+        "" if error is None else f"{error:.4f}",
+    )
 
 
 def _notes(manifest: Manifest) -> Iterable[str]:
@@ -282,7 +307,7 @@ def _compile_command(request: Request) -> str:
 
 
 def _ms(value: float | None) -> str:
-    return "not measured" if value is None else f"{value:.2f} ms"
+    return "not measured" if value is None else f"{three_digits(value)} ms"
 
 
 def _flat(document: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
@@ -330,6 +355,6 @@ _COLUMNS: tuple[tuple[str, Literal["left", "right"]], ...] = (
     ("site", "left"),
     ("kept", "right"),
     ("numeric", "left"),
-    ("ms", "right"),
+    ("ms, priced alone", "right"),
     ("error", "right"),
 )

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from zipc.cli.printing import show_damaged, show_fields
+from zipc.core.figures import three_digits
 from zipc.latency_tables.compare import Comparison
 from zipc.latency_tables.store import short_name
 
@@ -95,7 +96,7 @@ def _show_site(
         table.add_row(
             str(p["width"]) if p["width"] else "removed",
             escape(numeric) if p["width"] else "",
-            f"{p['ms']:.3f}",
+            three_digits(p["ms"]),
             "-" if p[doubt] is None else f"{p[doubt]:.1%}",
             " ".join([bar, *_remarks(p)]),
         )
@@ -127,6 +128,6 @@ def _difference(found: Comparison) -> Iterable[str]:
     yield f"prices ({what}) differ by {found.median_difference:.1%} (median)"
     for p in found.pairs[:WORST]:
         yield (
-            f"  {p.signature} at {p.level}: {p.first_ms:.3f} ms, {p.second_ms:.3f} ms "
-            f"({p.ratio - 1:+.1%})"
+            f"  {p.signature} at {p.level}: {three_digits(p.first_ms)} ms, "
+            f"{three_digits(p.second_ms)} ms ({p.ratio - 1:+.1%})"
         )

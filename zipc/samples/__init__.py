@@ -11,10 +11,11 @@ from zipc.core.request import Request
 from zipc.core.types import InputSpec, ModelTask
 from zipc.model_source import SourceModel
 from zipc.read_table import find_files
-from zipc.samples.arrays import SUFFIX, array_inputs, array_samples, describe_arrays
+from zipc.samples.arrays import array_inputs, array_samples, describe_arrays
 from zipc.samples.base import Drawn, Feeds, Part, Samples
 from zipc.samples.documents import document_samples
 from zipc.samples.images import describe_images, holds_images, image_samples
+from zipc.samples.npz import SUFFIX
 from zipc.samples.text import describe_texts, text_samples
 from zipc.samples.tokens import token_samples
 

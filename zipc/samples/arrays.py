@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,12 +15,13 @@ from zipc.core.request import Request
 from zipc.core.types import InputSpec
 from zipc.model_source import SourceModel
 from zipc.predict import Array
-from zipc.read_table import find_files
 from zipc.samples.base import Part
 from zipc.samples.judges import IGNORED, Shape
+from zipc.samples.npz import LABELS, SUFFIX, find_npz, read_arrays
 from zipc.samples.rows import (
     Item,
     RowSamples,
+    check_row,
     named_classes,
     probe,
     row_samples,
@@ -30,11 +29,6 @@ from zipc.samples.rows import (
 )
 from zipc.samples.scale import MEAN, STD, Scale, find_scale, normalised
 from zipc.splitting import Cut, cut
-
-SUFFIX = ".npz"
-LABELS = "labels"
-LABEL_NAMES = (LABELS, "label", "y", "targets", "target")  # any of these is taken for them
-NPY = b"\x93NUMPY"  # how a file of one array begins
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +66,8 @@ def array_samples(source: SourceModel, request: Request) -> RowSamples:
             or there are too few rows.
     """
     user = user_function(request.evaluator, request.metric)
-    files = _find(request)
-    read, notes = _renamed(files, request, source.inputs)
+    files = find_npz(request)
+    read, notes = read_arrays(files, request, source.inputs)
     held = {role: _inputs(read[role], source, path) for role, path in files.items()}
     targets = _labels(read, held, files, request)
     _alike(held, files)
@@ -99,11 +93,18 @@ def array_samples(source: SourceModel, request: Request) -> RowSamples:
 
 
 def describe_arrays(request: Request) -> str:
-    """One line on the arrays and parts of the .npz files at `request.data`."""
-    files = _find(request)
-    read, _ = _renamed(files, request, ())
+    """One line on the arrays and parts of the .npz files at `request.data`.
+
+    Raises:
+        UsageError: a file is damaged, has other inputs or sizes than --input-shapes, or too few
+            rows.
+    """
+    files, specs = find_npz(request), request.input_shapes
+    read, _ = read_arrays(files, request, [spec.name for spec in specs if len(specs) > 1])
     other = (LABELS, MEAN, STD)
     held = {role: {n: v for n, v in a.items() if n not in other} for role, a in read.items()}
+    for role, path in files.items():
+        _check_given(specs, held[role], path, request)
     targets = _labels(read, held, files, request)
     return f"{_shapes(held)} · {_cut(held, targets, files, request).description}"
 
@@ -114,13 +115,19 @@ def array_inputs(request: Request) -> list[InputSpec]:
     Raises:
         UsageError: it is damaged.
     """
-    read, _ = _renamed(_find(request), request, ())
-    arrays = next(iter(read.values()))
-    return [
-        _spec_of(name, values)
+    read, _ = read_arrays(find_npz(request), request, ())
+    return list(_specs_of(next(iter(read.values()))).values())
+
+
+def _specs_of(arrays: Mapping[str, Array]) -> dict[str, InputSpec]:
+    return {
+        name: _spec_of(name, values)
         for name, values in arrays.items()
-        if name not in (LABELS, MEAN, STD) and values.ndim and values.size
-    ]
+        if name not in (LABELS, MEAN, STD)
+        and values.dtype.kind in "fiub"
+        and values.ndim
+        and values.size
+    }
 
 
 def _spec_of(name: str, values: Array) -> InputSpec:
@@ -133,33 +140,22 @@ def _spec_of(name: str, values: Array) -> InputSpec:
     return InputSpec(name, "int64", shape, int(values.max()) + 1)
 
 
-def read_npz(path: Path) -> dict[str, Array]:
-    """Read all arrays of a file; nothing is ever unpickled.
+def _check_given(
+    specs: Sequence[InputSpec], arrays: Mapping[str, Array], path: Path, request: Request
+) -> None:
+    """Refuse arrays of other sizes than --input-shapes gives; its types may come from them.
 
-    Raises:
-        UsageError: it is damaged, no .npz, or holds objects instead of numbers.
+    The shape of a single input may have any name, as its array may.
     """
-    name = ""
-    try:
-        with path.open("rb") as stream:
-            start = stream.read(len(NPY))
-        if start == NPY:
-            raise UsageError(f"{path} is a single array. Save it by name: numpy.savez.")
-        if not start.startswith(b"PK"):
-            raise UsageError(f"{path} is no .npz file (zipc never unpickles). {_SAVE}")
-        arrays = {}
-        with np.load(path, allow_pickle=False) as file:
-            for name in file.files:
-                arrays[name] = np.asarray(file[name])
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        at = f"'{name}' in {path}" if name else f"{path}"
-        if "pickle" in str(error):
-            raise UsageError(f"{at} is pickled, and zipc never unpickles. {_SAVE}") from error
-        raise UsageError(f"{at} cannot be read: {error}. Save it again.") from error
-    return arrays
-
-
-_SAVE = "Save plain numbers or strings with numpy.savez(FILE, name=array)."
+    found = _specs_of(arrays)
+    if len(specs) > 1:
+        _named(arrays, [spec.name for spec in specs], path, model=request.model)
+    elif specs and len(found) == 1:
+        specs = [replace(specs[0], name=next(iter(found)))]
+    for spec in specs:
+        if spec.name in found:
+            kind = found[spec.name].dtype if spec.dtype == "float32" else spec.dtype
+            check_row(replace(spec, dtype=kind), found[spec.name])
 
 
 def next_tokens(ids: Array, mask: Array) -> Array:
@@ -169,55 +165,13 @@ def next_tokens(ids: Array, mask: Array) -> Array:
     return labels
 
 
-def _find(request: Request) -> dict[str, Path]:
-    return find_files(Path(str(request.data)).expanduser(), (SUFFIX,))
-
-
-def _renamed(
-    files: Mapping[str, Path], request: Request, inputs: Sequence[str]
-) -> tuple[dict[str, dict[str, Array]], list[str]]:
-    """The arrays of every file under the names they are known by here, and what was taken for what.
-
-    The labels are found by their usual names, or by --label-column. Where a model has one input and
-    a file one array besides, they are meant for each other.
-    """
-    read, notes = {}, []
-    asked = () if request.label_column in (None, "none") else (request.label_column,)
-    for role, path in files.items():
-        arrays = read_npz(path)
-        labels = [n for n in asked or LABEL_NAMES if n in arrays and n not in inputs]
-        if asked and not labels:
-            raise UsageError(
-                f"{path} has no array '{asked[0]}' for labels. Its arrays: {', '.join(arrays)}."
-            )
-        others = [n for n in arrays if n not in (*labels, LABELS, MEAN, STD)]
-        taken = {labels[0]: LABELS} if labels else {}
-        if len(inputs) == len(others) == 1:
-            taken[others[0]] = inputs[0]
-        read[role] = {
-            taken.get(n, n): values
-            for n, values in arrays.items()
-            if n in taken or n not in taken.values()  # nor what another array stands in for
-        }
-        notes += [f"'{n}' is taken for {to}" for n, to in taken.items() if n != to]
-    return read, list(dict.fromkeys(notes))
-
-
 def _inputs(arrays: Mapping[str, Array], source: SourceModel, path: Path) -> dict[str, Array]:
     """The model's own inputs among the arrays, checked.
 
     Raises:
         UsageError: one is missing, or has another number of rows than the others.
     """
-    named = {n: a for n, a in arrays.items() if n in source.inputs}
-    optional = set(_with_defaults(named))
-    missing = [n for n in source.inputs if n not in optional]
-    if missing:
-        raise UsageError(
-            f"{path} has no array '{missing[0]}', which {source.source} takes. Its arrays but for "
-            f"labels: {', '.join(n for n in arrays if n != LABELS) or 'none'}; the model's inputs: "
-            f"{', '.join(source.inputs)}."
-        )
+    named = _named(arrays, source.inputs, path, model=source.source)
     if "attention_mask" in arrays:
         named["attention_mask"] = arrays["attention_mask"]
     for name, values in named.items():
@@ -241,6 +195,21 @@ def _inputs(arrays: Mapping[str, Array], source: SourceModel, path: Path) -> dic
                 f"'{spec.name}' in {path} goes up to {named[spec.name].max()}, and the model knows "
                 f"0 to {high - 1}."
             )
+    return named
+
+
+def _named(
+    arrays: Mapping[str, Array], inputs: Sequence[str], path: Path, *, model: str
+) -> dict[str, Array]:
+    named = {n: a for n, a in arrays.items() if n in inputs}
+    optional = set(_with_defaults(named))
+    missing = [n for n in inputs if n not in optional]
+    if missing:
+        raise UsageError(
+            f"{path} has no array '{missing[0]}', which {model} takes. Its arrays but for labels: "
+            f"{', '.join(n for n in arrays if n != LABELS) or 'none'}; the model's inputs: "
+            f"{', '.join(inputs)}."
+        )
     return named
 
 

@@ -1,14 +1,14 @@
 """How the outputs of one kind of model are judged: against the dense model's, and against labels.
 
 `Classes` reads logits, be it one choice a row, one a pixel or one a token; `Scalars` a column of
-numbers; `Features` any outputs, however many.
+numbers; `Features` any outputs, however many; `Labelled` the one of several that labels are of.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
+from math import inf, prod
 from typing import Any, Protocol
 
 import numpy as np
@@ -27,6 +27,11 @@ from zipc.samples.base import Oracle, Readout
 Shape = tuple[str, tuple[int, ...]]  # an output and the shape of one row of it
 KEPT = 1 << 25  # numbers a draw keeps of the outputs: 128 MiB for the dense model, and once more
 IGNORED = -100  # a label that stands for none, as in torch's cross entropy
+CLASS_AXIS = {1: -1, 2: -1, 3: 1}  # by the dimensions of a row: classes, (tokens, C), (C, H, W)
+SPARE_CLASSES = 2  # most classes of an output for each that the labels name
+RANKS = ("spearman", "pearson")  # metrics of one number a row
+AGREEMENT = "metric: agreement with the dense model x100, not accuracy"
+RELATIVE = ": 100 less the relative error of a row in percent"
 
 
 class Judge(Protocol):
@@ -153,6 +158,26 @@ class Features:
         return _columns(closeness, np.ones(len(closeness)))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Labelled:
+    """Several outputs: the search keeps all of them, the report reads the one with labels."""
+
+    kept: Features
+    read: Judge
+
+    @property
+    def metric(self) -> str:
+        return self.read.metric
+
+    def judging(self, rows: int) -> tuple[Readout, Oracle]:
+        return self.kept.judging(rows)
+
+    def figures(
+        self, dense: Outputs, found: Outputs, feeds: Mapping[str, Array], labels: Array | None
+    ) -> Figures:
+        return self.read.figures(dense, found, feeds, labels)
+
+
 def choose_judge(
     source: SourceModel,
     shapes: Sequence[Shape],
@@ -168,44 +193,100 @@ def choose_judge(
     Raises:
         UsageError: the metric does not fit, or the labels are not those of this model.
     """
+    if len(shapes) > 1:
+        return _judge_of_several(source, shapes, inputs=inputs, labels=labels, metric=metric)
     name, row = shapes[0]
     whole = labels is not None and labels.dtype.kind in "iu"
-    axis = _class_axis(source, shapes, labelled=whole)
+    axis = _class_axis(source, shapes[0], labelled=whole)
     mask = _token_mask(inputs)
     if axis is not None:
-        classes = row[0] if axis == 1 else row[-1]
-        places = row[1:] if axis == 1 else row[:-1]
+        classes, places = _classes(row, axis)
         fitting = _class_metrics(source, places, labels if whole else None, classes)
         masked = mask if mask is not None and inputs[mask].shape[1:] == places else None
         chosen = choose_metric(metric, fitting, what=f"{name} over {classes} classes")
         judge: Judge = Classes(metric=chosen, output=name, axis=axis, classes=classes, mask=masked)
-    elif len(shapes) == 1 and prod(row) == 1:
+    elif prod(row) == 1:
         usable = labels is not None and labels.dtype.kind in "iuf" and labels[:1].size == 1
-        fitting = ["spearman", "pearson", "agreement"] if usable else ["agreement"]
+        fitting = [*RANKS, "agreement"] if usable else ["agreement"]
         chosen = choose_metric(metric, fitting, what=f"{name}, one number a row")
         judge = Scalars(metric=chosen, output=name)
     else:
-        names = tuple(name for name, _ in shapes)
-        fitting = ["agreement"]
-        chosen = choose_metric(metric, fitting, what=f"outputs {', '.join(names)}")
-        widths = tuple(prod(row) for _, row in shapes)
-        judge = Features(metric=chosen, outputs=names, widths=widths, mask=mask)
+        chosen = choose_metric(metric, ["agreement"], what=f"output {name}")
+        judge = _features(shapes, mask)
     if chosen != "agreement" or metric is not None:
         return judge, []
     why = "no labels" if labels is None else f"labels unusable with {name} {row}"
-    how = "" if axis is not None else ": 100 less the relative error of a row in percent"
-    return judge, [f"metric: agreement with the dense model x100, not accuracy ({why}){how}"]
+    how = "" if axis is not None else RELATIVE
+    return judge, [f"{AGREEMENT} ({why}){how}"]
 
 
-def _class_axis(source: SourceModel, shapes: Sequence[Shape], *, labelled: bool) -> int | None:
-    """Where the classes are in a lone output that is logits; None for anything else."""
-    name, row = shapes[0]
+def _judge_of_several(
+    source: SourceModel,
+    shapes: Sequence[Shape],
+    *,
+    inputs: Mapping[str, Array],
+    labels: Array | None,
+    metric: str | None,
+) -> tuple[Judge, list[str]]:
+    """The search keeps every output; the report reads the one that the labels are of."""
+    kept = _features(shapes, _token_mask(inputs))
+    told = ", ".join(f"{name} {row}" for name, row in shapes)
+    wanted = None if labels is None or metric == "agreement" else _labelled(shapes, labels, metric)
+    if wanted is not None:
+        read, _ = choose_judge(source, [wanted], inputs=inputs, labels=labels, metric=metric)
+        if read.metric != "agreement":
+            note = f"the labels are read against {wanted[0]}, one of several outputs: {told}"
+            return Labelled(kept=kept, read=read), [note]
+    why = "no labels"
+    if labels is not None:
+        why = f"labels of none of several outputs: {told}; --eval FILE.py:FUNCTION can read them"
+    choose_metric(metric, [kept.metric], what=why)
+    return kept, [] if metric else [f"{AGREEMENT} ({why}){RELATIVE}"]
+
+
+def _features(shapes: Sequence[Shape], mask: str | None) -> Features:
+    names, widths = zip(*((name, prod(row)) for name, row in shapes), strict=True)
+    return Features(metric="agreement", outputs=names, widths=widths, mask=mask)
+
+
+def _labelled(shapes: Sequence[Shape], labels: Array, metric: str | None) -> Shape | None:
+    """The one of several outputs that labels can be of.
+
+    Whole numbers are classes of the output that has the fewest of them, the first of equals. Where
+    no metric of classes was asked for, one with more than `SPARE_CLASSES` for each that the labels
+    name is none, as embeddings are not. Other labels are of the only output that is one number a
+    row.
+    """
+    known = labels[labels != IGNORED]
+    whole = labels.dtype.kind in "iu" and known.size and known.min() >= 0
+    if whole and metric not in RANKS:
+        named, fitting = int(known.max()) + 1, []
+        most = SPARE_CLASSES * named if metric is None else inf
+        for name, row in shapes:
+            axis = CLASS_AXIS.get(len(row))
+            classes, places = (0, ()) if axis is None else _classes(row, axis)
+            if labels.shape[1:] == places and named <= classes <= most:
+                fitting.append((classes, (name, row)))
+        if fitting:
+            return min(fitting, key=lambda found: found[0])[1]
+    numbers = [shape for shape in shapes if prod(shape[1]) == 1]
+    return numbers[0] if len(numbers) == 1 and labels[:1].size == 1 else None
+
+
+def _class_axis(source: SourceModel, output: Shape, *, labelled: bool) -> int | None:
+    """Where the classes are in an output that is logits; None for anything else."""
+    name, row = output
     choices = source.task in ("causal_lm", "classes", "image_classes") or labelled
-    if len(shapes) > 1 or source.task in ("regression", "embedding"):
+    if source.task in ("regression", "embedding"):
         return None
     if not (choices or name == "logits") or prod(row) == 1:
         return None
-    return {1: -1, 2: -1, 3: 1}.get(len(row))
+    return CLASS_AXIS.get(len(row))
+
+
+def _classes(row: tuple[int, ...], axis: int) -> tuple[int, tuple[int, ...]]:
+    """Number of classes, and the shape of the choices among them."""
+    return (row[0], row[1:]) if axis == 1 else (row[-1], row[:-1])
 
 
 def _class_metrics(

@@ -14,6 +14,7 @@ import torch
 
 from zipc.core.errors import UsageError
 from zipc.core.request import Request
+from zipc.core.types import InputSpec
 from zipc.evaluate import class_order, model_config
 from zipc.metrics import EvalResult, metric_value
 from zipc.model_source import SourceModel
@@ -205,25 +206,33 @@ def probe(source: SourceModel, feeds: Mapping[str, Array]) -> list[Shape]:
 
 
 def _check_sizes(source: SourceModel, feeds: Mapping[str, Array]) -> None:
-    """Refuse rows of other sizes than the model is compiled for."""
     for spec in source.specs:
-        row, wanted = feeds[spec.name].shape[1:], spec.shape[1:]
-        fits = len(row) == len(wanted) and all(
-            isinstance(size, str) or size == found for size, found in zip(wanted, row, strict=True)
+        values = feeds[spec.name]
+        check_row(spec, InputSpec(spec.name, str(values.dtype), values.shape))
+
+
+def check_row(spec: InputSpec, found: InputSpec) -> None:
+    """Refuse rows of another size or kind than the model is compiled for.
+
+    Raises:
+        UsageError: what was `found` of an input does not fit its `spec`.
+    """
+    row, wanted = found.shape[1:], spec.shape[1:]
+    fits = len(row) == len(wanted) and all(
+        isinstance(size, str) or size == have for size, have in zip(wanted, row, strict=True)
+    )
+    if not fits:
+        told = "x".join(map(str, (1, *row)))
+        raise UsageError(
+            f"A row of '{spec.name}' in --data is {told[2:]}, and the model is compiled for "
+            f"{spec}. Compile it for the data's size with --input-shapes {spec.name}:{told}, "
+            "or bring the data to the model's."
         )
-        if not fits:
-            told = "x".join(map(str, (1, *row)))
-            raise UsageError(
-                f"A row of '{spec.name}' in --data is {told[2:]}, and the model is compiled for "
-                f"{spec}. Compile it for the data's size with --input-shapes {spec.name}:{told}, "
-                "or bring the data to the model's."
-            )
-        whole = feeds[spec.name].dtype.kind != "f"
-        if whole != (not spec.dtype.startswith("float")):
-            raise UsageError(
-                f"'{spec.name}' in --data is {feeds[spec.name].dtype}, and the model takes "
-                f"{spec.dtype}. Save it in that type."
-            )
+    if found.dtype.startswith("float") != spec.dtype.startswith("float"):
+        raise UsageError(
+            f"'{spec.name}' in --data is {found.dtype}, and the model takes {spec.dtype}. Save it "
+            "in that type."
+        )
 
 
 def _filled(feeds: Mapping[str, Array], count: int | None) -> dict[str, Array]:
@@ -293,9 +302,13 @@ def named_classes(
     Raises:
         UsageError: the model's classes have other names, or are of another number.
     """
-    name, row = shapes[0]
-    if len(shapes) > 1 or len(row) != 1 or row[0] < 2:
-        return None, f"labels are names of classes, and {name} {row} are not classes: not used"
+    fitting = [row for _, row in shapes if len(row) == 1 and row[0] > 1]
+    if len(shapes) > 1:
+        fitting = [row for row in fitting if row[0] == len(names)]
+    if not fitting:
+        told = ", ".join(f"{name} {row}" for name, row in shapes)
+        return None, f"labels are names of classes, and {told} are not classes: not used"
+    (row, *_) = fitting
     config = {} if source.folder is None else model_config(source.folder)
     return class_order({"num_labels": row[0], **config}, names)
 

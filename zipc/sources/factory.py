@@ -84,7 +84,7 @@ def load_factory(
     if digest is None:
         digest = _digest(module)
         notes.append("no --weights: the model has those its factory gives it")
-    specs, tried = _specs(factory, module, input_shapes, rows)
+    specs, tried, taken = _specs(factory, module, input_shapes, rows)
     source = SourceModel(
         module=module,
         folder=None,
@@ -99,7 +99,7 @@ def load_factory(
         task="tensors",
         blank=functools.partial(make_blank, factory),
         recipe={"kind": KIND, "factory": f"{factory.path.name}:{factory.make.__name__}"},
-        notes=notes,
+        notes=[*notes, *taken],
     )
     result = _forward_(source, factory, batch=tried)
     source.outputs = public_outputs(module, result, source.inputs)
@@ -240,21 +240,28 @@ def _digest(module: nn.Module) -> str:
 
 def _specs(
     factory: Factory, module: nn.Module, given: Sequence[InputSpec], rows: Sequence[InputSpec]
-) -> tuple[tuple[InputSpec, ...], int]:
-    """Inputs in the order of forward, and the batch they were given with."""
+) -> tuple[tuple[InputSpec, ...], int, list[str]]:
+    """Inputs in the order of forward, the batch they were given with, and what a user is told."""
     accepted = forward_parameters(module)
     needed = [n for n, p in accepted.items() if p.default is p.empty]
-    told = {spec.name: spec for spec in _examples(factory, list(accepted))}
-    known = {s.name: s for s in _meant(rows, needed, accepted) if s.name in accepted} | told
-    specs = told or known
-    given = _meant(given, needed, accepted)
-    if given:
-        specs = {s.name: _with_type(s, known.get(s.name)) for s in given}
-    how = (
-        f"--input-shapes '{(needed or ['x'])[0]}:1x3x224x224', {EXAMPLES}() in {factory.path}, or "
-        "--data with arrays by these names"
-    )
+    shown = {spec.name: spec for spec in _examples(factory, list(accepted))}
+    known = {s.name: s for s in _meant(rows, needed, accepted) if s.name in accepted} | shown
+    specs = shown or known
+    meant = _meant(given, needed, accepted)
+    taken = [
+        f"'{one.name}' of --input-shapes is taken for {other.name}"
+        for one, other in zip(given, meant, strict=True)
+        if one.name != other.name
+    ]
+    if meant:
+        specs = {s.name: _with_type(s, known.get(s.name)) for s in meant}
     missing = [name for name in needed if name not in specs]
+    sized = [str(specs[name]) for name in accepted if name in specs]
+    asked = [f"{name}:1x{'N' if needed[1:] else '3x224x224'}" for name in missing]
+    how = (
+        f"--input-shapes '{','.join(sized + asked) or 'x:1x3x224x224'}', {EXAMPLES}() in "
+        f"{factory.path}, or --data with arrays by these names"
+    )
     if missing:
         raise UsageError(
             f"{factory.source}: {type(module).__name__} needs {' and '.join(missing)}, and nothing "
@@ -272,7 +279,7 @@ def _specs(
     batch = next(iter(firsts)) if len(firsts) == 1 else 0
     if batch and all(spec.shape for spec in ordered):
         ordered = [replace(s, shape=(BATCH, *s.shape[1:])) for s in ordered]
-    return tuple(ordered), int(batch) or 1
+    return tuple(ordered), int(batch) or 1, taken
 
 
 def _meant(

@@ -226,7 +226,8 @@ def _load_tokenizer(folder: Path, *, reads_text: bool) -> tuple[Any, list[str]]:
     if not reads_text:
         return None, []
     if not any((folder / name).is_file() for name in TOKENIZERS):
-        return None, [f"{folder} has no tokenizer: only verbs that need no text work"]
+        told = "texts cannot be read, arrays (.npz) named like its inputs can"
+        return None, [f"{folder} has no tokenizer: {told}"]
     try:
         with hush():
             return AutoTokenizer.from_pretrained(folder), []

@@ -13,7 +13,7 @@ from zipc.pruner.graph.trace import MAP_MODULES, MapCall, Program, op_name
 def linear(axes: Axes, node: fx.Node) -> list[Dim]:
     call = axes.calls.get(node.name)
     if call is None:
-        return unknown(axes, node)
+        return unknown(axes, node, _parametrized(node))
     weight = axes.parameters[call.weight]
     out, contracted = weight[call.out_dim], weight[call.in_dim]
     source = next(n for n in node.all_input_nodes if n.name == call.source)
@@ -28,7 +28,7 @@ def linear(axes: Axes, node: fx.Node) -> list[Dim]:
 def convolution(axes: Axes, node: fx.Node) -> list[Dim]:
     call = axes.calls.get(node.name)
     if call is None or (call.window is None and not call.transposed):
-        return unknown(axes, node)
+        return unknown(axes, node, _parametrized(node))
     weight = axes.parameters[call.weight]
     x = axes.dims(node.args[0])
     own, other = weight[call.out_dim], weight[call.in_dim]
@@ -81,6 +81,17 @@ def _foreign(program: Program, node: fx.Node, call: MapCall) -> tuple[str | None
     if names != [f"{path}.weight", f"{path}.bias"][: len(names)]:
         return f"{path} computes with the weights of another module ({', '.join(names)})", True
     return None, False
+
+
+def _parametrized(node: fx.Node) -> str | None:
+    """What to do about a map whose weight is computed from others, as torch's weight_norm does."""
+    path, kind = module_of(node)
+    how = None
+    if kind.rpartition(".")[2].startswith("Parametrized"):
+        how = f"torch.nn.utils.parametrize.remove_parametrizations({path}, 'weight')"
+    elif any(op_name(source) == "_weight_norm" for source in node.all_input_nodes):
+        how = f"torch.nn.utils.remove_weight_norm({path})"
+    return how and f"the weight of {path} comes from a parametrization: remove it with {how}"
 
 
 def embedding(axes: Axes, node: fx.Node) -> list[Dim]:

@@ -48,10 +48,10 @@ def fresh(node: fx.Node) -> list[Dim]:
     return [[Atom(s)] for s in shape_of(node)]
 
 
-def unknown(axes: Axes, node: fx.Node) -> list[Dim]:
-    """An op nobody described: everything it touches keeps its size."""
+def unknown(axes: Axes, node: fx.Node, reason: str | None = None) -> list[Dim]:
+    """An op nobody described, or not followed for a `reason`: all it touches keeps its size."""
     out = fresh(node)
-    reason = f"op {op_name(node)} ({node.name}) is not understood"
+    reason = reason or f"op {op_name(node)} ({node.name}) is not understood"
     for source in node.all_input_nodes:
         pin(axes.dims(source), reason)
     pin(out, reason)

@@ -366,6 +366,33 @@ def test_inputs_that_are_not_those_of_the_model_are_refused(
 def test_the_only_input_may_be_given_under_any_name(nets: Path) -> None:
     source = load_source(f"{nets}:net", input_shapes=parse_input_shapes("y:1x3x8x8"))
     assert [str(spec) for spec in source.specs] == ["x:batchx3x8x8"]
+    assert "'y' of --input-shapes is taken for x" in source.notes
+
+
+def test_hint_for_a_missing_input_keeps_those_that_were_given(tmp_path: Path) -> None:
+    path = tmp_path / "two.py"
+    path.write_text(
+        "from torch import nn\n"
+        "class Two(nn.Module):\n"
+        "    def forward(self, image, table, extra=None): return image\n"
+        "def two(): return Two()\n"
+    )
+    for given, hint in (
+        ("image:1x3x8x8", "image:1x3x8x8,table:1xN"),
+        ("table:1x4:int64", "table:1x4:int64,image:1xN"),
+    ):
+        with pytest.raises(UsageError, match=f"Give --input-shapes '{hint}'"):
+            load_source(f"{path}:two", input_shapes=parse_input_shapes(given))
+
+
+def test_functions_that_can_make_a_model_are_listed_before_anything_else(tmp_path: Path) -> None:
+    path = tmp_path / "many.py"
+    path.write_text("from torch.nn import Linear\nclass Net(Linear): pass\ndef of(size): pass\n")
+    with pytest.raises(UsageError, match=r"no function 'nosuch'\. It has: Net, of\.$"):
+        load_source(f"{path}:nosuch")
+    path.write_text(path.read_text() + "".join(f"def f{i}(): pass\n" for i in range(7)))
+    with pytest.raises(UsageError, match=r"It has: f0, f1, f2, f3, f4 and 2 more\.$"):
+        load_source(f"{path}:nosuch")
 
 
 def test_weights_that_do_not_fit_are_named(nets: Path, tmp_path: Path) -> None:

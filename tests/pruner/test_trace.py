@@ -1,0 +1,59 @@
+"""What is told of code that cannot be traced, or whose weights are computed."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+from zipc.core.errors import UnsupportedModel
+from zipc.pruner.graph.sites import find_sites
+from zipc.pruner.graph.trace import trace
+
+PICTURE = {"x": torch.zeros(2, 3, 8, 8)}
+
+
+class Branch(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x if x.sum() > 0 else x
+
+
+class Numpy(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.from_numpy(x.numpy())
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        (Branch(), "the code depends on the value of a tensor"),
+        (Numpy(), "RuntimeError: .numpy() is not supported for tensor subclasses"),
+    ],
+)
+def test_code_that_cannot_be_traced_is_told_with_its_line(module: nn.Module, reason: str) -> None:
+    lines, start = inspect.getsourcelines(type(module).forward)
+    with pytest.raises(UnsupportedModel) as refused:
+        trace(module, PICTURE, dynamic={})
+    told = f"{reason} (test_trace.py, line {start + 1}: {lines[1].strip()}). Rewrite that"
+    assert told in str(refused.value)
+
+
+@pytest.mark.parametrize("how", [parametrizations.weight_norm, parametrizations.spectral_norm])
+def test_a_weight_that_torch_parametrizes_is_named_with_how_to_undo_it(how) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 8, 3), how(nn.Conv2d(8, 6, 3))
+            self.last = nn.Conv2d(6, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.last(self.second(self.first(x).relu()).relu())
+            return y
+
+    structure = find_sites(trace(Net().eval(), PICTURE, dynamic={}))
+    reasons = {entry.path: entry.reason for entry in structure.left_alone}
+    assert "the weight of second comes from a parametrization" in reasons["first"]
+    assert "remove_parametrizations(second, 'weight')" in reasons["first"]
