@@ -51,9 +51,18 @@ def prove_onnx(family: Family, *, most: int | None = 2) -> None:
     trials += [(kept, made.example) for _, _, kept in single_units(made, most=most)]
     trials += [(kept, made.example) for _, kept in whole_sites(made)]
     trials += [(kept, other_feeds(family, torch.float32)) for kept in random_sets(made, 2)]
+    bound = max(IN_ONNX, AMPLIFIED * rounding(made, family))
     for kept, feeds in trials:
         want = inert(made, kept, feeds)
-        assert relative_gap(by_onnx(made, graph, kept, feeds), want) < IN_ONNX
+        assert relative_gap(by_onnx(made, graph, kept, feeds), want) < bound
+
+
+def rounding(made: Case, family: Family) -> float:
+    """How far the dense network in fp32 is from itself in fp64: some random ones amplify."""
+    exact = case_of(family)
+    want = inert(exact, everything(exact), feeds_of(family))
+    got = inert(made, everything(made), feeds_of(family, torch.float32))
+    return relative_gap(got, [w.float() for w in want])
 
 
 @pytest.mark.parametrize("name", ADVERSARIES)
@@ -89,6 +98,8 @@ def test_every_map_is_in_a_site_or_left_alone_with_a_reason(name: str) -> None:
     assert {call.module for call in made.program.maps} <= inside | set(outside)
     assert all(outside.values())
 
+
+AMPLIFIED = 4.0  # units that are gone may leave a network that amplifies more
 
 # --- random graphs -------------------------------------------------------------------------------
 
