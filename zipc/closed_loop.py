@@ -47,7 +47,8 @@ LOOK_PAIRS = (60, 120, 240)  # a look goes on while its interval is wider than L
 LOOK_SECONDS = 8.0  # and less than this was spent on it
 LOOK_WIDTH = 0.012  # half-width of the log-ratio interval
 TABLE_ERROR = 0.04  # how far a prediction is usually off: a look noisier than this counts for less
-TOLL = 0.1  # by how much less artifacts usually gain under default options, as a log-ratio
+TOLL, MOST_TOLL = 0.2, 0.6  # share of the log-speedup that is usually, and at most, lost by default
+LEAST_GAIN = 0.1  # log-speedup below which a share of it says nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,11 +226,17 @@ def _bias(attempts: Sequence[_Attempt]) -> float:
     return _drawn(logs, [a.width for a in attempts], usual=TABLE_ERROR)
 
 
-def _toll(attempts: Sequence[_Attempt]) -> float:
-    """How many times faster than promised an artifact must be, for the promise to hold under the
-    default options as well: a small model makes less of many threads than its dense one."""
-    logs, widths = [a.toll for a in attempts], [a.toll_width for a in attempts]
-    return max(1.0, _drawn(logs, widths, usual=TOLL))
+def _toll(attempts: Sequence[_Attempt], target: float) -> float:
+    """How many times faster than promised an artifact must be, for the promise of `target` to hold
+    under the default options as well: a small model makes less of many threads than its dense one.
+
+    What is lost grows with the speedup: looks agree on its share of the log-speedup.
+    """
+    gains = [max(math.log(a.speedup), LEAST_GAIN) for a in attempts]
+    shares = [a.toll / gain for a, gain in zip(attempts, gains, strict=True)]
+    widths = [a.toll_width / gain for a, gain in zip(attempts, gains, strict=True)]
+    share = min(max(math.log(_drawn(shares, widths, usual=TOLL)), 0.0), MOST_TOLL)
+    return math.exp(math.log(target) * share / (1 - share))
 
 
 def _drawn(logs: Sequence[float], widths: Sequence[float], *, usual: float) -> float:
@@ -398,7 +405,7 @@ class ClosedLoop:
                 self.problem,
                 self.prices,
                 self.candidates,
-                ratio=_bias(self.attempts) / (target * self.aim * _toll(self.attempts)),
+                ratio=_bias(self.attempts) / (target * self.aim * _toll(self.attempts, target)),
                 trials=int(self.effort.trials * share),
                 seconds=self.effort.search_seconds * share,
                 finalists=FINALISTS if first else FINALISTS // 2,
@@ -407,7 +414,7 @@ class ClosedLoop:
                 state=self.state,
             )
             self.searched += self.state.trials
-            over = self.attempt(allocation, loss).speedup / (target * _toll(self.attempts))
+            over = self.attempt(allocation, loss).speedup / (target * _toll(self.attempts, target))
             if self.accept[0] <= over <= self.accept[1]:
                 break
             if over > self.accept[1] and all(
@@ -422,7 +429,7 @@ class ClosedLoop:
 
     def least(self, target: float) -> float:
         """The speedup that an artifact must measure, for a promise of `target`."""
-        return target * self.accept[0] * _toll(self.attempts)
+        return target * self.accept[0] * _toll(self.attempts, target)
 
     def fastest(self) -> Allocation:
         """The fastest level of every site."""

@@ -57,10 +57,10 @@ def compile_model(request: Request, *, progress: Progress) -> Manifest:
         goal = target_speedup(request, loop.reference)
         measured = setup.device.kind == "measured"
         proof = _proved(loop, goal)
-        short = measured and goal is not None and proof.least(request) < goal
+        short = measured and goal is not None and proof.lacks(goal, request) > 1
         if goal is not None and short and not proof.found.solution.unreachable:
             loop.forget()
-            more = min(max(goal / proof.least(request), LEAST_MORE), MOST_MORE)
+            more = min(max(proof.lacks(goal, request), LEAST_MORE), MOST_MORE)
             told = (
                 f"a first artifact measured {proof.timing.speedup:.3f}x: "
                 f"searched for {more - 1:.1%} more"
@@ -159,13 +159,13 @@ class _Proof:
     timing: PairedTiming
     by_default: PairedTiming | None = None  # the same under the runtime's default options
 
-    def least(self, request: Request) -> float:
-        """The speedup below which nothing is promised: a goal above it is not proved."""
-        free = self.by_default
-        ends = [self.timing.ci95[0]]
-        if free is not None and request.by_default:
-            ends.append(free.ci95[1])
-        return min(ends)
+    def lacks(self, goal: float, request: Request) -> float:
+        """By what factor it is too slow for its goal; 1 and less where that is proved."""
+        short = goal / self.timing.ci95[0]
+        free = self.by_default if request.by_default else None
+        if free is None or free.ci95[1] >= goal:
+            return short
+        return max(short, goal / free.speedup)
 
 
 def _proved(loop: ClosedLoop, goal: float | None) -> _Proof:

@@ -17,7 +17,7 @@ def look(*, speedup: float = 2.0, width: float = 0.005, toll: float = 1.0, noise
 
 
 def test_before_the_first_look_nothing_is_known() -> None:
-    assert _bias([]) == _toll([]) == 1.0
+    assert _bias([]) == _toll([], 2.0) == 1.0
 
 
 def test_predictions_that_are_too_fast_ask_for_less_time() -> None:
@@ -28,9 +28,16 @@ def test_predictions_that_are_too_fast_ask_for_less_time() -> None:
 def test_a_noisy_look_counts_for_less() -> None:
     quiet, noisy = look(speedup=1.8), look(speedup=1.8, width=0.2)
     assert _bias([quiet]) < _bias([noisy]) < 1.0
-    assert 1.0 < _toll([look(toll=1.2, noise=0.3)]) < _toll([look(toll=1.2)]) <= 1.2
+    assert 1.0 < _toll([look(toll=1.2, noise=0.3)], 1.6) < _toll([look(toll=1.2)], 1.6) <= 1.2
 
 
 def test_gaining_more_under_default_options_gives_nothing_back() -> None:
-    assert _toll([look(toll=0.8)]) == 1.0
-    assert _toll([look(toll=1.3), look(toll=1.1)]) == pytest.approx(1.19, abs=0.02)
+    assert _toll([look(toll=0.8)], 2.0) == 1.0
+
+
+def test_what_default_options_cost_grows_with_the_speedup() -> None:
+    looks = [look(speedup=2.0, toll=2.0**0.25), look(speedup=4.0, toll=4.0**0.25)]
+    for target in (1.5, 3.0):
+        needed = target * _toll(looks, target)
+        assert needed**0.75 == pytest.approx(target, rel=0.03)
+    assert _toll([look(toll=1.9)], 2.0) <= 2.0**1.5
