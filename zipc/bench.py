@@ -92,8 +92,8 @@ def bench(
 
     The promise is the requested speedup, on the workload and, where the manifest says so, under the
     runtime's default options; where a latency was requested, that latency; where neither was, the
-    lower end of the recorded interval. Without a `device`, it is this machine
-    under the runtime of the manifest.
+    lower end of the recorded interval. Without a `device`, it is this machine under the runtime of
+    the manifest.
 
     Raises:
         UsageError: a file of the folder is missing, or the proof is that of another device.
@@ -121,7 +121,9 @@ def measure(
     """The same on any device that runs the graphs, wherever they were measured before."""
     manifest = _manifest(out)
     path = out / "manifest.json"
-    workload = _workload(manifest, threads=threads, path=path)
+    workload = recorded_workload(manifest, path=path)
+    if threads is not None:
+        workload = replace(workload, threads=threads)
     recorded = _recorded(manifest, path=path)
     _refuse_runtime(manifest, out, runtime=device.runtime)
     _promise(manifest, reference_ms=1.0, path=path)  # fails before minutes of measuring
@@ -130,9 +132,10 @@ def measure(
     before = device.state()
     timer = device.timer()
     progress.stage("load graphs", total=len(GRAPHS))
+    models = [(out / name).read_bytes() for name in GRAPHS]
     graphs = []
-    for name in GRAPHS:
-        graphs.append(timer.load((out / name).read_bytes(), workload=workload))
+    for name, model in zip(GRAPHS, models, strict=True):
+        graphs.append(timer.load(model, workload=workload))
         progress.advance(note=name)
     reference, candidate = graphs
     if pairs is None:
@@ -141,7 +144,6 @@ def measure(
     promised = _promise(manifest, reference_ms=float(np.median(timing.reference_ms)), path=path)
     free = None
     if threads is None and _promised_by_default(manifest):
-        models = [(out / name).read_bytes() for name in GRAPHS]
         free = by_default(device, models, workload, progress)
     return BenchResult(
         out=str(out),
@@ -208,10 +210,14 @@ def _manifest(out: Path) -> Any:
     return manifest
 
 
-def _workload(manifest: Any, *, threads: int | None, path: Path) -> Workload:
+def recorded_workload(manifest: Any, *, path: Path) -> Workload:
+    """What the graphs of a manifest are timed on.
+
+    Raises:
+        CorruptFile: it does not say, or nothing usable.
+    """
     try:
-        recorded = read_workload(manifest["workload"])
-        return recorded if threads is None else replace(recorded, threads=threads)
+        return read_workload(manifest["workload"])
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptFile(f"{path} has no usable workload ({error!r}). Compile again.") from error
 

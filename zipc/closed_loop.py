@@ -223,7 +223,7 @@ def choose(
 def _bias(attempts: Sequence[_Attempt]) -> float:
     """By how much predictions are too high near this budget: predicted over measured ratio."""
     logs = [math.log(a.predicted_ratio * a.speedup) for a in attempts]
-    return _drawn(logs, [a.width for a in attempts], usual=TABLE_ERROR)
+    return math.exp(_drawn(logs, [a.width for a in attempts], usual=TABLE_ERROR))
 
 
 def _toll(attempts: Sequence[_Attempt], target: float) -> float:
@@ -235,19 +235,24 @@ def _toll(attempts: Sequence[_Attempt], target: float) -> float:
     gains = [max(math.log(a.speedup), LEAST_GAIN) for a in attempts]
     shares = [a.toll / gain for a, gain in zip(attempts, gains, strict=True)]
     widths = [a.toll_width / gain for a, gain in zip(attempts, gains, strict=True)]
-    share = min(max(math.log(_drawn(shares, widths, usual=TOLL)), 0.0), MOST_TOLL)
+    share = min(max(_drawn(shares, widths, usual=TOLL), 0.0), MOST_TOLL)
     return math.exp(math.log(target) * share / (1 - share))
 
 
-def _drawn(logs: Sequence[float], widths: Sequence[float], *, usual: float) -> float:
-    """The mean over all looks so far, drawn towards 1 as far as they are noisier than what is
-    looked for usually is."""
+def _drawn(values: Sequence[float], widths: Sequence[float], *, usual: float) -> float:
+    """The mean over all looks so far, drawn towards 0 as far as they are noisier than what is
+    looked for usually is large."""
     trust = [usual**2 / (usual**2 + width**2) for width in widths]
-    weighted = sum(t * x for t, x in zip(trust, logs, strict=True))
-    return math.exp(weighted / (sum(trust) + 0.1))
+    weighted = sum(t * x for t, x in zip(trust, values, strict=True))
+    return weighted / (sum(trust) + 0.1)
 
 
-def _look(reference: Runner, candidate: Runner) -> tuple[PairedTiming, float]:
+def _half_width(timing: PairedTiming) -> float:
+    """Of the interval of log(speedup)."""
+    return math.log(timing.ci95[1] / timing.ci95[0]) / 2
+
+
+def _look(reference: Runner, candidate: Runner) -> PairedTiming:
     """Measure until the interval is narrow enough, or the last allowance is spent."""
     base: list[float] = []
     times: list[float] = []
@@ -257,10 +262,9 @@ def _look(reference: Runner, candidate: Runner) -> tuple[PairedTiming, float]:
         base += more.reference_ms
         times += more.candidate_ms
         timing = paired_timing(base, times)
-        width = math.log(timing.ci95[1] / timing.ci95[0]) / 2
-        if width <= LOOK_WIDTH or time.monotonic() - started > LOOK_SECONDS:
+        if _half_width(timing) <= LOOK_WIDTH or time.monotonic() - started > LOOK_SECONDS:
             break
-    return timing, width
+    return timing
 
 
 def _widest(levels: Sequence[Level]) -> int:
@@ -364,7 +368,7 @@ class ClosedLoop:
         if target is None:
             return True
         runner = self.timer.load(model, workload=self.request.workload)
-        timings: list[PairedTiming | None] = [_look(self.reference, runner)[0]]
+        timings: list[PairedTiming | None] = [_look(self.reference, runner)]
         if self.request.by_default:
             timings.append(self.by_default(model))
         return all(t is None or t.speedup >= target * self.accept[0] for t in timings)
@@ -440,7 +444,7 @@ class ClosedLoop:
         states = self.candidates.levels.states(allocation)
         built = build(self.prepared, allocation, states, workload=self.request.workload)
         runner = self.timer.load(built.model, workload=self.request.workload)
-        timing, width = _look(self.reference, runner)
+        timing = _look(self.reference, runner)
         ratio = self.prices.ratio(allocation.predicted_ms)
         self.looks.append((1 / ratio, timing.speedup))
         self.progress.done(
@@ -448,11 +452,11 @@ class ClosedLoop:
         )
         if loss is None:
             loss = self.candidates.confirm.score(allocation)
-        attempt = _Attempt(allocation, timing.speedup, width, ratio, loss)
+        attempt = _Attempt(allocation, timing.speedup, _half_width(timing), ratio, loss)
         free = self.by_default(built.model) if self.request.by_default else None
         if free is not None:
             attempt.toll = math.log(timing.speedup / free.speedup)
-            attempt.toll_width = math.log(free.ci95[1] / free.ci95[0]) / 2
+            attempt.toll_width = _half_width(free)
         self.attempts.append(attempt)
         return attempt
 

@@ -18,11 +18,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from zipc.bench import refuse_elsewhere
-from zipc.core.errors import CorruptFile, UsageError
+from zipc.bench import recorded_workload, refuse_elsewhere
+from zipc.core.errors import UsageError
 from zipc.core.files import read_json
 from zipc.core.types import Progress, Runner, Silent, Workload
-from zipc.core.workload import read_workload, resized, workload_document
+from zipc.core.workload import resized, workload_document
 from zipc.manifest import FILE_NAME, recorded_runtime
 from zipc.onnx_file import bytes_of, graph_of, inputs_of
 from zipc.profiler.device import local_device
@@ -140,7 +140,7 @@ def check(
             for artifact in (base, new)
             if (artifact / FILE_NAME).is_file()
         }
-        workloads = [_workload(manifest, artifact) for artifact, manifest in held.items()]
+        workloads = [recorded_workload(m, path=a / FILE_NAME) for a, m in held.items()]
         for artifact, manifest in held.items():
             refuse_elsewhere(manifest, artifact)
         workload = resized(
@@ -339,15 +339,6 @@ def _runner(
     name = recorded_runtime(manifests.get(artifact, manifests.get(other, {})))
     local_device(name)
     return RUNNERS[name](graph_of(artifact), workload=workload)
-
-
-def _workload(manifest: Any, artifact: Path) -> Workload:
-    try:
-        return read_workload(manifest["workload"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise CorruptFile(
-            f"{artifact / FILE_NAME} has no usable workload ({error!r}). Compile again."
-        ) from error
 
 
 def _percent(text: str, *, clause: str) -> float:

@@ -47,11 +47,9 @@ def check_metric(name: str | None) -> None:
         UsageError: there is no such metric.
     """
     if name is not None and name not in METRICS:
-        close = difflib.get_close_matches(name, METRICS, n=1)
-        hint = f" Did you mean '{close[0]}'?" if close else ""
         raise UsageError(
-            f"--metric {name} is not known.{hint} Choose from: {', '.join(METRICS)}; or bring your "
-            "own with --eval FILE.py:FUNCTION."
+            f"--metric {name} is not known.{_meant(name)} Choose from: {', '.join(METRICS)}; or "
+            "bring your own with --eval FILE.py:FUNCTION."
         )
 
 
@@ -63,13 +61,17 @@ def choose_metric(wanted: str | None, fitting: Sequence[str], *, what: str) -> s
     """
     chosen = wanted or fitting[0]
     if chosen not in fitting:
-        close = difflib.get_close_matches(chosen, METRICS, n=1)
-        hint = f" Did you mean '{close[0]}'?" if close and close[0] != chosen else ""
         raise UsageError(
             f"The metric '{chosen}' does not fit this model and data ({what}). "
-            f"Metrics that fit: {', '.join(fitting)}.{hint}"
+            f"Metrics that fit: {', '.join(fitting)}.{_meant(chosen)}"
         )
     return chosen
+
+
+def _meant(name: str) -> str:
+    """The known metric that another name is close to, as a question."""
+    close = difflib.get_close_matches(name, METRICS, n=1)
+    return f" Did you mean '{close[0]}'?" if close and close[0] != name else ""
 
 
 def paired_bootstrap(

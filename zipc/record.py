@@ -115,13 +115,7 @@ def make_manifest(
         ),
         left_alone=tuple(prepared.left_alone),
         latency=_latency(
-            prices, solution, timing, session_options, notes, asked=request.runtime
-        ).model_copy(
-            update={
-                "by_default": by_default_record(
-                    by_default, prices.table.fingerprint, promised=request.by_default
-                )
-            }
+            prices, solution, timing, by_default, session_options, notes, request=request
         ),
         verdict=_verdict(timing, by_default if request.by_default else None, goal, found, prices),
         quality=quality,
@@ -149,10 +143,11 @@ def _latency(
     prices: Prices,
     solution: Solution,
     timing: PairedTiming,
+    by_default: PairedTiming | None,
     session_options: Mapping[str, Any],
     notes: list[str],
     *,
-    asked: str | None,
+    request: Request,
 ) -> LatencyRecord:
     """Times are null where they come from a model: nothing was measured."""
     record = LatencyRecord(
@@ -160,6 +155,9 @@ def _latency(
         predicted_ms=solution.predicted_ratio * prices.dense_ms,
         speedup=timing.speedup,
         speedup_ci95=timing.ci95,
+        by_default=by_default_record(
+            by_default, prices.table.fingerprint, promised=request.by_default
+        ),
         fingerprint=dict(prices.table.fingerprint),
         session_options=dict(session_options),
         notes=tuple(notes),
@@ -167,7 +165,7 @@ def _latency(
     if prices.doubt is not None:
         return record
     error = solution.predicted_ratio * timing.speedup - 1
-    times = times_of(timing, runtime=prices.table.runtime, asked=asked)
+    times = times_of(timing, runtime=prices.table.runtime, asked=request.runtime)
     return record.model_copy(update={**times, "prediction_error": error})
 
 

@@ -216,8 +216,10 @@ def test_an_artifact_that_misses_by_little_is_followed_by_a_faster_one(
     assert any("a first artifact measured" in note for note in manifest.latency.notes)
 
 
-def slow_by_default(monkeypatch: pytest.MonkeyPatch, toll: float) -> None:
-    """Default options under which every artifact gains `toll` times less than on one thread."""
+def slow_by_default(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, toll: float, **rest: Any
+) -> Manifest:
+    """A compile at 2x where every artifact gains `toll` times less under default options."""
 
     def measured(device: Any, models: Any, workload: Any, progress: Any) -> PairedTiming:
         timer = device.timer()
@@ -226,14 +228,14 @@ def slow_by_default(monkeypatch: pytest.MonkeyPatch, toll: float) -> None:
         return PairedTiming((), (), speedup, (0.999 * speedup, 1.001 * speedup))
 
     monkeypatch.setattr(closed_loop, "by_default", measured)
+    cache = shutil.copytree(project.cache, tmp_path / "cache")
+    return project.compile(tmp_path / "out", cache=cache, speedup=2.0, **rest)
 
 
 def test_a_speedup_also_holds_under_default_options(
     project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slow_by_default(monkeypatch, toll=1.2)
-    cache = shutil.copytree(project.cache, tmp_path / "cache")
-    manifest = project.compile(tmp_path / "out", cache=cache, speedup=2.0)
+    manifest = slow_by_default(project, tmp_path, monkeypatch, toll=1.2)
     free = manifest.latency.by_default
     assert free is not None
     assert free.promised
@@ -246,9 +248,7 @@ def test_a_speedup_also_holds_under_default_options(
 def test_a_number_of_threads_is_a_promise_for_these_alone(
     project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slow_by_default(monkeypatch, toll=1.2)
-    cache = shutil.copytree(project.cache, tmp_path / "cache")
-    manifest = project.compile(tmp_path / "out", cache=cache, speedup=2.0, threads=1)
+    manifest = slow_by_default(project, tmp_path, monkeypatch, toll=1.2, threads=1)
     free = manifest.latency.by_default
     assert free is not None
     assert not free.promised
@@ -259,9 +259,7 @@ def test_a_number_of_threads_is_a_promise_for_these_alone(
 def test_a_promise_that_default_options_break_is_missed(
     project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slow_by_default(monkeypatch, toll=100.0)
-    cache = shutil.copytree(project.cache, tmp_path / "cache")
-    manifest = project.compile(tmp_path / "out", cache=cache, speedup=2.0)
+    manifest = slow_by_default(project, tmp_path, monkeypatch, toll=100.0)
     assert manifest.verdict == "missed"
     assert files_in(tmp_path / "out") == FILES
 

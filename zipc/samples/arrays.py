@@ -115,8 +115,9 @@ def array_inputs(request: Request) -> list[InputSpec]:
     Raises:
         UsageError: it is damaged.
     """
-    read, _ = read_arrays(find_npz(request), request, ())
-    return list(_specs_of(next(iter(read.values()))).values())
+    role, path = next(iter(find_npz(request).items()))
+    read, _ = read_arrays({role: path}, request, ())
+    return list(_specs_of(read[role]).values())
 
 
 def _specs_of(arrays: Mapping[str, Array]) -> dict[str, InputSpec]:

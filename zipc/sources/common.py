@@ -194,6 +194,15 @@ def public_outputs(module: nn.Module, result: Any, inputs: Sequence[str]) -> lis
     return list(enumerate(names))
 
 
+def linear_of(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
+    """A linear map with copies of a weight (out, in) and, if there is one, a bias."""
+    made = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    made.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+    if bias is not None:
+        made.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+    return made
+
+
 def forward_parameters(module: nn.Module) -> dict[str, inspect.Parameter]:
     """The parameters of the module's forward, by name, without `*args` and `**kwargs`."""
     kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)

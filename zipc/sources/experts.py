@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from zipc.sources.common import linear_of
+
 EXPERTS = "zipc"
 FIRST, LAST = ("gate_up_proj", "up_proj"), "down_proj"
 
@@ -19,8 +21,8 @@ class Expert(nn.Module):
 
     def __init__(self, first: Tensor, last: Tensor) -> None:
         super().__init__()
-        self.up = _linear(first)  # (inner, d), or (2 inner, d) with the gate in front
-        self.down = _linear(last)  # (d, inner)
+        self.up = linear_of(first)  # (inner, d), or (2 inner, d) with the gate in front
+        self.down = linear_of(last)  # (d, inner)
 
 
 def register_experts() -> None:
@@ -104,10 +106,3 @@ def _is_stack(module: Any) -> bool:
         return False
     stacks = [p for p in module._parameters.values() if p is not None]
     return len(stacks) == 2 and LAST in module._parameters and all(p.dim() == 3 for p in stacks)
-
-
-def _linear(weight: Tensor) -> nn.Linear:
-    out_features, in_features = weight.shape
-    made = nn.Linear(in_features, out_features, bias=False, device="meta")
-    made.weight = nn.Parameter(weight.clone(), requires_grad=False)
-    return made

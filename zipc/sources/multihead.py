@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from zipc.core.errors import UnsupportedModel
+from zipc.sources.common import linear_of
 
 
 class Attention(nn.Module):
@@ -32,8 +33,8 @@ class Attention(nn.Module):
             weights = like.q_proj_weight, like.k_proj_weight, like.v_proj_weight
         whole = like.in_proj_bias
         biases = (None, None, None) if whole is None else whole.chunk(3)
-        self.q_proj, self.k_proj, self.v_proj = map(_linear, weights, biases)
-        self.out_proj = _linear(like.out_proj.weight, like.out_proj.bias)
+        self.q_proj, self.k_proj, self.v_proj = map(linear_of, weights, biases)
+        self.out_proj = linear_of(like.out_proj.weight, like.out_proj.bias)
 
     def forward(
         self,
@@ -122,11 +123,3 @@ def _joined(mask: Tensor | None, padding: Tensor | None, like: Tensor) -> Tensor
         if m is not None
     ]
     return sum(added[1:], added[0]) if added else None
-
-
-def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    made = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    made.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
-    if bias is not None:
-        made.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
-    return made
