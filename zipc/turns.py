@@ -1,6 +1,8 @@
 """Graphs timed in turns, each in a process of its own: what is deployed has a whole device.
 
-Idle threads of one may spin, and would take the processors of another that runs beside.
+Idle threads of one may spin on for a while, and take a processor from another that has its turn by
+then: with two processors, half of the first runs of a graph of 2.5 ms took 6.6 ms, a tick of the
+kernel's scheduler more. So a turn begins with untimed runs until that is over.
 """
 
 from __future__ import annotations
@@ -23,8 +25,9 @@ from zipc.runtimes import RUNTIMES
 from zipc.targets import ON_CPU, on_runtime
 
 TURNS, FEWEST_TURNS = 8, 3
-RUNS = 8  # of a graph in one turn
 SECONDS = 8.0  # after which the fewest turns are enough
+UNTIMED_MS, FEWEST_UNTIMED = 200.0, 4  # of a turn, before what is timed
+TIMED_MS, FEWEST_TIMED, MOST_TIMED = 150.0, 8, 40  # of the slower graph
 
 
 def by_default(
@@ -66,13 +69,15 @@ def faster_runtime(
 
 
 def in_turns(runners: Sequence[Runner]) -> PairedTiming:
-    """The speedup of the second of two runners over the first."""
-    samples: list[list[float]] = [[], []]
+    """The speedup of the second of two runners over the first, each going at its steady pace."""
+    samples: list[list[float]] = [[] for _ in runners]
+    paces = [min(warm_up(runner)) for runner in runners]
+    timed = min(max(round(TIMED_MS / max(paces)), FEWEST_TIMED), MOST_TIMED)
     started = time.monotonic()
     for turn in range(TURNS):
-        for runner, held in zip(runners, samples, strict=True):
-            warm_up(runner, max_runs=RUNS // 2)
-            held += interleave([runner], rounds=RUNS, untimed=0)[0]
+        for runner, pace, held in zip(runners, paces, samples, strict=True):
+            untimed = max(round(UNTIMED_MS / pace), FEWEST_UNTIMED)
+            held += interleave([runner], rounds=untimed + timed, untimed=0)[0][untimed:]
         if turn >= FEWEST_TURNS - 1 and time.monotonic() - started > SECONDS:
             break
     return paired_timing(*samples)
