@@ -148,7 +148,7 @@ def measure(arguments: argparse.Namespace, request: Request) -> dict[str, Any]:
         "allocations": rows,
         "model_sha256": priced.prepared.source.sha256,
         "workload": prices.table.workload.key,
-        "numeric": prices.numeric,
+        "numeric": prices.sites.numeric,
         "rounds": ROUNDS,
         "seed": arguments.seed,
         "table_entries": len(prices.table.entries),

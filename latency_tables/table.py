@@ -21,7 +21,7 @@ from zipc.core.types import Level, TableKind, Workload
 from zipc.core.workload import WorkloadField
 from zipc.latency_tables.correction import Correction
 
-SCHEMA_VERSION: Literal[1] = 1
+SCHEMA_VERSION: Literal[2] = 2  # 2: what levels save in the whole model
 MAD_TO_SIGMA = 1.4826  # of a normal distribution
 OUTLIER_SIGMAS = 5.0
 
@@ -97,12 +97,13 @@ class LatencyTable(BaseModel):
     """(site signature, level) → measurement, for one target, runtime and workload.
 
     Immutable: `with_entries`, `with_note` and `merge` return new tables. `anchor` names the anchor
-    graph (its hash): ratios to different anchors are not comparable.
+    graph (its hash): ratios to different anchors are not comparable. An entry of `in_place` is the
+    whole model with every site of its signature at its level, beside the undiminished whole.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[2] = SCHEMA_VERSION
     kind: TableKind = "measured"
     target: str
     runtime: str
@@ -112,16 +113,18 @@ class LatencyTable(BaseModel):
     anchor: str = ""
     created: AwareDatetime = Field(default_factory=lambda: datetime.now(UTC))
     entries: tuple[Entry, ...] = ()
+    in_place: tuple[Entry, ...] = ()
     correction: Correction | None = None
     notes: tuple[str, ...] = ()
 
     @model_validator(mode="after")
     def _keys_are_unique(self) -> Self:
-        seen: set[EntryKey] = set()
-        for entry in self.entries:
-            if entry.key in seen:
-                raise ValueError(f"two entries for {entry.signature} at {entry.level}")
-            seen.add(entry.key)
+        for entries in (self.entries, self.in_place):
+            seen: set[EntryKey] = set()
+            for entry in entries:
+                if entry.key in seen:
+                    raise ValueError(f"two entries for {entry.signature} at {entry.level}")
+                seen.add(entry.key)
         return self
 
     @cached_property
@@ -170,10 +173,12 @@ class LatencyTable(BaseModel):
         """All priced levels of a signature, ascending."""
         return tuple(sorted(e.level for e in self.entries if e.signature == signature))
 
-    def with_entries(self, entries: Iterable[Entry]) -> LatencyTable:
-        """Add entries; one with the key of an old one replaces it."""
-        index = self._index | {entry.key: entry for entry in entries}
-        return self._replaced(entries=tuple(index[key] for key in sorted(index)))
+    def with_entries(self, entries: Iterable[Entry], *, in_place: bool = False) -> LatencyTable:
+        """Add entries, or measurements in place; one with the key of an old one replaces it."""
+        name = "in_place" if in_place else "entries"
+        held: tuple[Entry, ...] = getattr(self, name)
+        index = {entry.key: entry for entry in (*held, *entries)}
+        return self._replaced(**{name: tuple(index[key] for key in sorted(index))})
 
     def with_note(self, note: str) -> LatencyTable:
         return self if note in self.notes else self._replaced(notes=(*self.notes, note))
@@ -196,11 +201,18 @@ class LatencyTable(BaseModel):
                 f"Cannot merge latency tables of {self._where} and {other._where}: they differ in "
                 f"{', '.join(different)}. {self._next_command}"
             )
-        merged = self.with_entries(other.entries)
+        merged = self.with_entries(other.entries).with_entries(other.in_place, in_place=True)
         for note in other.notes:
             merged = merged.with_note(note)
         return merged.with_correction(
-            next((t.correction for t in (other, self) if t.entries == merged.entries), None)
+            next(
+                (
+                    t.correction
+                    for t in (other, self)
+                    if (t.entries, t.in_place) == (merged.entries, merged.in_place)
+                ),
+                None,
+            )
         )
 
     @cached_property

@@ -17,7 +17,7 @@ from zipc.core.types import Level, Progress, Runner
 from zipc.latency_tables.table import Entry, EntryKey, entry_key
 from zipc.profiler.timing import interleave, warm_up
 
-GROUP = 8  # graphs whose runners are alive together
+GROUP = 8  # graphs whose runners are alive together, unless told otherwise
 BESIDE = 2  # graphs timed between one run of the anchor and its next
 QUIET, NOISY = 0.01, 0.03  # relative noise: below, stop early; above, take more rounds
 MAX_EXTENSION = 4  # times `rounds`
@@ -49,6 +49,8 @@ def sweep(
     progress: Progress,
     rounds: int = 12,
     seconds_budget: float | None = None,
+    group: int = GROUP,
+    stage: str = "measuring prices",
     on_entries: Callable[[list[Entry]], None] | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> list[Entry]:
@@ -58,30 +60,30 @@ def sweep(
     below 1 % and gets up to four times the rounds while it is above 3 %. Entries that break the
     order of their neighbours are measured again and their samples pooled; a real staircase stays.
     Spent, `seconds_budget` (an aim, not a promise) ends the extra rounds: every graph still gets
-    the first `max(6, rounds / 2)`.
+    the first `max(6, rounds / 2)`. The runners of `group` graphs are alive together.
 
     `on_entries` receives the entries of each finished group, and later their pooled replacements,
     so that an interrupted sweep can be resumed from what was saved.
     """
     todo = sorted({g.key: g for g in reversed(list(graphs))}.values(), key=_order)
     report = on_entries or (lambda _: None)
-    groups = list(_batches(todo, GROUP))
+    groups = list(_batches(todo, group))
     started = clock()
     measured: dict[EntryKey, Entry] = {}
-    progress.stage("measuring prices", total=len(todo))
-    for number, group in enumerate(groups, start=1):
+    progress.stage(stage, total=len(todo))
+    for number, together in enumerate(groups, start=1):
         deadline = _share(started, seconds_budget, (1 - RESERVED) * number / len(groups))
-        entries = _measure(group, anchor, make_runner, rounds, _until(deadline, clock))
+        entries = _measure(together, anchor, make_runner, rounds, _until(deadline, clock))
         measured |= {entry.key: entry for entry in entries}
         report(entries)
-        progress.advance(len(group), note=group[-1].signature)
+        progress.advance(len(together), note=together[-1].signature)
 
     in_time = _until(_share(started, seconds_budget, 1.0), clock)
     suspects = _out_of_order(measured)
-    for group in _batches([g for g in todo if g.key in suspects], GROUP):
+    for together in _batches([g for g in todo if g.key in suspects], group):
         if not in_time():
             break
-        again = _measure(group, anchor, make_runner, 2 * rounds, in_time)
+        again = _measure(together, anchor, make_runner, 2 * rounds, in_time)
         pooled = [measured[entry.key].pooled(entry) for entry in again]
         measured |= {entry.key: entry for entry in pooled}
         report(pooled)

@@ -22,7 +22,8 @@ from zipc.effort import Effort
 from zipc.numerics.int8 import DYNAMIC, FULL, REDUCED, STATIC
 from zipc.patterns import SPARSE, asked_for, notes_on, offers_sparse, sparse_level
 from zipc.prepare import Prepared
-from zipc.pricing import Prices, suits
+from zipc.prices import Prices
+from zipc.pricing import suits
 from zipc.pruner.allocate.scorer import Scorer
 from zipc.pruner.evidence import InputStats, collect
 from zipc.pruner.experts import sweep_experts
@@ -251,7 +252,7 @@ def _numerics(
     known = (DYNAMIC, STATIC) if request.quantizer == "zipc" else (STATIC,)
     schemes = tuple(n for n in known if n in target.numerics)
     if prepared.body is not None:
-        ms = prices.fixed_ms + sum(prices.ms(n, Level(s.units)) for n, s in sites.items())
+        ms = prices.add.fixed_ms + sum(prices.ms(n, Level(s.units)) for n, s in sites.items())
         notes.append(f"the whole network in {prepared.numeric}, unpruned: {three_digits(ms)} ms")
         return ("fp32",)
     if wanted == prepared.floats:
@@ -268,7 +269,7 @@ def _numerics(
         return ("fp32",)
     for scheme in schemes:
         full = {n: Level(s.units, scheme if n in integers else "fp32") for n, s in sites.items()}
-        ms = prices.fixed_ms + sum(prices.ms(n, lv) for n, lv in full.items())
+        ms = prices.add.fixed_ms + sum(prices.ms(n, lv) for n, lv in full.items())
         notes.append(f"{scheme} everywhere, unpruned: {three_digits(ms)} ms")
     return schemes if wanted == "int8" else ("fp32", *schemes)
 

@@ -23,7 +23,7 @@ from zipc.core.types import Allocation, Level, PairedTiming, Progress, Runner
 from zipc.effort import Effort
 from zipc.integer_choice import network_in_integers
 from zipc.prepare import Prepared
-from zipc.pricing import Prices
+from zipc.prices import Prices
 from zipc.profiler.device import Device, GraphTimer, TimedGraph
 from zipc.proof import paired_speedup, paired_timing
 from zipc.pruner.allocate.search import Problem, SearchState, build_problem, search
@@ -164,7 +164,7 @@ def make_problem(
     return build_problem(
         candidates.ladders,
         losses,
-        fixed_ms=prices.fixed_ms,
+        fixed_ms=prices.add.fixed_ms,
         dense_ms=prices.dense_ms,
         nested={s.name: nested(s, sites) for s in sites if s.experts},
     )

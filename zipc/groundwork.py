@@ -25,7 +25,8 @@ from zipc.metrics import check_metric
 from zipc.model_source import SourceModel, load_source, settle, with_cache
 from zipc.numerics.int8 import FULL, STATIC
 from zipc.prepare import Prepared, prepare
-from zipc.pricing import Prices, price
+from zipc.prices import Prices
+from zipc.pricing import price
 from zipc.profiler.device import Device
 from zipc.proof import paired_speedup
 from zipc.quantizer import check_modelopt

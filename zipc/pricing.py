@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,87 +14,35 @@ import numpy as np
 from zipc.core.errors import TableMissing
 from zipc.core.files import fingerprint as short_hash
 from zipc.core.request import Request
-from zipc.core.types import Difference, Level, Progress, Site, Target
+from zipc.core.types import Level, Progress, Site, Target
 from zipc.exporters.graph import OnnxGraph
 from zipc.exporters.site_graph import extract
 from zipc.exporters.specialise import EMISSION, Edit, specialise
 from zipc.latency_tables import correction
-from zipc.latency_tables.modelled import Doubt
 from zipc.latency_tables.store import TableStore, differences
 from zipc.latency_tables.table import Entry, LatencyTable
 from zipc.patterns import SPARSE, sparse_level
 from zipc.plain_edits import first_units, plain_edit
 from zipc.prepare import Prepared
+from zipc.prices import Prices, SitePrices, added_up, with_savings_in_place
 from zipc.profiler.device import Device, GraphTimer
-from zipc.profiler.sweep import PricedGraph, sweep
+from zipc.profiler.sweep import GROUP, PricedGraph, sweep
 from zipc.profiler.timing import interleave, warm_up
 from zipc.pruner.graph.mixtures import nested, settled
 from zipc.pruner.ladder import widths_of
 
 WHOLE, NARROWEST = "model", "model-narrowest"  # stand in a table at the level of width 1
-MIN_SHARE = 0.05
 SWEEP_ROUNDS = 20
 SWEEP_SECONDS = 200.0  # spent, as on a busy machine, noisy prices get no more rounds
+MIN_PART = 0.04  # of the whole: what sites of one signature take to be timed in place, too
+PLACE_ROUNDS = 12
+PLACE_SECONDS = 60.0
+PLACE_GROUP = 2  # whole models that are held beside the dense one
 CORRECTION_POINTS = 6
 TRUSTED_ERROR = 0.06  # a table whose sums are further off than this (median) is not kept
 CORRECTION_ROUNDS = (10, 20)  # of a whole model beside dense: as many as fit
 CORRECTION_MS = 4000.0
 WARM_RUNS = 6
-
-
-@dataclass(slots=True)
-class Prices:
-    """A table with what is needed to price a whole allocation."""
-
-    table: LatencyTable
-    path: Path
-    signatures: dict[str, str]  # site -> signature in the table
-    calls: dict[str, int]
-    dense_ms: float
-    fixed_ms: float
-    seconds: float
-    from_cache: bool
-    dense_prices: dict[str, float]
-    share: float  # of what a level saves on its site alone that the whole model saves too
-    numeric: str  # of the whole network, which a level in fp32 means too
-    doubt: Doubt | None  # how far prices that nobody measured may be off
-    inside: Mapping[str, float]  # mixture -> ms of the dense sites in its experts, priced alone
-
-    def ms(self, site: str, level: Level) -> float:
-        """Time of all calls of a site at a level, as part of the whole model."""
-        dense = self.dense_prices[site]
-        whole = (dense - self.share * (dense - self.alone_ms(site, level))) * self.calls[site]
-        return whole - self.inside.get(site, 0.0)
-
-    def alone_ms(self, site: str, level: Level) -> float:
-        """Time of one call of a site at a level, in a graph of its own."""
-        return self.table.price(self.signatures[site], level.within(self.numeric))
-
-    def gains(self, site: str, level: Level, *, asked: Collection[Difference] = ()) -> bool:
-        """Whether a level is faster beyond doubt than without its numeric, and than without its
-        pattern, those `asked` for excepted.
-
-        What was measured is left to the search; of a model's prices the interval of the gain must
-        exclude 1. Maps that sites share gain once in the whole, but fully in the graph of each.
-        """
-        if self.doubt is None:
-            return True
-        ms = self.alone_ms(site, level)
-        return all(
-            math.log(self.alone_ms(site, level.without(kind)) / ms) > self.doubt.reach([kind])
-            for kind in level.differs
-            if kind not in asked
-        )
-
-    def ratio(self, allocation_ms: float) -> float:
-        """Latency relative to dense that a sum of prices means for the whole model."""
-        raw = allocation_ms / self.dense_ms
-        return self.table.correction.apply(raw) if self.table.correction else raw
-
-    def budget_ms(self, ratio: float) -> float:
-        """Sum of prices that comes out at `ratio` of the dense latency."""
-        raw = self.table.correction.invert(ratio) if self.table.correction else ratio
-        return max(raw, 0.0) * self.dense_ms
 
 
 def offered_levels(prepared: Prepared, site: Site, target: Target) -> list[Level]:
@@ -158,28 +106,10 @@ def price(
     Raises:
         TableMissing: an allowed table of another device lacks prices.
     """
-    workload = request.workload
-    signatures, parts = surroundings(prepared.dense, prepared.structure.sites)
-    examples = {signatures[s.name]: s for s in reversed(prepared.structure.sites)}
-    key = short_hash(
-        EMISSION,
-        sorted(signatures.values()),
-        target.width_step,
-        sorted(prepared.dense.op_counts().items()),
-        *([] if prepared.body is None else [prepared.numeric]),
-    )
-    prints = device.fingerprint()
-    place = f"{target.name}@{prints['host']}" if "host" in prints else target.name
-    path = store.path(place, workload, target.runtime, key)
-    stored = store.load(path, fingerprint=None)
-    changed = differences(stored.fingerprint, prints) if stored else []
-    if changed and request.allow_table_mismatch:
-        stored = store.load(path, fingerprint=prints, allow_mismatch=True)
-    elif changed:
-        progress.info(
-            f"the latency table is of another device or state ({'; '.join(changed)}): measured anew"
-        )
-        stored = None
+    own = prepared.structure.sites
+    signatures, parts = surroundings(prepared.dense, own)
+    offered = {s.name: offered_levels(prepared, s, target) for s in own}
+    path, stored = _stored(prepared, target, request, signatures, device, store, progress)
     dense_bytes = prepared.specialise(prepared.dense, Edit()).to_bytes()
     dense, whole = Level(1, prepared.floats), Level(1, prepared.numeric)
     graphs = [PricedGraph(WHOLE, dense, lambda: dense_bytes)]
@@ -189,99 +119,49 @@ def price(
     if narrow is not None:
         graphs.append(PricedGraph(NARROWEST, whole, lambda: _whole(prepared, narrow)))
     for signature, part in parts.items():
-        site = examples[signature]
+        site = next(s for s in own if signatures[s.name] == signature)
         graphs += [
             PricedGraph(signature, level, _builder(part, site, level, prepared))
-            for level in offered_levels(prepared, site, target)
+            for level in offered[site.name]
         ]
     largest = max(parts, key=lambda s: sum(a.size for a in parts[s].arrays.values()))
-    anchor_bytes = prepared.specialise(parts[largest], Edit()).to_bytes()
+    anchor = prepared.specialise(parts[largest], Edit()).to_bytes()
     table = stored or LatencyTable(
         kind=device.kind,
         target=target.name,
         runtime=target.runtime,
-        workload=workload,
-        fingerprint=prints,
+        workload=request.workload,
+        fingerprint=device.fingerprint(),
         state=device.state(),
-        anchor=hashlib.sha256(anchor_bytes).hexdigest(),
+        anchor=hashlib.sha256(anchor).hexdigest(),
     )
-    missing = [g for g in graphs if not table.has(g.signature, g.level)]
-    seconds = 0.0
-    if not missing:
-        progress.stage("prices")
-        progress.done(f"reused {len(graphs)} from the latency table")
-    else:
-        if stored is not None and stored.fingerprint != prints:
-            raise TableMissing(
-                f"The table {path} lacks {len(missing)} entries and was measured on another device;"
-                " it cannot be extended here. Run the same command without --allow-table-mismatch."
-            )
-        if len(missing) < len(graphs):
-            progress.info(f"{len(graphs) - len(missing)} prices reused from the latency table")
-        table, seconds = _measure(
-            table, missing, anchor_bytes, device, store=store, path=path, progress=progress
-        )
-    calls = {s.name: s.calls for s in prepared.structure.sites}
-    dense_ms, whole_ms = table.price(WHOLE, dense), table.price(WHOLE, whole)
-    dense_prices = {
-        s.name: table.price(signatures[s.name], Level(s.units, prepared.numeric))
-        for s in prepared.structure.sites
-    }
-    fastest = {
-        s.name: s.calls
-        * min(table.price(signatures[s.name], lv) for lv in offered_levels(prepared, s, target))
-        for s in prepared.structure.sites
-    }
-    inside = {  # what is priced as sites of their own is not counted in the mixture again
-        s.name: min(
-            fastest[s.name],
-            sum(
-                dense_prices[n] * calls[n]
-                for names in nested(s, prepared.structure.sites)
-                for n in names
-            ),
-        )
-        for s in prepared.structure.sites
-        if s.experts
-    }
-    sites = sum(
-        dense_prices[s.name] * s.calls - inside.get(s.name, 0.0) for s in prepared.structure.sites
-    )
-    least = [
-        dense_prices[n] * calls[n] - inside[n] if n in inside else ms for n, ms in fastest.items()
-    ]
-    fixed_ms = whole_ms - sites
-    share = 1.0
-    if narrow is not None:
-        gains = sum(
-            s.calls
-            * (
-                dense_prices[s.name]
-                - table.price(signatures[s.name], narrow[s.name].within(prepared.numeric))
-            )
-            for s in prepared.structure.sites
-        )
-        gained = whole_ms - table.price(NARROWEST, whole)
-        share = min(max(gained / gains, MIN_SHARE), 1.0) if gains > 0 else 1.0
-    elif device.kind == "measured":
-        # No whole is faster than one of its parts. Prices of a busy machine can say so; the check
-        # on whole models below then finds them out. Those of a model are exact: where kernels of
-        # several parts run as one, as the first maps of all experts do, parts add up to more.
-        fixed_ms = max(fixed_ms, max(least) - sum(least))
+    extend = partial(_extended, device=device, store=store, path=path, progress=progress)
+    table, seconds = extend(table, graphs, anchor)
+    sites = SitePrices(table, signatures, {s.name: Level(s.units) for s in own}, prepared.numeric)
+    calls = {s.name: s.calls for s in own}
+    whole_ms = table.price(WHOLE, whole)
+    if device.kind == "measured":
+        placed = _in_place(prepared, sites, offered, part_ms=MIN_PART * whole_ms)
+        table, more = extend(table, placed, _whole(prepared, {}), in_place=True)
+        seconds += more
+        sites = with_savings_in_place(replace(sites, table=table), calls, whole_ms)
+    narrowest = None if narrow is None else (narrow, table.price(NARROWEST, whole))
+    inner = {s.name: [n for names in nested(s, own) for n in names] for s in own if s.experts}
     prices = Prices(
-        table,
-        path,
-        signatures,
-        calls,
-        dense_ms,
-        fixed_ms,
-        seconds,
-        not missing,
-        dense_prices,
-        share,
-        prepared.numeric,
-        device.doubt(dense_bytes, workload),
-        inside,
+        table=table,
+        path=path,
+        sites=sites,
+        calls=calls,
+        dense_ms=table.price(WHOLE, dense),
+        add=added_up(
+            *(sites, calls, offered, inner),
+            whole_ms=whole_ms,
+            narrowest=narrowest,
+            measured=device.kind == "measured",
+        ),
+        seconds=seconds,
+        from_cache=seconds == 0.0,
+        doubt=device.doubt(dense_bytes, request.workload),
     )
     if table.correction is None:
         fitted = _fit_correction(prepared, target, prices, device.timer(), progress)
@@ -297,21 +177,75 @@ def price(
     return prices
 
 
-def _measure(
-    table: LatencyTable,
-    graphs: list[PricedGraph],
-    anchor_bytes: bytes,
+def _stored(
+    prepared: Prepared,
+    target: Target,
+    request: Request,
+    signatures: Mapping[str, str],
     device: Device,
+    store: TableStore,
+    progress: Progress,
+) -> tuple[Path, LatencyTable | None]:
+    """Where the table of a model lives, and what is there already of this device."""
+    key = short_hash(
+        EMISSION,
+        sorted(signatures.values()),
+        target.width_step,
+        sorted(prepared.dense.op_counts().items()),
+        *([] if prepared.body is None else [prepared.numeric]),
+    )
+    prints = device.fingerprint()
+    place = f"{target.name}@{prints['host']}" if "host" in prints else target.name
+    path = store.path(place, request.workload, target.runtime, key)
+    stored = store.load(path, fingerprint=None)
+    changed = differences(stored.fingerprint, prints) if stored else []
+    if changed and request.allow_table_mismatch:
+        stored = store.load(path, fingerprint=prints, allow_mismatch=True)
+    elif changed:
+        progress.info(
+            f"the latency table is of another device or state ({'; '.join(changed)}): measured anew"
+        )
+        stored = None
+    return path, stored
+
+
+def _extended(
+    table: LatencyTable,
+    graphs: Sequence[PricedGraph],
+    anchor: bytes,
     *,
+    device: Device,
     store: TableStore,
     path: Path,
     progress: Progress,
+    in_place: bool = False,
 ) -> tuple[LatencyTable, float]:
+    """The table with all of these graphs in it, timed beside the anchor, and the seconds spent.
+
+    Raises:
+        TableMissing: the table is of another device and lacks some.
+    """
+    known = {e.key for e in (table.in_place if in_place else table.entries)}
+    missing = [g for g in graphs if g.key not in known]
+    foreign = table.fingerprint != device.fingerprint()
+    if not missing or (foreign and in_place):
+        if not in_place:
+            progress.stage("prices")
+            progress.done(f"reused {len(graphs)} from the latency table")
+        return table, 0.0
+    if foreign:
+        raise TableMissing(
+            f"The table {path} lacks {len(missing)} entries and was measured on another device;"
+            " it cannot be extended here. Run the same command without --allow-table-mismatch."
+        )
+    if len(missing) < len(graphs):
+        progress.info(f"{len(graphs) - len(missing)} prices reused from the latency table")
+    table = table.with_correction(None)
     started = time.monotonic()
     held = [table]
 
     def keep(entries: list[Entry]) -> None:
-        held[0] = held[0].with_entries(entries)
+        held[0] = held[0].with_entries(entries, in_place=in_place)
         if time.monotonic() - saved[0] > 5:  # all that a killed sweep loses
             store.save(held[0], path)
             saved[0] = time.monotonic()
@@ -319,11 +253,13 @@ def _measure(
     saved, workload, timer = [started], table.workload, device.timer()
     try:
         sweep(
-            graphs,
-            anchor=timer.load(anchor_bytes, workload=workload),
+            missing,
+            anchor=timer.load(anchor, workload=workload),
             make_runner=lambda model: timer.load(model, workload=workload),
-            rounds=SWEEP_ROUNDS,
-            seconds_budget=SWEEP_SECONDS,
+            rounds=PLACE_ROUNDS if in_place else SWEEP_ROUNDS,
+            seconds_budget=PLACE_SECONDS if in_place else SWEEP_SECONDS,
+            group=PLACE_GROUP if in_place else GROUP,
+            stage="measuring prices in place" if in_place else "measuring prices",
             progress=progress,
             on_entries=keep,
         )
@@ -354,6 +290,40 @@ def _narrowest(prepared: Prepared, target: Target) -> dict[str, Level]:
         for s in prepared.structure.sites
     }
     return settled(prepared.sites, levels, first_units(levels))
+
+
+def _in_place(
+    prepared: Prepared,
+    sites: SitePrices,
+    offered: Mapping[str, Sequence[Level]],
+    *,
+    part_ms: float,
+) -> list[PricedGraph]:
+    """The whole model with all sites of a signature at one level: the ends of each numeric.
+
+    Signatures that take less than `part_ms` together are left out: what they save would drown in
+    noise.
+    """
+    graphs = []
+    for signature in dict.fromkeys(sites.signatures.values()):
+        own = [s for s in prepared.structure.sites if sites.signatures[s.name] == signature]
+        if sum(sites.alone_ms(s.name, sites.dense[s.name]) * s.calls for s in own) < part_ms:
+            continue
+        lines: dict[tuple[str, str, bool], list[Level]] = {}
+        for level in offered[own[0].name]:
+            lines.setdefault((level.numeric, level.pattern, level.removed), []).append(level)
+        ends = {end for line in lines.values() for end in (min(line), max(line))}
+        ends.discard(sites.dense[own[0].name].within(prepared.numeric))
+        graphs += [
+            PricedGraph(signature, level, _placed(prepared, own, level)) for level in sorted(ends)
+        ]
+    return graphs
+
+
+def _placed(prepared: Prepared, sites: Sequence[Site], level: Level) -> Callable[[], bytes]:
+    plain = replace(level, numeric="fp32") if level.numeric == prepared.numeric else level
+    levels = {s.name: plain for s in sites}
+    return lambda: _whole(prepared, settled(prepared.sites, levels, first_units(levels)))
 
 
 def _whole(prepared: Prepared, levels: Mapping[str, Level]) -> bytes:
@@ -419,7 +389,7 @@ def measure_points(
         runner = timer.load(_whole(prepared, levels), workload=workload)
         warm_up(runner, max_runs=WARM_RUNS)
         base, times = interleave([dense, runner], rounds=rounds)
-        total = prices.fixed_ms + sum(prices.ms(n, lv) for n, lv in levels.items())
+        total = prices.add.fixed_ms + sum(prices.ms(n, lv) for n, lv in levels.items())
         measured = float(np.median(np.array(times) / np.array(base)))
         found.append((total / prices.dense_ms, measured))
         progress.advance()
@@ -446,4 +416,4 @@ def _fit_correction(
     return fitted
 
 
-__all__ = ["Prices", "measure_points", "offered_levels", "price"]
+__all__ = ["measure_points", "offered_levels", "price"]

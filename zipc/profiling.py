@@ -29,7 +29,7 @@ from zipc.targets import AUTO, requested_target
 from zipc.user_code import split_reference
 
 if TYPE_CHECKING:
-    from zipc.pricing import Prices
+    from zipc.prices import Prices
 
 STAGE, FILE = "profile", "result.json"
 LIBRARIES = ("torch", "transformers", "onnx")  # that of the runtime is in the fingerprint

@@ -28,7 +28,7 @@ from zipc.manifest import (
 )
 from zipc.metrics import paired_bootstrap
 from zipc.prepare import Prepared
-from zipc.pricing import Prices
+from zipc.prices import Prices
 from zipc.proof import percentiles, verdict
 from zipc.samples import Samples
 

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from zipc.core.errors import CorruptFile, TableMissing, UsageError
+from zipc.core.files import fingerprint as digest_of
+from zipc.core.files import read_json, write_json
 from zipc.core.types import Level, Workload
 from zipc.latency_tables.correction import fit
 from zipc.latency_tables.store import TableStore, default_cache_dir
@@ -165,9 +167,20 @@ def test_a_malformed_table_is_corrupt(
 
 
 def test_a_newer_schema_asks_for_an_upgrade(store: TableStore, saved: Path) -> None:
-    edit(saved, lambda d: d.update(schema_version=2, unheard_of=True))
+    edit(saved, lambda d: d.update(schema_version=3, unheard_of=True))
     with pytest.raises(CorruptFile, match="pip install --upgrade"):
         store.load(saved, fingerprint=FINGERPRINT)
+
+
+def test_a_table_of_schema_1_has_nothing_in_place(
+    store: TableStore, table: LatencyTable, saved: Path
+) -> None:
+    document = read_json(saved)
+    del document["digest"], document["in_place"]
+    document["schema_version"] = 1
+    write_json(saved, document | {"digest": digest_of(document)})
+    assert store.load(saved, fingerprint=FINGERPRINT) == table
+    assert table.in_place == ()
 
 
 def test_a_failed_write_leaves_the_old_table(

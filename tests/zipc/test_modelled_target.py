@@ -31,7 +31,7 @@ from zipc.latency_tables.operators import Product
 from zipc.manifest import Manifest
 from zipc.modelled_device import ModelledGraph, predicted_timing
 from zipc.pipeline import compile_model, plan_model
-from zipc.pricing import Prices
+from zipc.prices import Prices
 from zipc.profiling import profile_model
 from zipc.targets import load_target
 
@@ -241,7 +241,7 @@ def test_a_mixture_is_priced_with_every_expert_on_all_tokens(tmp_path: Path) -> 
     assert correction is not None
     assert correction.median_error < 0.1
     (first, *_) = [s for s in priced.prepared.structure.sites if s.kind == "experts"]
-    ms = [priced.prices.alone_ms(first.name, Level(n)) for n in range(2, first.units + 1)]
+    ms = [priced.prices.sites.alone_ms(first.name, Level(n)) for n in range(2, first.units + 1)]
     assert ms == sorted(ms)
     model = priced.prepared.specialise(priced.prepared.dense, Edit()).to_bytes()
     products = [k for k in kernels_of(model, asked.workload) if isinstance(k, Product)]

@@ -27,7 +27,7 @@ from zipc.numerics.pattern import conforms
 from zipc.numerics.sparsity import sparsify
 from zipc.patterns import asked_for, notes_on
 from zipc.pipeline import compile_model, plan_model
-from zipc.pricing import Prices
+from zipc.prices import Prices
 from zipc.targets import load_target, shipped_files
 
 pytestmark = pytest.mark.usefixtures("little_effort")

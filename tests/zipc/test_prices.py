@@ -1,0 +1,93 @@
+"""Prices of single sites, and what they mean for the whole model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from zipc.core.types import Level, Workload
+from zipc.latency_tables.table import Entry, LatencyTable
+from zipc.prices import Prices, SitePrices, added_up, with_savings_in_place
+
+UNITS, CALLS = 8, 3
+WHOLE_MS = 30.0
+LEVELS = [Level(0), *(Level(w, n) for n in ("fp32", "int8-static") for w in (2, 4, 8))]
+KIND = "ffn"
+
+
+def alone_ms(level: Level) -> float:
+    """Weights are read from the cache: half the truth."""
+    return in_place_ms(level) / 2
+
+
+def in_place_ms(level: Level) -> float:
+    return 0.2 if level.removed else (0.4 if level.numeric == "fp32" else 0.1) * level.width
+
+
+def table(*, spread: float = 0.0, placed: bool = True) -> LatencyTable:
+    """One kind of site, three of them in a model; runs of the whole scatter by `spread`."""
+
+    def entry(level: Level, ms: float, anchor: float, scatter: float = 0.0) -> Entry:
+        samples = (ms * (1 - scatter), ms, ms * (1 + scatter))
+        return Entry(signature=KIND, level=level, samples_ms=samples, anchor_ms=(anchor,) * 3)
+
+    whole = {
+        lv: WHOLE_MS - CALLS * (in_place_ms(Level(UNITS)) - in_place_ms(lv))
+        for lv in LEVELS
+        if lv.width != 4 and lv != Level(UNITS)
+    }
+    held = LatencyTable(
+        target="cpu",
+        runtime="onnxruntime",
+        workload=Workload(1, 16, 1),
+        fingerprint={"cpu": "one"},
+    ).with_entries(entry(lv, alone_ms(lv), 1.0) for lv in LEVELS)
+    if not placed:
+        return held
+    return held.with_entries(
+        (entry(lv, ms, WHOLE_MS, spread) for lv, ms in whole.items()), in_place=True
+    )
+
+
+def prices(held: LatencyTable, *, in_place: bool = True) -> Prices:
+    names = [f"layer.{i}" for i in range(CALLS)]
+    calls = dict.fromkeys(names, 1)
+    sites = SitePrices(held, dict.fromkeys(names, KIND), dict.fromkeys(names, Level(UNITS)), "fp32")
+    if in_place:
+        sites = with_savings_in_place(sites, calls, WHOLE_MS)
+    add = added_up(
+        *(sites, calls, dict.fromkeys(names, LEVELS), {}),
+        whole_ms=WHOLE_MS,
+        narrowest=None,
+        measured=True,
+    )
+    return Prices(held, Path("table"), sites, calls, WHOLE_MS, add, 1.0, False, None)
+
+
+def total(made: Prices, level: Level) -> float:
+    return made.add.fixed_ms + sum(made.ms(name, level) for name in made.calls)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_sum_of_prices_is_what_the_whole_model_takes(level: Level) -> None:
+    truth = WHOLE_MS - CALLS * (in_place_ms(Level(UNITS)) - in_place_ms(level))
+    assert total(prices(table()), level) == pytest.approx(truth, rel=1e-3)
+
+
+def test_without_measurements_in_place_a_level_saves_what_it_saves_alone() -> None:
+    made = prices(table(placed=False))
+    saved = WHOLE_MS - total(made, Level(2))
+    assert saved == pytest.approx(CALLS * (alone_ms(Level(UNITS)) - alone_ms(Level(2))))
+
+
+def test_noise_in_place_is_not_taken_for_a_saving() -> None:
+    made = prices(table(spread=0.5))
+    alone = prices(table(), in_place=False)
+    assert total(made, Level(2)) == pytest.approx(total(alone, Level(2)), rel=0.01)
+
+
+def test_no_level_takes_less_than_nothing() -> None:
+    made = prices(table())
+    for name in made.calls:
+        assert min(made.ms(name, level) for level in LEVELS) > 0

@@ -1,0 +1,182 @@
+"""What prices mean for a whole model: of each level of each site, and of a sum of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from zipc.core.types import Difference, Level
+from zipc.latency_tables.modelled import Doubt
+from zipc.latency_tables.table import LatencyTable
+
+BELIEVED = 0.5  # what a level saves in place may well differ so much from what it saves alone
+MIN_SHARE = 0.05
+SURE = 0.002  # no ratio of two whole models is believed to be known better
+
+Kind = tuple[str, str]  # numeric and pattern
+
+
+@dataclass(frozen=True, slots=True)
+class SitePrices:
+    """What one call of each site takes, alone and in the whole model.
+
+    A part that is timed alone finds its weights in the cache, which the whole model has filled with
+    others, and hides what runs beside it there. So what levels save is also measured in place, at
+    the ends of their widths (`LatencyTable.in_place`); what they save beyond what they save alone
+    goes by straight lines in between.
+    """
+
+    table: LatencyTable
+    signatures: Mapping[str, str]  # site -> signature in the table
+    dense: Mapping[str, Level]
+    numeric: str  # of the whole network, which a level in fp32 means too
+    beyond: Mapping[str, Mapping[Kind | None, Sequence[tuple[int, float]]]] = field(
+        default_factory=dict
+    )  # signature -> numeric and pattern, None of a removed site -> (width, ms)
+
+    def alone_ms(self, site: str, level: Level) -> float:
+        """Time of one call of a site at a level, in a graph of its own."""
+        return self.table.price(self.signatures[site], level.within(self.numeric))
+
+    def saved_ms(self, site: str, level: Level) -> float:
+        """What one call of a site saves at a level, all others dense."""
+        alone = self.alone_ms(site, self.dense[site]) - self.alone_ms(site, level)
+        found = self.beyond.get(self.signatures[site], {})
+        points = found.get(_kind(level.within(self.numeric)))
+        if not points:
+            return alone
+        widths, ms = zip(*points, strict=True)
+        return alone + float(np.interp(level.width, np.array(widths), np.array(ms)))
+
+    def dense_ms(self, site: str) -> float:
+        """What a dense site takes in place: no less than any of its levels saves there."""
+        lines = self.beyond.get(self.signatures[site], {}).values()
+        most = max((ms for points in lines for _, ms in points), default=0.0)
+        return self.alone_ms(site, self.dense[site]) + max(most, 0.0)
+
+
+def with_savings_in_place(
+    sites: SitePrices, calls: Mapping[str, int], whole_ms: float
+) -> SitePrices:
+    """The prices with what the whole model says of them.
+
+    What was measured is believed by how sure it is beside how far it may well be off.
+    """
+    found: dict[str, dict[Kind | None, list[tuple[int, float]]]] = {}
+    for entry in sites.table.in_place:
+        alike = [n for n, s in sites.signatures.items() if s == entry.signature]
+        if not alike:
+            continue
+        own = found.setdefault(entry.signature, {})
+        count, level = sum(calls[n] for n in alike), entry.level
+        alone = sites.saved_ms(alike[0], level)
+        ms = (1 - entry.ratio) * whole_ms / count - alone
+        error = max(entry.noise, SURE) * entry.ratio * whole_ms / count
+        likely = BELIEVED * abs(alone)
+        believed = likely**2 / (likely**2 + error**2) if likely else 0.0
+        dense = sites.dense[alike[0]].within(sites.numeric)
+        points = own.setdefault(_kind(level), [])
+        if _kind(level) == _kind(dense) and not points:
+            points.append((dense.width, 0.0))
+        points.append((level.width, believed * ms))
+        points.sort()
+    return replace(sites, beyond=found)
+
+
+@dataclass(frozen=True, slots=True)
+class Addition:
+    """How prices of single sites add up to the whole model."""
+
+    share: float  # of what levels save one site at a time, what all of them save together
+    inside: Mapping[str, float]  # mixture -> ms of the dense sites in its experts
+    fixed_ms: float  # what no site has
+
+
+def added_up(
+    sites: SitePrices,
+    calls: Mapping[str, int],
+    offered: Mapping[str, Sequence[Level]],
+    inner: Mapping[str, Sequence[str]],
+    *,
+    whole_ms: float,
+    narrowest: tuple[Mapping[str, Level], float] | None,
+    measured: bool,
+) -> Addition:
+    """The addition by which the dense model takes `whole_ms`.
+
+    `inner` has the sites in the experts of a mixture. Where sites share maps, `narrowest` is a level
+    of each, and what the whole model takes with all of them.
+    """
+    dense = {n: sites.dense_ms(n) * count for n, count in calls.items()}
+    fastest = {
+        n: dense[n] - calls[n] * max(sites.saved_ms(n, lv) for lv in levels)
+        for n, levels in offered.items()
+    }
+    # What is priced as sites of their own is not counted in the mixture again.
+    inside = {n: min(fastest[n], sum(dense[m] for m in names)) for n, names in inner.items()}
+    share, fixed_ms = 1.0, whole_ms - sum(ms - inside.get(n, 0.0) for n, ms in dense.items())
+    if narrowest is not None:
+        levels, ms = narrowest
+        gains = sum(calls[n] * sites.saved_ms(n, lv) for n, lv in levels.items())
+        share = min(max((whole_ms - ms) / gains, MIN_SHARE), 1.0) if gains > 0 else 1.0
+    elif measured:
+        # No whole is faster than one of its parts. Prices of a busy machine can say so; the check
+        # on whole models then finds them out. Those of a model are exact: where kernels of several
+        # parts run as one, as the first maps of all experts do, parts add up to more.
+        least = [dense[n] - inside[n] if n in inside else ms for n, ms in fastest.items()]
+        fixed_ms = max(fixed_ms, max(least) - sum(least))
+    return Addition(share, inside, fixed_ms)
+
+
+@dataclass(slots=True)
+class Prices:
+    """Site prices with what is needed to price a whole allocation."""
+
+    table: LatencyTable
+    path: Path
+    sites: SitePrices
+    calls: Mapping[str, int]
+    dense_ms: float
+    add: Addition
+    seconds: float
+    from_cache: bool
+    doubt: Doubt | None  # how far prices that nobody measured may be off
+
+    def ms(self, site: str, level: Level) -> float:
+        """Time of all calls of a site at a level, as part of the whole model."""
+        once = self.sites.dense_ms(site) - self.add.share * self.sites.saved_ms(site, level)
+        return once * self.calls[site] - self.add.inside.get(site, 0.0)
+
+    def gains(self, site: str, level: Level, *, asked: Collection[Difference] = ()) -> bool:
+        """Whether a level is faster beyond doubt than without its numeric, and than without its
+        pattern, those `asked` for excepted.
+
+        What was measured is left to the search; of a model's prices the interval of the gain must
+        exclude 1. Maps that sites share gain once in the whole, but fully in the graph of each.
+        """
+        if self.doubt is None:
+            return True
+        ms = self.sites.alone_ms(site, level)
+        return all(
+            math.log(self.sites.alone_ms(site, level.without(kind)) / ms) > self.doubt.reach([kind])
+            for kind in level.differs
+            if kind not in asked
+        )
+
+    def ratio(self, allocation_ms: float) -> float:
+        """Latency relative to dense that a sum of prices means for the whole model."""
+        raw = allocation_ms / self.dense_ms
+        return self.table.correction.apply(raw) if self.table.correction else raw
+
+    def budget_ms(self, ratio: float) -> float:
+        """Sum of prices that comes out at `ratio` of the dense latency."""
+        raw = self.table.correction.invert(ratio) if self.table.correction else ratio
+        return max(raw, 0.0) * self.dense_ms
+
+
+def _kind(level: Level) -> Kind | None:
+    return None if level.removed else (level.numeric, level.pattern)
