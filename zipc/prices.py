@@ -108,8 +108,8 @@ def added_up(
 ) -> Addition:
     """The addition by which the dense model takes `whole_ms`.
 
-    `inner` has the sites in the experts of a mixture. Where sites share maps, `narrowest` is a level
-    of each, and what the whole model takes with all of them.
+    `inner` has the sites in the experts of a mixture. Where sites share maps, `narrowest` has a
+    level for each, and what the whole model takes with all of them.
     """
     dense = {n: sites.dense_ms(n) * count for n, count in calls.items()}
     fastest = {

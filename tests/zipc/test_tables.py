@@ -23,6 +23,7 @@ def cache(tmp_path: Path) -> Path:
     store = TableStore(tmp_path / "cache" / "tables")
     for name, changes in (("first", {}), ("second", {"fingerprint": {"cpu": "two"}})):
         table = made(PRICES, **changes)
+        table = table.with_entries(made({(2, "fp32"): 0.5}).entries, in_place=True)
         store.save(table, store.path("cpu", table.workload, table.runtime, name))
     return tmp_path / "cache"
 
@@ -71,8 +72,11 @@ def test_show_draws_every_level(run: Run, cache: Path) -> None:
     assert code == 0
     assert "no faster than 4" in out
     code, out, _ = run("tables", "show", "first", "--cache-dir", str(cache), "--format", "json")
-    prices = json.loads(out)["prices"]
+    document = json.loads(out)
+    prices = document["prices"]
     assert {(p["width"], p["numeric"]): p["ms"] for p in prices} == pytest.approx(PRICES)
+    (placed,) = document["in_place"]
+    assert (placed["width"], placed["ratio"]) == (2, pytest.approx(0.25))
 
 
 @pytest.mark.parametrize("name", ["nothing", ""])

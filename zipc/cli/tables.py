@@ -92,6 +92,10 @@ def show_verb(
             "notes": list(held.notes),
             "prediction_factor95": math.exp(held.correction.reach) if held.correction else None,
             "prices": _prices(held),
+            "in_place": [
+                {"signature": e.signature, **_level(e.level), "ratio": e.ratio, "noise": e.noise}
+                for e in held.in_place
+            ],
         }
         return Outcome(document, lambda console: show_table(console, document))
 
