@@ -38,7 +38,7 @@ from zipc.pricing import measure_points
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "latency_prediction.json"
 MEDIAN, WORST, COVERAGE = 0.03, 0.10, 0.90
-ROUNDS = 40
+ROUNDS, ROUNDS_MS = (40, 200), 2000.0  # of a whole model beside dense: as many as fit
 MIN_SEED = 1000  # the fit of the correction uses small seeds
 BERT: dict[str, Any] = {}  # the defaults of transformers are the shape of BERT-base
 LLAMA: dict[str, Any] = {
@@ -112,6 +112,8 @@ def request_of(arguments: argparse.Namespace, folder: Path) -> Request:
 def measure(arguments: argparse.Namespace, request: Request) -> dict[str, Any]:
     priced = price_model(request, progress=Silent())
     prices, state = priced.prices, priced.device.state()
+    least, most = ROUNDS
+    rounds = max(least, min(most, int(ROUNDS_MS / (4 * prices.dense_ms))))
     points = measure_points(
         priced.prepared,
         priced.target,
@@ -119,7 +121,7 @@ def measure(arguments: argparse.Namespace, request: Request) -> dict[str, Any]:
         timer=priced.device.timer(),
         points=arguments.allocations,
         rng=np.random.default_rng(arguments.seed),
-        rounds=ROUNDS,
+        rounds=rounds,
         progress=Silent(),
     )
     fitted = prices.table.correction
@@ -149,7 +151,7 @@ def measure(arguments: argparse.Namespace, request: Request) -> dict[str, Any]:
         "model_sha256": priced.prepared.source.sha256,
         "workload": prices.table.workload.key,
         "numeric": prices.sites.numeric,
-        "rounds": ROUNDS,
+        "rounds": rounds,
         "seed": arguments.seed,
         "table_entries": len(prices.table.entries),
         "table_noise": prices.table.noise,

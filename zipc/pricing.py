@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -32,17 +32,31 @@ from zipc.pruner.graph.mixtures import nested, settled
 from zipc.pruner.ladder import widths_of
 
 WHOLE, NARROWEST = "model", "model-narrowest"  # stand in a table at the level of width 1
-SWEEP_ROUNDS = 20
-SWEEP_SECONDS = 200.0  # spent, as on a busy machine, noisy prices get no more rounds
 MIN_PART = 0.04  # of the whole: what sites of one signature take to be timed in place, too
-PLACE_ROUNDS = 12
+PLACE_ROUNDS = 12, 60  # of a whole model: as many as fit
+PLACE_MS = 1500.0
 PLACE_SECONDS = 60.0
-PLACE_GROUP = 2  # whole models that are held beside the dense one
+PLACE_GROUP = 2, GROUP  # whole models that are held beside the dense one: as many as fit
+PLACE_BYTES = 400e6
 CORRECTION_POINTS = 6
 TRUSTED_ERROR = 0.06  # a table whose sums are further off than this (median) is not kept
-CORRECTION_ROUNDS = (10, 20)  # of a whole model beside dense: as many as fit
-CORRECTION_MS = 4000.0
+CORRECTION_ROUNDS = 10, 60  # of a whole model beside dense: as many as fit
+CORRECTION_MS = 2000.0
 WARM_RUNS = 6
+
+
+@dataclass(frozen=True, slots=True)
+class How:
+    """How graphs are swept: rounds, seconds after which noise gets no more, graphs held at once."""
+
+    rounds: int
+    seconds: float
+    group: int
+    stage: str
+    in_place: bool = False
+
+
+ALONE = How(rounds=20, seconds=200.0, group=GROUP, stage="measuring prices")
 
 
 def offered_levels(prepared: Prepared, site: Site, target: Target) -> list[Level]:
@@ -136,13 +150,14 @@ def price(
         anchor=hashlib.sha256(anchor).hexdigest(),
     )
     extend = partial(_extended, device=device, store=store, path=path, progress=progress)
-    table, seconds = extend(table, graphs, anchor)
+    table, seconds = extend(table, graphs, anchor, ALONE)
     sites = SitePrices(table, signatures, {s.name: Level(s.units) for s in own}, prepared.numeric)
     calls = {s.name: s.calls for s in own}
     whole_ms = table.price(WHOLE, whole)
     if device.kind == "measured":
         placed = _in_place(prepared, sites, offered, part_ms=MIN_PART * whole_ms)
-        table, more = extend(table, placed, _whole(prepared, {}), in_place=True)
+        undiminished = _whole(prepared, {})
+        table, more = extend(table, placed, undiminished, _gently(whole_ms, len(undiminished)))
         seconds += more
         sites = with_savings_in_place(replace(sites, table=table), calls, whole_ms)
     narrowest = None if narrow is None else (narrow, table.price(NARROWEST, whole))
@@ -213,23 +228,23 @@ def _extended(
     table: LatencyTable,
     graphs: Sequence[PricedGraph],
     anchor: bytes,
+    how: How,
     *,
     device: Device,
     store: TableStore,
     path: Path,
     progress: Progress,
-    in_place: bool = False,
 ) -> tuple[LatencyTable, float]:
     """The table with all of these graphs in it, timed beside the anchor, and the seconds spent.
 
     Raises:
         TableMissing: the table is of another device and lacks some.
     """
-    known = {e.key for e in (table.in_place if in_place else table.entries)}
+    known = {e.key for e in (table.in_place if how.in_place else table.entries)}
     missing = [g for g in graphs if g.key not in known]
     foreign = table.fingerprint != device.fingerprint()
-    if not missing or (foreign and in_place):
-        if not in_place:
+    if not missing or (foreign and how.in_place):
+        if not how.in_place:
             progress.stage("prices")
             progress.done(f"reused {len(graphs)} from the latency table")
         return table, 0.0
@@ -245,7 +260,7 @@ def _extended(
     held = [table]
 
     def keep(entries: list[Entry]) -> None:
-        held[0] = held[0].with_entries(entries, in_place=in_place)
+        held[0] = held[0].with_entries(entries, in_place=how.in_place)
         if time.monotonic() - saved[0] > 5:  # all that a killed sweep loses
             store.save(held[0], path)
             saved[0] = time.monotonic()
@@ -256,11 +271,11 @@ def _extended(
             missing,
             anchor=timer.load(anchor, workload=workload),
             make_runner=lambda model: timer.load(model, workload=workload),
-            rounds=PLACE_ROUNDS if in_place else SWEEP_ROUNDS,
-            seconds_budget=PLACE_SECONDS if in_place else SWEEP_SECONDS,
-            group=PLACE_GROUP if in_place else GROUP,
-            stage="measuring prices in place" if in_place else "measuring prices",
             progress=progress,
+            rounds=how.rounds,
+            seconds_budget=how.seconds,
+            group=how.group,
+            stage=how.stage,
             on_entries=keep,
         )
     finally:  # a board that was lost, or Ctrl-C, costs nothing that was measured
@@ -268,6 +283,21 @@ def _extended(
         if held[0].entries:
             store.save(held[0], path)
     return held[0], time.monotonic() - started
+
+
+def _gently(whole_ms: float, size: int) -> How:
+    """How whole models of so many milliseconds and bytes are swept."""
+    return How(
+        rounds=_fitting(PLACE_MS / (2 * whole_ms), *PLACE_ROUNDS),
+        seconds=PLACE_SECONDS,
+        group=_fitting(PLACE_BYTES / size, *PLACE_GROUP),
+        stage="measuring prices in place",
+        in_place=True,
+    )
+
+
+def _fitting(count: float, least: int, most: int) -> int:
+    return max(least, min(most, int(count)))
 
 
 def _noted(table: LatencyTable, device: Device) -> LatencyTable:
@@ -380,8 +410,7 @@ def measure_points(
     workload = prices.table.workload
     dense = timer.load(prepared.specialise(prepared.dense, Edit()).to_bytes(), workload=workload)
     if rounds is None:  # a round runs each graph twice
-        least, most = CORRECTION_ROUNDS
-        rounds = max(least, min(most, int(CORRECTION_MS / (4 * prices.dense_ms))))
+        rounds = _fitting(CORRECTION_MS / (4 * prices.dense_ms), *CORRECTION_ROUNDS)
     warm_up(dense)
     found = []
     for _ in range(points):
