@@ -183,6 +183,10 @@ class LatencyTable(BaseModel):
     def with_note(self, note: str) -> LatencyTable:
         return self if note in self.notes else self._replaced(notes=(*self.notes, note))
 
+    def unplaced(self) -> LatencyTable:
+        """The same without what was measured on whole models."""
+        return self._replaced(in_place=(), correction=None)
+
     def with_correction(self, correction: Correction | None) -> LatencyTable:
         return self._replaced(correction=correction)
 

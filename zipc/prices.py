@@ -103,13 +103,13 @@ def added_up(
     inner: Mapping[str, Sequence[str]],
     *,
     whole_ms: float,
-    narrowest: tuple[Mapping[str, Level], float] | None,
+    together: tuple[Mapping[str, Level], float] | None,
     measured: bool,
 ) -> Addition:
     """The addition by which the dense model takes `whole_ms`.
 
-    `inner` has the sites in the experts of a mixture. Where sites share maps, `narrowest` has a
-    level for each, and what the whole model takes with all of them.
+    `inner` has the sites in the experts of a mixture. Where sites share maps, `together` has
+    a level for each, and what all of them save.
     """
     dense = {n: sites.dense_ms(n) * count for n, count in calls.items()}
     fastest = {
@@ -119,10 +119,9 @@ def added_up(
     # What is priced as sites of their own is not counted in the mixture again.
     inside = {n: min(fastest[n], sum(dense[m] for m in names)) for n, names in inner.items()}
     share, fixed_ms = 1.0, whole_ms - sum(ms - inside.get(n, 0.0) for n, ms in dense.items())
-    if narrowest is not None:
-        levels, ms = narrowest
-        gains = sum(calls[n] * sites.saved_ms(n, lv) for n, lv in levels.items())
-        share = min(max((whole_ms - ms) / gains, MIN_SHARE), 1.0) if gains > 0 else 1.0
+    if together is not None:
+        gains = sum(calls[n] * sites.saved_ms(n, lv) for n, lv in together[0].items())
+        share = min(max(together[1] / gains, MIN_SHARE), 1.0) if gains > 0 else 1.0
     elif measured:
         # No whole is faster than one of its parts. Prices of a busy machine can say so; the check
         # on whole models then finds them out. Those of a model are exact: where kernels of several

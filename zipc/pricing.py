@@ -31,7 +31,7 @@ from zipc.profiler.timing import interleave, warm_up
 from zipc.pruner.graph.mixtures import nested, settled
 from zipc.pruner.ladder import widths_of
 
-WHOLE, NARROWEST = "model", "model-narrowest"  # stand in a table at the level of width 1
+WHOLE, FASTEST = "model", "model-fastest"  # stand in a table at the level of width 1
 MIN_PART = 0.04  # of the whole: what sites of one signature take to be timed in place, too
 PLACE_ROUNDS = 12, 60  # of a whole model: as many as fit
 PLACE_MS = 1500.0
@@ -129,9 +129,6 @@ def price(
     graphs = [PricedGraph(WHOLE, dense, lambda: dense_bytes)]
     if prepared.body is not None:
         graphs.append(PricedGraph(WHOLE, whole, lambda: _whole(prepared, {})))
-    narrow = _narrowest(prepared, target) if _overlapping(prepared) else None
-    if narrow is not None:
-        graphs.append(PricedGraph(NARROWEST, whole, lambda: _whole(prepared, narrow)))
     for signature, part in parts.items():
         site = next(s for s in own if signatures[s.name] == signature)
         graphs += [
@@ -154,13 +151,19 @@ def price(
     sites = SitePrices(table, signatures, {s.name: Level(s.units) for s in own}, prepared.numeric)
     calls = {s.name: s.calls for s in own}
     whole_ms = table.price(WHOLE, whole)
+    placed: list[PricedGraph] = []
     if device.kind == "measured":
-        placed = _in_place(prepared, sites, offered, part_ms=MIN_PART * whole_ms)
-        undiminished = _whole(prepared, {})
-        table, more = extend(table, placed, undiminished, _gently(whole_ms, len(undiminished)))
-        seconds += more
-        sites = with_savings_in_place(replace(sites, table=table), calls, whole_ms)
-    narrowest = None if narrow is None else (narrow, table.price(NARROWEST, whole))
+        placed += _in_place(prepared, sites, offered, part_ms=MIN_PART * whole_ms)
+    fastest = _fastest(prepared, target, sites) if _overlapping(prepared) else None
+    if fastest is not None:
+        placed.append(PricedGraph(FASTEST, whole, lambda: _whole(prepared, fastest)))
+    undiminished = _whole(prepared, {})
+    table, more = extend(table, placed, undiminished, _gently(whole_ms, len(undiminished)))
+    sites = with_savings_in_place(replace(sites, table=table), calls, whole_ms)
+    together = None
+    if fastest is not None:
+        ratio = next(e.ratio for e in table.in_place if e.key == (FASTEST, whole))
+        together = fastest, (1 - ratio) * whole_ms
     inner = {s.name: [n for names in nested(s, own) for n in names] for s in own if s.experts}
     prices = Prices(
         table=table,
@@ -171,11 +174,11 @@ def price(
         add=added_up(
             *(sites, calls, offered, inner),
             whole_ms=whole_ms,
-            narrowest=narrowest,
+            together=together,
             measured=device.kind == "measured",
         ),
-        seconds=seconds,
-        from_cache=seconds == 0.0,
+        seconds=seconds + more,
+        from_cache=seconds + more == 0.0,
         doubt=device.doubt(dense_bytes, request.workload),
     )
     if table.correction is None:
@@ -243,7 +246,7 @@ def _extended(
     known = {e.key for e in (table.in_place if how.in_place else table.entries)}
     missing = [g for g in graphs if g.key not in known]
     foreign = table.fingerprint != device.fingerprint()
-    if not missing or (foreign and how.in_place):
+    if not missing:
         if not how.in_place:
             progress.stage("prices")
             progress.done(f"reused {len(graphs)} from the latency table")
@@ -255,7 +258,7 @@ def _extended(
         )
     if len(missing) < len(graphs):
         progress.info(f"{len(graphs) - len(missing)} prices reused from the latency table")
-    table = table.with_correction(None)
+    table = table.with_correction(None) if how.in_place else table.unplaced()
     started = time.monotonic()
     held = [table]
 
@@ -313,10 +316,13 @@ def _overlapping(prepared: Prepared) -> bool:
     return len(maps) > len(set(maps))
 
 
-def _narrowest(prepared: Prepared, target: Target) -> dict[str, Level]:
-    """Every site at the least width above none, in fp32."""
+def _fastest(prepared: Prepared, target: Target, sites: SitePrices) -> dict[str, Level]:
+    """Every site at the width above none that is fastest alone, in plain floats."""
     levels = {
-        s.name: Level(min(w for w in float_widths(prepared, s, target) if w))
+        s.name: min(
+            (Level(w) for w in float_widths(prepared, s, target) if w),
+            key=partial(sites.alone_ms, s.name),
+        )
         for s in prepared.structure.sites
     }
     return settled(prepared.sites, levels, first_units(levels))
@@ -329,7 +335,7 @@ def _in_place(
     *,
     part_ms: float,
 ) -> list[PricedGraph]:
-    """The whole model with all sites of a signature at one level: the ends of each numeric.
+    """The whole model with all sites of a signature at one level: widest and fastest by numeric.
 
     Signatures that take less than `part_ms` together are left out: what they save would drown in
     noise.
@@ -342,7 +348,8 @@ def _in_place(
         lines: dict[tuple[str, str, bool], list[Level]] = {}
         for level in offered[own[0].name]:
             lines.setdefault((level.numeric, level.pattern, level.removed), []).append(level)
-        ends = {end for line in lines.values() for end in (min(line), max(line))}
+        alone = partial(sites.alone_ms, own[0].name)
+        ends = {end for line in lines.values() for end in (min(line, key=alone), max(line))}
         ends.discard(sites.dense[own[0].name].within(prepared.numeric))
         graphs += [
             PricedGraph(signature, level, _placed(prepared, own, level)) for level in sorted(ends)
@@ -373,22 +380,31 @@ def _builder(part: OnnxGraph, site: Site, level: Level, prepared: Prepared) -> C
     return build
 
 
-def random_levels(prepared: Prepared, target: Target, rng: np.random.Generator) -> dict[str, Level]:
-    """A random allocation: widths around a random overall density, one numeric policy."""
+def random_levels(
+    prepared: Prepared, target: Target, prices: Prices, rng: np.random.Generator
+) -> dict[str, Level]:
+    """A random allocation: widths around a random overall density, one numeric policy.
+
+    Of widths that a search may choose: none that costs as much as a wider one.
+    """
     density = rng.uniform(0.15, 0.95)
     mixed = list(target.numerics)
     policy = mixed[int(rng.integers(len(mixed)))] if rng.random() < 0.7 else None
     levels = {}
     for site in prepared.structure.sites:
-        widths = np.array(float_widths(prepared, site, target))
-        wanted = float(np.clip(density + rng.normal(0, 0.2), 0, 1)) * site.units
-        width = int(widths[np.abs(widths - wanted).argmin()])
         numeric = policy or mixed[int(rng.integers(len(mixed)))]
-        level = Level(width, numeric)
         whole = prepared.body is not None or numeric == prepared.floats
-        if whole or not prepared.on_integers(site) or not suits(level, site, target):
-            level = Level(width)
-        levels[site.name] = level if width else Level(0)
+        plain = whole or not prepared.on_integers(site)
+        choice: list[Level] = []
+        for width in reversed(float_widths(prepared, site, target)):
+            level = Level(width, numeric)
+            if plain or not width or not suits(level, site, target):
+                level = Level(width)
+            if not choice or prices.ms(site.name, level) < prices.ms(site.name, choice[-1]):
+                choice.append(level)
+        wanted = float(np.clip(density + rng.normal(0, 0.2), 0, 1)) * site.units
+        away = [abs(level.width - wanted) for level in choice]
+        levels[site.name] = choice[int(np.argmin(away))]
     return settled(prepared.sites, levels, first_units(levels))
 
 
@@ -414,7 +430,7 @@ def measure_points(
     warm_up(dense)
     found = []
     for _ in range(points):
-        levels = random_levels(prepared, target, rng)
+        levels = random_levels(prepared, target, prices, rng)
         runner = timer.load(_whole(prepared, levels), workload=workload)
         warm_up(runner, max_runs=WARM_RUNS)
         base, times = interleave([dense, runner], rounds=rounds)

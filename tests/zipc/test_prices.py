@@ -59,7 +59,7 @@ def prices(held: LatencyTable, *, in_place: bool = True) -> Prices:
     add = added_up(
         *(sites, calls, dict.fromkeys(names, LEVELS), {}),
         whole_ms=WHOLE_MS,
-        narrowest=None,
+        together=None,
         measured=True,
     )
     return Prices(held, Path("table"), sites, calls, WHOLE_MS, add, 1.0, False, None)
