@@ -127,8 +127,9 @@ def measure(arguments: argparse.Namespace, request: Request) -> dict[str, Any]:
     fitted = prices.table.correction
     reach = fitted.reach if fitted else math.nan
     rows = []
-    for raw, measured in points:
-        predicted = prices.ratio(raw * prices.dense_ms)
+    for total, whole in points:
+        raw, measured = (r * prices.whole_ms / prices.dense_ms for r in (total, whole))
+        predicted = prices.ratio(total * prices.whole_ms)
         rows.append(
             {
                 "sum_of_prices": raw,

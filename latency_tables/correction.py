@@ -2,8 +2,8 @@
 
 Latency adds over sites only roughly: weights that were hot in the cache during the sweep are not
 in the whole graph, and what no site owns has a price of its own. A line from predicted to measured
-ratio (both to the dense graph) is fitted on a few random allocations. It stays near (1, 1), where
-the dense graph is by definition.
+ratio (both to the undiminished graph) is fitted on a few random allocations. It stays near (1, 1),
+where that graph is by definition.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 MIN_SLOPE, MAX_SLOPE = 0.5, 2.0
 DENSE_TOLERANCE = 0.02  # how far from 1 the line may read at the dense point
+UNSEEN = 0.015  # by so much, relative, a machine differs from itself minutes later
 MIN_SHARE = 0.5  # of the smallest predicted ratio: what the line must leave of it
 
 Ratio = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -48,12 +49,13 @@ class Correction(BaseModel):
     def reach(self) -> float:
         """Half of the 95 % interval of the logarithm of a predicted ratio.
 
-        By Student's t over the left-out errors: as wide as so few points demand.
+        By Student's t over the left-out errors, as wide as so few points demand, and what they
+        cannot show, since they are timed at one time.
         """
         from scipy.special import stdtrit  # slow to import, and few callers need it
 
         squares = fmean(math.log1p(error) ** 2 for error in _left_out_errors(self.points))
-        return float(stdtrit(self.n, 0.975)) * math.sqrt(squares)
+        return float(stdtrit(self.n, 0.975)) * math.sqrt(squares + UNSEEN**2)
 
     def apply(self, ratio: float) -> float:
         """Predict the measured ratio. Monotone, and positive for every positive `ratio`."""

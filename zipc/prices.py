@@ -140,6 +140,7 @@ class Prices:
     sites: SitePrices
     calls: Mapping[str, int]
     dense_ms: float
+    whole_ms: float  # of the dense model in the numeric of the whole network
     add: Addition
     seconds: float
     from_cache: bool
@@ -168,13 +169,15 @@ class Prices:
 
     def ratio(self, allocation_ms: float) -> float:
         """Latency relative to dense that a sum of prices means for the whole model."""
-        raw = allocation_ms / self.dense_ms
-        return self.table.correction.apply(raw) if self.table.correction else raw
+        raw = allocation_ms / self.whole_ms
+        whole = self.table.correction.apply(raw) if self.table.correction else raw
+        return whole * self.whole_ms / self.dense_ms
 
     def budget_ms(self, ratio: float) -> float:
         """Sum of prices that comes out at `ratio` of the dense latency."""
-        raw = self.table.correction.invert(ratio) if self.table.correction else ratio
-        return max(raw, 0.0) * self.dense_ms
+        whole = ratio * self.dense_ms / self.whole_ms
+        raw = self.table.correction.invert(whole) if self.table.correction else whole
+        return max(raw, 0.0) * self.whole_ms
 
 
 def _kind(level: Level) -> Kind | None:

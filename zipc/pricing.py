@@ -126,9 +126,8 @@ def price(
     path, stored = _stored(prepared, target, request, signatures, device, store, progress)
     dense_bytes = prepared.specialise(prepared.dense, Edit()).to_bytes()
     dense, whole = Level(1, prepared.floats), Level(1, prepared.numeric)
-    graphs = [PricedGraph(WHOLE, dense, lambda: dense_bytes)]
-    if prepared.body is not None:
-        graphs.append(PricedGraph(WHOLE, whole, lambda: _whole(prepared, {})))
+    undiminished = _whole(prepared, {})
+    graphs = [PricedGraph(WHOLE, whole, lambda: undiminished)]
     for signature, part in parts.items():
         site = next(s for s in own if signatures[s.name] == signature)
         graphs += [
@@ -157,20 +156,23 @@ def price(
     fastest = _fastest(prepared, target, sites) if _overlapping(prepared) else None
     if fastest is not None:
         placed.append(PricedGraph(FASTEST, whole, lambda: _whole(prepared, fastest)))
-    undiminished = _whole(prepared, {})
+    if dense != whole:  # a speedup is over the model in floats
+        placed.append(PricedGraph(WHOLE, dense, lambda: dense_bytes))
     table, more = extend(table, placed, undiminished, _gently(whole_ms, len(undiminished)))
     sites = with_savings_in_place(replace(sites, table=table), calls, whole_ms)
+    ratios = {e.key: e.ratio for e in table.in_place}
+    dense_ms = ratios.get((WHOLE, dense), 1.0) * whole_ms
     together = None
     if fastest is not None:
-        ratio = next(e.ratio for e in table.in_place if e.key == (FASTEST, whole))
-        together = fastest, (1 - ratio) * whole_ms
+        together = fastest, (1 - ratios[FASTEST, whole]) * whole_ms
     inner = {s.name: [n for names in nested(s, own) for n in names] for s in own if s.experts}
     prices = Prices(
         table=table,
         path=path,
         sites=sites,
         calls=calls,
-        dense_ms=table.price(WHOLE, dense),
+        dense_ms=dense_ms,
+        whole_ms=whole_ms,
         add=added_up(
             *(sites, calls, offered, inner),
             whole_ms=whole_ms,
@@ -419,7 +421,8 @@ def measure_points(
     rounds: int | None = None,
     progress: Progress,
 ) -> list[tuple[float, float]]:
-    """(sum of prices, measured latency), both relative to dense, of random allocations.
+    """(sum of prices, measured latency), both relative to the undiminished whole, of random
+    allocations.
 
     Without `rounds`, each is timed as often as its time allows.
     """
@@ -436,7 +439,7 @@ def measure_points(
         base, times = interleave([dense, runner], rounds=rounds)
         total = prices.add.fixed_ms + sum(prices.ms(n, lv) for n, lv in levels.items())
         measured = float(np.median(np.array(times) / np.array(base)))
-        found.append((total / prices.dense_ms, measured))
+        found.append((total / prices.whole_ms, measured * prices.dense_ms / prices.whole_ms))
         progress.advance()
     return found
 

@@ -62,7 +62,7 @@ def prices(held: LatencyTable, *, in_place: bool = True) -> Prices:
         together=None,
         measured=True,
     )
-    return Prices(held, Path("table"), sites, calls, WHOLE_MS, add, 1.0, False, None)
+    return Prices(held, Path("table"), sites, calls, WHOLE_MS, WHOLE_MS, add, 1.0, False, None)
 
 
 def total(made: Prices, level: Level) -> float:
