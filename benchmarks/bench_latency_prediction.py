@@ -33,7 +33,7 @@ from zipc.core.request import Request
 from zipc.core.types import Silent
 from zipc.groundwork import price_model
 from zipc.latency_tables.store import default_cache_dir
-from zipc.pricing import measure_points
+from zipc.whole_models import measure_points
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "latency_prediction.json"

@@ -20,10 +20,10 @@ from zipc.core.request import Request
 from zipc.core.types import Difference, Ladder, Level, Progress, Rung, Site, Target
 from zipc.effort import Effort
 from zipc.numerics.int8 import DYNAMIC, FULL, REDUCED, STATIC
+from zipc.offered import suits
 from zipc.patterns import SPARSE, asked_for, notes_on, offers_sparse, sparse_level
 from zipc.prepare import Prepared
 from zipc.prices import Prices
-from zipc.pricing import suits
 from zipc.pruner.allocate.scorer import Scorer
 from zipc.pruner.evidence import InputStats, collect
 from zipc.pruner.experts import sweep_experts

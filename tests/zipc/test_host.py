@@ -37,7 +37,8 @@ def over_there(server: loopback.Sshd, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LocalDevice, "timer", refuse)
     monkeypatch.setattr(pricing, "TRUSTED_ERROR", math.inf)  # of a network of microseconds
     monkeypatch.setattr(remote, "LASTING_S", math.inf)
-    monkeypatch.setattr(pricing, "SWEEP_ROUNDS", 6)
+    monkeypatch.setattr(pricing, "ALONE", replace(pricing.ALONE, rounds=6))
+    monkeypatch.setattr(pricing, "PLACE_ROUNDS", (6, 6))
     small_effort(monkeypatch)
     monkeypatch.setitem(EFFORTS, "quick", replace(EFFORTS["quick"], verdict_pairs=60))
 

@@ -1,0 +1,172 @@
+"""Whole models at chosen levels: what parts save in place, and how far sums of prices are off."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+
+from zipc.core.types import Level, Progress, Site, Target
+from zipc.exporters.specialise import Edit
+from zipc.latency_tables import correction
+from zipc.offered import float_widths, suits
+from zipc.plain_edits import first_units, plain_edit
+from zipc.prepare import Prepared
+from zipc.prices import Prices, SitePrices
+from zipc.profiler.device import GraphTimer
+from zipc.profiler.sweep import PricedGraph
+from zipc.profiler.timing import interleave, warm_up
+from zipc.pruner.graph.mixtures import settled
+
+CORRECTION_POINTS = 6
+CORRECTION_ROUNDS = 10, 60  # of a whole model beside dense: as many as fit
+CORRECTION_MS = 2000.0
+WARM_RUNS = 6
+
+
+def in_place(
+    prepared: Prepared,
+    sites: SitePrices,
+    offered: Mapping[str, Sequence[Level]],
+    *,
+    part_ms: float,
+) -> list[PricedGraph]:
+    """The whole model with all sites of a signature at one level: widest and fastest by numeric.
+
+    Signatures that take less than `part_ms` together are left out: what they save would drown in
+    noise.
+    """
+    graphs = []
+    for signature in dict.fromkeys(sites.signatures.values()):
+        own = [s for s in prepared.structure.sites if sites.signatures[s.name] == signature]
+        if sum(sites.alone_ms(s.name, sites.dense[s.name]) * s.calls for s in own) < part_ms:
+            continue
+        lines: dict[tuple[str, str, bool], list[Level]] = {}
+        for level in offered[own[0].name]:
+            lines.setdefault((level.numeric, level.pattern, level.removed), []).append(level)
+        alone = partial(sites.alone_ms, own[0].name)
+        ends = {end for line in lines.values() for end in (min(line, key=alone), max(line))}
+        ends.discard(sites.dense[own[0].name].within(prepared.numeric))
+        graphs += [
+            PricedGraph(signature, level, _placed(prepared, own, level)) for level in sorted(ends)
+        ]
+    return graphs
+
+
+def _placed(prepared: Prepared, sites: Sequence[Site], level: Level) -> Callable[[], bytes]:
+    plain = replace(level, numeric="fp32") if level.numeric == prepared.numeric else level
+    levels = {s.name: plain for s in sites}
+    return lambda: whole_model(prepared, settled(prepared.sites, levels, first_units(levels)))
+
+
+def overlapping(prepared: Prepared) -> bool:
+    """Whether sites share maps, as in a chain of convolutions: each then prices them once more."""
+    sites = prepared.structure.sites
+    maps = [m for s in sites for m in s.maps]
+    return len(maps) > len(set(maps))
+
+
+def fastest_widths(prepared: Prepared, target: Target, sites: SitePrices) -> dict[str, Level]:
+    """Every site at the width above none that is fastest alone, in plain floats."""
+    levels = {
+        s.name: min(
+            (Level(w) for w in float_widths(prepared, s, target) if w),
+            key=partial(sites.alone_ms, s.name),
+        )
+        for s in prepared.structure.sites
+    }
+    return settled(prepared.sites, levels, first_units(levels))
+
+
+def whole_model(prepared: Prepared, levels: Mapping[str, Level]) -> bytes:
+    """The whole model at some levels, with unrepaired weights."""
+    edit = plain_edit(prepared, levels, first_units(levels))
+    return prepared.emit(prepared.specialise(prepared.dense, edit))
+
+
+def fit_correction(
+    prepared: Prepared, target: Target, prices: Prices, timer: GraphTimer, progress: Progress
+) -> correction.Correction:
+    progress.stage("check prices on whole models", CORRECTION_POINTS)
+    points = measure_points(
+        prepared,
+        target,
+        prices,
+        timer=timer,
+        points=CORRECTION_POINTS,
+        rng=np.random.default_rng(0),
+        progress=progress,
+    )
+    fitted = correction.fit(points)
+    progress.done(
+        f"sum of prices off by {fitted.median_error:.1%} (median), {fitted.worst_error:.1%} (worst)"
+    )
+    return fitted
+
+
+def measure_points(
+    prepared: Prepared,
+    target: Target,
+    prices: Prices,
+    *,
+    timer: GraphTimer,
+    points: int,
+    rng: np.random.Generator,
+    rounds: int | None = None,
+    progress: Progress,
+) -> list[tuple[float, float]]:
+    """(sum of prices, measured latency), both relative to the undiminished whole, of random
+    allocations.
+
+    Without `rounds`, each is timed as often as its time allows.
+    """
+    workload = prices.table.workload
+    dense = timer.load(prepared.specialise(prepared.dense, Edit()).to_bytes(), workload=workload)
+    if rounds is None:  # a round runs each graph twice
+        rounds = as_fits(CORRECTION_MS / (4 * prices.dense_ms), *CORRECTION_ROUNDS)
+    warm_up(dense)
+    found = []
+    for _ in range(points):
+        levels = random_levels(prepared, target, prices, rng)
+        runner = timer.load(whole_model(prepared, levels), workload=workload)
+        warm_up(runner, max_runs=WARM_RUNS)
+        base, times = interleave([dense, runner], rounds=rounds)
+        total = prices.add.fixed_ms + sum(prices.ms(n, lv) for n, lv in levels.items())
+        measured = float(np.median(np.array(times) / np.array(base)))
+        found.append((total / prices.whole_ms, measured * prices.dense_ms / prices.whole_ms))
+        progress.advance()
+    return found
+
+
+def random_levels(
+    prepared: Prepared, target: Target, prices: Prices, rng: np.random.Generator
+) -> dict[str, Level]:
+    """A random allocation: widths around a random overall density, one numeric policy.
+
+    Of widths that a search may choose: none that costs as much as a wider one.
+    """
+    density = rng.uniform(0.15, 0.95)
+    mixed = list(target.numerics)
+    policy = mixed[int(rng.integers(len(mixed)))] if rng.random() < 0.7 else None
+    levels = {}
+    for site in prepared.structure.sites:
+        numeric = policy or mixed[int(rng.integers(len(mixed)))]
+        whole = prepared.body is not None or numeric == prepared.floats
+        plain = whole or not prepared.on_integers(site)
+        choice: list[Level] = []
+        for width in reversed(float_widths(prepared, site, target)):
+            level = Level(width, numeric)
+            if plain or not width or not suits(level, site, target):
+                level = Level(width)
+            if not choice or prices.ms(site.name, level) < prices.ms(site.name, choice[-1]):
+                choice.append(level)
+        wanted = float(np.clip(density + rng.normal(0, 0.2), 0, 1)) * site.units
+        away = [abs(level.width - wanted) for level in choice]
+        levels[site.name] = choice[int(np.argmin(away))]
+    return settled(prepared.sites, levels, first_units(levels))
+
+
+def as_fits(count: float, least: int, most: int) -> int:
+    return max(least, min(most, int(count)))
