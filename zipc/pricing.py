@@ -123,9 +123,7 @@ def price(
     sites = SitePrices(table, signatures, {s.name: Level(s.units) for s in own}, prepared.numeric)
     calls = {s.name: s.calls for s in own}
     whole_ms = table.price(WHOLE, whole)
-    placed: list[PricedGraph] = []
-    if device.kind == "measured":
-        placed += in_place(prepared, sites, offered, part_ms=MIN_PART * whole_ms)
+    placed = in_place(prepared, sites, offered, part_ms=MIN_PART * whole_ms)
     fastest = fastest_widths(prepared, target, sites) if overlapping(prepared) else None
     if fastest is not None:
         placed.append(PricedGraph(FASTEST, whole, lambda: whole_model(prepared, fastest)))

@@ -14,6 +14,7 @@ import pytest
 from onnx import TensorProto
 
 from tests.command_line import Run
+from tests.price_tables import prices_by
 from tests.tiny_folders import save_family
 from tests.tiny_project import Told, request
 from zipc import groundwork, pipeline
@@ -31,7 +32,6 @@ from zipc.latency_tables.operators import Product
 from zipc.manifest import Manifest
 from zipc.modelled_device import ModelledGraph, predicted_timing
 from zipc.pipeline import compile_model, plan_model
-from zipc.prices import Prices
 from zipc.profiling import profile_model
 from zipc.targets import load_target
 
@@ -297,19 +297,11 @@ def test_the_interval_is_wider_for_int8_and_for_what_is_not_anchored(project: Pr
     assert widths[0] ** 2 == pytest.approx(widths[2])
 
 
-class Priced(Prices):
-    """Prices of one site: 1 ms in floats, `dense_ms` in INT8."""
-
-    def alone_ms(self, site: str, level: Level) -> float:
-        return self.dense_ms if level.numeric == "int8-static" else 1.0
-
-
 @pytest.mark.parametrize(("int8_ms", "offered"), [(0.6, True), (0.7, False), (1.1, False)])
 def test_a_numeric_is_offered_only_where_its_gain_is_beyond_doubt(
     int8_ms: float, offered: bool
 ) -> None:
-    prices = Priced.__new__(Priced)
-    prices.dense_ms = int8_ms
+    prices = prices_by(lambda level: int8_ms if level.numeric == "int8-static" else 1.0)
     prices.doubt = Doubt({"width": 0.1, "int8": math.log(1.5), "2:4": 0.1}, anchored=True)
     assert prices.gains("site", Level(8, "int8-static")) is offered
     assert prices.gains("site", Level(8))

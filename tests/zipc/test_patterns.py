@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import zipc
 from tests.command_line import Run
+from tests.price_tables import prices_by
 from tests.tiny_project import Told, fake_clock, request
 from zipc.clock import Clock
 from zipc.core.errors import UsageError
@@ -27,7 +28,6 @@ from zipc.numerics.pattern import conforms
 from zipc.numerics.sparsity import sparsify
 from zipc.patterns import asked_for, notes_on
 from zipc.pipeline import compile_model, plan_model
-from zipc.prices import Prices
 from zipc.targets import load_target, shipped_files
 
 pytestmark = pytest.mark.usefixtures("little_effort")
@@ -269,16 +269,14 @@ def test_where_it_is_asked_for_dense_levels_stay_only_for_want_of_others(
     assert asked_for(levels, units=64) == kept
 
 
-class Priced(Prices):
+def alone_ms(level: Level) -> float:
     """1 ms in floats; INT8 and 2:4 each take a share of it."""
-
-    def alone_ms(self, site: str, level: Level) -> float:
-        sparse = 0.8 if level.pattern == "2:4" else 1.0
-        return sparse * (0.6 if level.numeric == "int8-static" else 1.0)
+    sparse = 0.8 if level.pattern == "2:4" else 1.0
+    return sparse * (0.6 if level.numeric == "int8-static" else 1.0)
 
 
 def test_each_thing_a_level_differs_in_must_gain_by_itself() -> None:
-    prices = Priced.__new__(Priced)
+    prices = prices_by(alone_ms)
     both = Level(8, "int8-static", "2:4")
     for sure, offered in ((1.2, True), (1.3, False)):
         half = {"width": 0.1, "int8": math.log(1.5), "2:4": math.log(sure)}
