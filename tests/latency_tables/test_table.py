@@ -139,6 +139,15 @@ def test_merge_joins_tables_of_one_device_and_later_entries_win() -> None:
     assert merged.notes == ("left", "right")
 
 
+def test_what_is_measured_in_place_is_no_price_and_goes_with_new_checks() -> None:
+    alone, placed = entry(32, [1.0], [1.0]), entry(32, [9.0], [10.0])
+    both = table(alone).with_entries([placed], in_place=True).with_correction(fit([(0.5, 0.6)]))
+    assert both.price("ffn", Level(32)) == 1.0
+    assert [e.ratio for e in both.in_place] == [0.9]
+    assert table(alone).merge(both).in_place == both.in_place
+    assert both.unplaced() == table(alone, created=both.created)
+
+
 def test_merge_keeps_a_correction_only_with_the_entries_it_was_fitted_on() -> None:
     fitted = table(entry(32, [1.0], [1.0])).with_correction(fit([(0.5, 0.6)]))
     assert fitted.merge(table()).correction == fitted.correction

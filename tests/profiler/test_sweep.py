@@ -67,6 +67,7 @@ def run(
     *,
     rounds: int = 12,
     seconds_budget: float | None = None,
+    group: int = GROUP,
     on_entries: Callable[[list[Entry]], None] | None = None,
 ) -> dict[int, Entry]:
     entries = sweep(
@@ -75,6 +76,7 @@ def run(
         make_runner=machine.runner,
         rounds=rounds,
         progress=Silent(),
+        group=group,
         seconds_budget=seconds_budget,
         on_entries=on_entries,
         clock=machine.clock,
@@ -94,11 +96,12 @@ def test_every_graph_is_priced_as_its_ratio_to_the_anchor() -> None:
     )
 
 
-def test_a_steady_machine_stops_early_and_keeps_few_runners_alive() -> None:
+@pytest.mark.parametrize("group", [2, GROUP])
+def test_a_steady_machine_stops_early_and_keeps_few_runners_alive(group: int) -> None:
     machine = Machine({ANCHOR: 2.0} | {w: 1.0 + w for w in range(20)})
-    entries = run(machine, [machine.graph(w) for w in range(20)])
+    entries = run(machine, [machine.graph(w) for w in range(20)], group=group)
     assert {len(e.samples_ms) for e in entries.values()} == {6}
-    assert machine.most_alive <= GROUP
+    assert machine.most_alive <= group
     assert machine.alive == set()
 
 
