@@ -68,7 +68,7 @@ def with_savings_in_place(
     """
     found: dict[str, dict[Kind | None, list[tuple[int, float]]]] = {}
     for entry in sites.table.in_place:
-        alike = [n for n, s in sites.signatures.items() if s == entry.signature]
+        alike = cut_together(sites.signatures, entry.signature, entry.level)
         if not alike:
             continue
         own = found.setdefault(entry.signature, {})
@@ -178,6 +178,16 @@ class Prices:
         whole = ratio * self.dense_ms / self.whole_ms
         raw = self.table.correction.invert(whole) if self.table.correction else whole
         return max(raw, 0.0) * self.whole_ms
+
+
+def cut_together(signatures: Mapping[str, str], signature: str, level: Level) -> list[str]:
+    """The sites of a signature that are measured together in place at a level.
+
+    Of removed ones all but the first: without any, what only they read would be gone too, as a
+    whole encoder without its decoder's attention to it.
+    """
+    alike = [n for n, s in signatures.items() if s == signature]
+    return alike[1:] if level.removed else alike
 
 
 def _kind(level: Level) -> Kind | None:

@@ -8,13 +8,13 @@ from functools import partial
 
 import numpy as np
 
-from zipc.core.types import Level, Progress, Site, Target
+from zipc.core.types import Level, Progress, Target
 from zipc.exporters.specialise import Edit
 from zipc.latency_tables import correction
 from zipc.offered import float_widths, suits
 from zipc.plain_edits import first_units, plain_edit
 from zipc.prepare import Prepared
-from zipc.prices import Prices, SitePrices
+from zipc.prices import Prices, SitePrices, cut_together
 from zipc.profiler.device import GraphTimer
 from zipc.profiler.sweep import PricedGraph
 from zipc.profiler.timing import interleave, warm_up
@@ -49,15 +49,15 @@ def in_place(
         alone = partial(sites.alone_ms, own[0].name)
         ends = {end for line in lines.values() for end in (min(line, key=alone), max(line))}
         ends.discard(sites.dense[own[0].name].within(prepared.numeric))
-        graphs += [
-            PricedGraph(signature, level, _placed(prepared, own, level)) for level in sorted(ends)
-        ]
+        for level in sorted(ends):
+            if names := cut_together(sites.signatures, signature, level):
+                graphs.append(PricedGraph(signature, level, _placed(prepared, names, level)))
     return graphs
 
 
-def _placed(prepared: Prepared, sites: Sequence[Site], level: Level) -> Callable[[], bytes]:
+def _placed(prepared: Prepared, sites: Sequence[str], level: Level) -> Callable[[], bytes]:
     plain = replace(level, numeric="fp32") if level.numeric == prepared.numeric else level
-    levels = {s.name: plain for s in sites}
+    levels = dict.fromkeys(sites, plain)
     return lambda: whole_model(prepared, settled(prepared.sites, levels, first_units(levels)))
 
 

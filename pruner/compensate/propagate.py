@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from zipc.core.types import Allocation, Level, Site
 from zipc.numerics.int8 import STATIC, ActivationRange, calibrate
-from zipc.pruner.compensate.least_squares import center
+from zipc.pruner.compensate.least_squares import center, damped_cholesky
 from zipc.pruner.evidence import data_rows
 from zipc.pruner.graph.interpret import Env, Executor, Variant
 from zipc.pruner.graph.trace import MapCall, Program, op_name
@@ -102,9 +102,8 @@ class _Moments:
         gram, mean = center(self.gram, self.total, self.count)
         cross = self.cross.double() - self.count * torch.outer(missing, mean)
         cross[:, gram.diagonal() == 0] = 0.0
-        scale = float(gram.diagonal().mean())
-        gram.diagonal().add_(ridge * scale if scale > 0 else 1.0)
-        change = torch.cholesky_solve(cross.T, torch.linalg.cholesky(gram)).T
+        lower, _ = damped_cholesky(gram, ridge, scale=float(gram.diagonal().mean()))
+        change = torch.cholesky_solve(cross.T, lower).T
         return change, missing - change @ mean
 
 

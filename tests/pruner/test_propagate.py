@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from tests.tiny_models import Case, case, randomise_, text, traced
 from zipc.core.types import Allocation, Level, Site
 from zipc.numerics.int8 import DYNAMIC, STATIC
-from zipc.pruner.compensate.propagate import propagate
+from zipc.pruner.compensate.propagate import _Moments, propagate
 from zipc.pruner.evidence import collect
 from zipc.pruner.graph.interpret import Variant
 from zipc.pruner.ladder import sweep_site
@@ -177,3 +177,14 @@ def test_shared_modules_keep_the_weights_of_their_ladder() -> None:
     assert all(site.calls == 2 for site in made.sites)
     assert set(states.maps) == {m for s in made.sites for m in maps_of(s)}
     assert all(states.maps[m] is expected.maps[m] for m in states.maps)
+
+
+def test_inputs_that_hardly_vary_are_repaired_too() -> None:
+    # Their centred moments are what rounding leaves of large sums: no definite matrix.
+    rng = torch.Generator().manual_seed(0)
+    x = 1000 + 1e-2 * torch.randn(4096, 16, generator=rng)
+    moments = _Moments.of(x, torch.randn(4096, 3, generator=rng))
+    moments.gram = moments.gram - 10 * torch.eye(16)
+    change, shift = moments.correction(1e-1)
+    assert bool(torch.isfinite(change).all())
+    assert bool(torch.isfinite(shift).all())

@@ -33,7 +33,7 @@ def table(*, spread: float = 0.0, placed: bool = True) -> LatencyTable:
         return Entry(signature=KIND, level=level, samples_ms=samples, anchor_ms=(anchor,) * 3)
 
     whole = {
-        lv: WHOLE_MS - CALLS * (in_place_ms(Level(UNITS)) - in_place_ms(lv))
+        lv: WHOLE_MS - (CALLS - lv.removed) * (in_place_ms(Level(UNITS)) - in_place_ms(lv))
         for lv in LEVELS
         if lv.width != 4 and lv != Level(UNITS)
     }
