@@ -183,11 +183,11 @@ class Prices:
 def cut_together(signatures: Mapping[str, str], signature: str, level: Level) -> list[str]:
     """The sites of a signature that are measured together in place at a level.
 
-    Of removed ones all but the first: without any, what only they read would be gone too, as a
+    Of removed attention all but the first: without any, what only it reads would be gone too, as a
     whole encoder without its decoder's attention to it.
     """
     alike = [n for n, s in signatures.items() if s == signature]
-    return alike[1:] if level.removed else alike
+    return alike[1:] if level.removed and signature.startswith("heads-") else alike
 
 
 def _kind(level: Level) -> Kind | None:

@@ -13,7 +13,7 @@ from zipc.prices import Prices, SitePrices, added_up, with_savings_in_place
 UNITS, CALLS = 8, 3
 WHOLE_MS = 30.0
 LEVELS = [Level(0), *(Level(w, n) for n in ("fp32", "int8-static") for w in (2, 4, 8))]
-KIND = "ffn"
+KIND = "heads-8"
 
 
 def alone_ms(level: Level) -> float:
