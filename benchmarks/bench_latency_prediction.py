@@ -33,7 +33,7 @@ from zipc.core.request import Request
 from zipc.core.types import Silent
 from zipc.groundwork import price_model
 from zipc.latency_tables.store import default_cache_dir
-from zipc.whole_models import measure_points
+from zipc.whole_models import as_fits, measure_points
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "latency_prediction.json"
@@ -112,8 +112,7 @@ def request_of(arguments: argparse.Namespace, folder: Path) -> Request:
 def measure(arguments: argparse.Namespace, request: Request) -> dict[str, Any]:
     priced = price_model(request, progress=Silent())
     prices, state = priced.prices, priced.device.state()
-    least, most = ROUNDS
-    rounds = max(least, min(most, int(ROUNDS_MS / (4 * prices.dense_ms))))
+    rounds = as_fits(ROUNDS_MS / (4 * prices.dense_ms), *ROUNDS)
     points = measure_points(
         priced.prepared,
         priced.target,

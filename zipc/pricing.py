@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from zipc.build import dense_model
 from zipc.core.errors import TableMissing
 from zipc.core.files import fingerprint as short_hash
 from zipc.core.request import Request
@@ -97,9 +98,9 @@ def price(
     signatures, parts = surroundings(prepared.dense, own)
     offered = {s.name: offered_levels(prepared, s, target) for s in own}
     path, stored = _stored(prepared, target, request, signatures, device, store, progress)
-    dense_bytes = prepared.specialise(prepared.dense, Edit()).to_bytes()
+    dense_bytes = dense_model(prepared)
     dense, whole = Level(1, prepared.floats), Level(1, prepared.numeric)
-    undiminished = whole_model(prepared, {})
+    undiminished = dense_bytes if dense == whole else whole_model(prepared, {})
     graphs = [PricedGraph(WHOLE, whole, lambda: undiminished)]
     for signature, part in parts.items():
         site = next(s for s in own if signatures[s.name] == signature)
@@ -218,13 +219,12 @@ def _extended(
     """
     known = {e.key for e in (table.in_place if how.in_place else table.entries)}
     missing = [g for g in graphs if g.key not in known]
-    foreign = table.fingerprint != device.fingerprint()
     if not missing:
         if not how.in_place:
             progress.stage("prices")
             progress.done(f"reused {len(graphs)} from the latency table")
         return table, 0.0
-    if foreign:
+    if table.fingerprint != device.fingerprint():
         raise TableMissing(
             f"The table {path} lacks {len(missing)} entries and was measured on another device;"
             " it cannot be extended here. Run the same command without --allow-table-mismatch."
@@ -279,7 +279,7 @@ def _noted(table: LatencyTable, device: Device) -> LatencyTable:
 
 
 def _builder(part: OnnxGraph, site: Site, level: Level, prepared: Prepared) -> Callable[[], bytes]:
-    cut = replace(level, numeric="fp32") if level.numeric == prepared.numeric else level
+    cut = level.beside(prepared.numeric)
 
     def build() -> bytes:
         kept = {site.name: tuple(range(level.width))}

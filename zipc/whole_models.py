@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 
 import numpy as np
 
+from zipc.build import dense_model
 from zipc.core.types import Level, Progress, Target
-from zipc.exporters.specialise import Edit
 from zipc.latency_tables import correction
 from zipc.offered import float_widths, suits
 from zipc.plain_edits import first_units, plain_edit
@@ -56,8 +55,7 @@ def in_place(
 
 
 def _placed(prepared: Prepared, sites: Sequence[str], level: Level) -> Callable[[], bytes]:
-    plain = replace(level, numeric="fp32") if level.numeric == prepared.numeric else level
-    levels = dict.fromkeys(sites, plain)
+    levels = dict.fromkeys(sites, level.beside(prepared.numeric))
     return lambda: whole_model(prepared, settled(prepared.sites, levels, first_units(levels)))
 
 
@@ -123,7 +121,7 @@ def measure_points(
     Without `rounds`, each is timed as often as its time allows.
     """
     workload = prices.table.workload
-    dense = timer.load(prepared.specialise(prepared.dense, Edit()).to_bytes(), workload=workload)
+    dense = timer.load(dense_model(prepared), workload=workload)
     if rounds is None:  # a round runs each graph twice
         rounds = as_fits(CORRECTION_MS / (4 * prices.dense_ms), *CORRECTION_ROUNDS)
     warm_up(dense)

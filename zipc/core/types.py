@@ -180,6 +180,10 @@ class Level:
         """The same in a network that runs in `numeric` as a whole, if the level is in fp32."""
         return self if self.removed or self.numeric != "fp32" else replace(self, numeric=numeric)
 
+    def beside(self, numeric: Numeric) -> Level:
+        """The inverse of `within`: in fp32 where it has the numeric of the whole network."""
+        return replace(self, numeric="fp32") if self.numeric == numeric else self
+
     def __str__(self) -> str:
         if self.removed:
             return "removed"
