@@ -26,7 +26,7 @@ from zipc.numerics.int8 import (
     quantize_weight,
 )
 from zipc.pruner.compensate import COMPENSATORS
-from zipc.pruner.compensate.least_squares import center
+from zipc.pruner.compensate.least_squares import INT8_NOISE, center
 from zipc.pruner.evidence import InputStats
 from zipc.pruner.graph.cuts import Cuts
 from zipc.pruner.graph.interpret import Variant
@@ -110,6 +110,7 @@ class Levels:
         self._limit = weight_limit
         self._floats = floats
         self.signed = signed
+        self.noise = INT8_NOISE if floats == STATIC else 0.0  # of inputs that are rounded later
         self._compensate = COMPENSATORS[compensator]
         self._touching = {
             m: dict.fromkeys([*self.cuts.sites_of(c.weight), *self.cuts.sites_of(c.bias or "")])
@@ -312,7 +313,7 @@ class Levels:
         for W, gram, total in zip(
             matrices(call, weight), held.gram, held.total, strict=True
         ):  # (out, in)
-            centred, mean = center(gram, total, held.count)
+            centred, mean = center(gram, total, held.count, noise=self.noise)
             fitted, shift = self._compensate(W, None, centred, mean, keep=columns)
             parts.append(fitted)
             shifts.append(shift)

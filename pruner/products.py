@@ -23,9 +23,23 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def second_moment(rows: Tensor) -> Tensor:
-    """rows' rows; rows (n, d) -> (d, d)."""
-    transposed = rows.T.contiguous()
-    return linear(transposed, transposed)
+    """rows' rows; rows (n, d) -> (d, d) in fp64."""
+    return cross_moment(rows, rows)
+
+
+def cross_moment(left: Tensor, right: Tensor) -> Tensor:
+    """left' right; left (n, p), right (n, q) -> (p, q) in fp64.
+
+    The product is fp32 and of deviations from the mean, what the means add is fp64: columns that
+    hardly vary keep their covariance, which would drown in the rounding of their squared means.
+    """
+    totals = [rows.sum(0, dtype=torch.float64) for rows in (left, right)]
+    shifts = [total.div(max(1, len(left))).to(left.dtype) for total in totals]
+    deviations = [(r - s).T.contiguous() for r, s in zip((left, right), shifts, strict=True)]
+    moment = linear(*deviations).double()
+    (total_left, total), (shift, shift_right) = totals, (s.double() for s in shifts)
+    moment.addr_(shift, total)
+    return moment.addr_(total_left - len(left) * shift, shift_right)
 
 
 @functools.cache

@@ -24,7 +24,7 @@ from zipc.pruner.graph.interpret import Env, Executor, Variant
 from zipc.pruner.graph.trace import MapCall, Program, op_name
 from zipc.pruner.levels import Levels, MapState, States, variant_of
 from zipc.pruner.maps import bias_of_rows, input_rows, matrices, output_rows, own_layout
-from zipc.pruner.products import linear, second_moment
+from zipc.pruner.products import cross_moment, linear, second_moment
 from zipc.pruner.sparse import to_pattern
 from zipc.pruner.workers import side_by_side
 
@@ -67,7 +67,7 @@ class _Sum:
 
 @dataclass(slots=True)
 class _Moments:
-    """Second moments of inputs and of the error still to be explained."""
+    """Second moments of inputs and of the error still to be explained, in fp64."""
 
     count: int
     gram: Tensor  # (in, in)
@@ -81,26 +81,27 @@ class _Moments:
         """x (n, in); error (n, out)."""
         cross, missing = None, torch.zeros(())
         if error is not None:
-            cross = linear(error.T.contiguous(), x.T.contiguous())
+            cross = cross_moment(error, x)
             missing = error.sum(0, dtype=torch.float64)
         total = x.sum(0, dtype=torch.float64)
         return cls(len(x), second_moment(x), cross, total, missing, [x[:SAMPLE_ROWS].clone()])
 
     def add(self, other: _Moments) -> None:
         self.count += other.count
-        self.gram = self.gram.double().add_(other.gram)
+        self.gram += other.gram
         if self.cross is not None and other.cross is not None:
-            self.cross = self.cross.double().add_(other.cross)
+            self.cross += other.cross
         self.total = self.total + other.total
         self.missing = self.missing + other.missing
         self.samples += other.samples
 
-    def correction(self, ridge: float) -> tuple[Tensor, Tensor]:
-        """Change of weight (out, in) and bias (out,) that best explains the error, in fp64."""
+    def correction(self, ridge: float, *, noise: float = 0.0) -> tuple[Tensor, Tensor]:
+        """Change of weight (out, in) and bias (out,) that best explains the error, in fp64; for
+        `noise` see `center`."""
         assert self.cross is not None
         missing = self.missing / self.count
-        gram, mean = center(self.gram, self.total, self.count)
-        cross = self.cross.double() - self.count * torch.outer(missing, mean)
+        gram, mean = center(self.gram, self.total, self.count, noise=noise)
+        cross = self.cross - self.count * torch.outer(missing, mean)
         cross[:, gram.diagonal() == 0] = 0.0
         lower, _ = damped_cholesky(gram, ridge, scale=float(gram.diagonal().mean()))
         change = torch.cholesky_solve(cross.T, lower).T
@@ -256,7 +257,7 @@ def _repair(
         return {consumer: _Moments.of(rows, value - linear(rows, matrix, base.bias))}
 
     moments = _summed(run.each(of_batch))[consumer]
-    change, shift = moments.correction(ridge)
+    change, shift = moments.correction(ridge, noise=run.levels.noise)
     weight = own_layout(call, (matrix.double() + change).float()[None], base.weight)
     shift = bias_of_rows(call, shift[None], base.weight)
     bias = shift if base.bias is None else base.bias.double() + shift
