@@ -48,6 +48,7 @@ def sweep(
     make_runner: Callable[[bytes], Runner],
     progress: Progress,
     rounds: int = 12,
+    untimed: int = 1,
     seconds_budget: float | None = None,
     group: int = GROUP,
     stage: str = "measuring prices",
@@ -60,7 +61,8 @@ def sweep(
     below 1 % and gets up to four times the rounds while it is above 3 %. Entries that break the
     order of their neighbours are measured again and their samples pooled; a real staircase stays.
     Spent, `seconds_budget` (an aim, not a promise) ends the extra rounds: every graph still gets
-    the first `max(6, rounds / 2)`. The runners of `group` graphs are alive together.
+    the first `max(6, rounds / 2)`. The runners of `group` graphs are alive together; each timed run
+    follows `untimed` ones of its own.
 
     `on_entries` receives the entries of each finished group, and later their pooled replacements,
     so that an interrupted sweep can be resumed from what was saved.
@@ -73,7 +75,9 @@ def sweep(
     progress.stage(stage, total=len(todo))
     for number, together in enumerate(groups, start=1):
         deadline = _share(started, seconds_budget, (1 - RESERVED) * number / len(groups))
-        entries = _measure(together, anchor, make_runner, rounds, _until(deadline, clock))
+        entries = _measure(
+            together, anchor, make_runner, rounds, untimed, _until(deadline, clock)
+        )
         measured |= {entry.key: entry for entry in entries}
         report(entries)
         progress.advance(len(together), note=together[-1].signature)
@@ -83,7 +87,7 @@ def sweep(
     for together in _batches([g for g in todo if g.key in suspects], group):
         if not in_time():
             break
-        again = _measure(together, anchor, make_runner, 2 * rounds, in_time)
+        again = _measure(together, anchor, make_runner, 2 * rounds, untimed, in_time)
         pooled = [measured[entry.key].pooled(entry) for entry in again]
         measured |= {entry.key: entry for entry in pooled}
         report(pooled)
@@ -97,6 +101,7 @@ def _measure(
     anchor: Runner,
     make_runner: Callable[[bytes], Runner],
     rounds: int,
+    untimed: int,
     may_extend: Callable[[], bool],
 ) -> list[Entry]:
     """Time one group, run by run, the anchor beside every few graphs in every round."""
@@ -109,7 +114,7 @@ def _measure(
     while active:
         flights = list(_batches(active, BESIDE))
         beside = [r for flight in flights for r in (anchor, *(runners[i] for i in flight))]
-        samples = iter(interleave(beside, rounds=chunk, untimed=1))
+        samples = iter(interleave(beside, rounds=chunk, untimed=untimed))
         for flight in flights:
             anchor_ms = tuple(next(samples))
             for index in flight:

@@ -49,6 +49,8 @@ LOOK_WIDTH = 0.012  # half-width of the log-ratio interval
 TABLE_ERROR = 0.04  # how far a prediction is usually off: a look noisier than this counts for less
 TOLL, MOST_TOLL = 0.2, 0.6  # share of the log-speedup that is usually, and at most, lost by default
 LEAST_GAIN = 0.1  # log-speedup below which a share of it says nothing
+SLACK = 1.015  # of AIM and ACCEPT, what is for the noise of the proof: under the default options
+# the proof only has to be no clear miss, so that a smaller loss needs no more pruning
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,9 +223,12 @@ def choose(
 
 
 def _bias(attempts: Sequence[_Attempt]) -> float:
-    """By how much predictions are too high near this budget: predicted over measured ratio."""
+    """By how much predictions are too high near this budget: predicted over measured ratio.
+
+    Each look counts twice the one before it: they come closer to the budget.
+    """
     logs = [math.log(a.predicted_ratio * a.speedup) for a in attempts]
-    return math.exp(_drawn(logs, [a.width for a in attempts], usual=TABLE_ERROR))
+    return math.exp(_drawn(logs, [a.width for a in attempts], usual=TABLE_ERROR, growth=2.0))
 
 
 def _toll(attempts: Sequence[_Attempt], target: float) -> float:
@@ -239,10 +244,12 @@ def _toll(attempts: Sequence[_Attempt], target: float) -> float:
     return math.exp(math.log(target) * share / (1 - share))
 
 
-def _drawn(values: Sequence[float], widths: Sequence[float], *, usual: float) -> float:
+def _drawn(
+    values: Sequence[float], widths: Sequence[float], *, usual: float, growth: float = 1.0
+) -> float:
     """The mean over all looks so far, drawn towards 0 as far as they are noisier than what is
-    looked for usually is large."""
-    trust = [usual**2 / (usual**2 + width**2) for width in widths]
+    looked for usually is large; each counts `growth` times the one before it."""
+    trust = [growth**i * usual**2 / (usual**2 + width**2) for i, width in enumerate(widths)]
     weighted = sum(t * x for t, x in zip(trust, values, strict=True))
     return weighted / (sum(trust) + 0.1)
 
@@ -409,7 +416,7 @@ class ClosedLoop:
                 self.problem,
                 self.prices,
                 self.candidates,
-                ratio=_bias(self.attempts) / (target * self.aim * _toll(self.attempts, target)),
+                ratio=_bias(self.attempts) / (self.aim * self.needed(target)),
                 trials=int(self.effort.trials * share),
                 seconds=self.effort.search_seconds * share,
                 finalists=FINALISTS if first else FINALISTS // 2,
@@ -418,7 +425,7 @@ class ClosedLoop:
                 state=self.state,
             )
             self.searched += self.state.trials
-            over = self.attempt(allocation, loss).speedup / (target * _toll(self.attempts, target))
+            over = self.attempt(allocation, loss).speedup / self.needed(target)
             if self.accept[0] <= over <= self.accept[1]:
                 break
             if over > self.accept[1] and all(
@@ -431,9 +438,13 @@ class ClosedLoop:
         best = min(good, key=lambda a: a.loss, default=fastest)
         return self.solution(best)
 
+    def needed(self, target: float) -> float:
+        """The speedup by which a promise of `target` holds under the default options as well."""
+        return target * max(1.0, _toll(self.attempts, target) / SLACK)
+
     def least(self, target: float) -> float:
         """The speedup that an artifact must measure, for a promise of `target`."""
-        return target * self.accept[0] * _toll(self.attempts, target)
+        return self.accept[0] * self.needed(target)
 
     def fastest(self) -> Allocation:
         """The fastest level of every site."""

@@ -31,6 +31,11 @@ def test_a_noisy_look_counts_for_less() -> None:
     assert 1.0 < _toll([look(toll=1.2, noise=0.3)], 1.6) < _toll([look(toll=1.2)], 1.6) <= 1.2
 
 
+def test_a_later_look_counts_for_more() -> None:
+    slow, exact = look(speedup=1.8), look(speedup=2.0)
+    assert _bias([slow, exact]) > (_bias([slow]) + _bias([exact])) / 2 > _bias([exact, slow])
+
+
 def test_gaining_more_under_default_options_gives_nothing_back() -> None:
     assert _toll([look(toll=0.8)], 2.0) == 1.0
 
