@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby, pairwise
 from typing import TypeVar
 
@@ -19,7 +20,8 @@ from zipc.profiler.timing import interleave, warm_up
 
 GROUP = 8  # graphs whose runners are alive together, unless told otherwise
 BESIDE = 2  # graphs timed between one run of the anchor and its next
-QUIET, NOISY = 0.01, 0.03  # relative noise: below, stop early; above, take more rounds
+QUIET, NOISY = 0.01, 0.03  # relative noise: below, stop early, unless told otherwise; above, take
+# more rounds
 MAX_EXTENSION = 4  # times `rounds`
 STEP = 0.05  # a narrower level slower by more than this is looked at twice
 RESERVED = 0.15  # of the budget of time, for what breaks the order of its neighbours
@@ -49,6 +51,7 @@ def sweep(
     progress: Progress,
     rounds: int = 12,
     untimed: int = 1,
+    quiet: float = QUIET,
     seconds_budget: float | None = None,
     group: int = GROUP,
     stage: str = "measuring prices",
@@ -58,7 +61,7 @@ def sweep(
     """Measure every graph once, as paired samples with the anchor.
 
     Graphs of equal signature and level are measured once. An entry stops early when its noise is
-    below 1 % and gets up to four times the rounds while it is above 3 %. Entries that break the
+    below `quiet` and gets up to four times the rounds while it is above 3 %. Entries that break the
     order of their neighbours are measured again and their samples pooled; a real staircase stays.
     Spent, `seconds_budget` (an aim, not a promise) ends the extra rounds: every graph still gets
     the first `max(6, rounds / 2)`. The runners of `group` graphs are alive together; each timed run
@@ -71,13 +74,12 @@ def sweep(
     report = on_entries or (lambda _: None)
     groups = list(_batches(todo, group))
     started = clock()
+    measure = partial(_measure, anchor, make_runner, untimed=untimed, quiet=quiet)
     measured: dict[EntryKey, Entry] = {}
     progress.stage(stage, total=len(todo))
     for number, together in enumerate(groups, start=1):
         deadline = _share(started, seconds_budget, (1 - RESERVED) * number / len(groups))
-        entries = _measure(
-            together, anchor, make_runner, rounds, untimed, _until(deadline, clock)
-        )
+        entries = measure(together, rounds=rounds, may_extend=_until(deadline, clock))
         measured |= {entry.key: entry for entry in entries}
         report(entries)
         progress.advance(len(together), note=together[-1].signature)
@@ -87,7 +89,7 @@ def sweep(
     for together in _batches([g for g in todo if g.key in suspects], group):
         if not in_time():
             break
-        again = _measure(together, anchor, make_runner, 2 * rounds, untimed, in_time)
+        again = measure(together, rounds=2 * rounds, may_extend=in_time)
         pooled = [measured[entry.key].pooled(entry) for entry in again]
         measured |= {entry.key: entry for entry in pooled}
         report(pooled)
@@ -97,11 +99,13 @@ def sweep(
 
 
 def _measure(
-    group: Sequence[PricedGraph],
     anchor: Runner,
     make_runner: Callable[[bytes], Runner],
+    group: Sequence[PricedGraph],
+    *,
     rounds: int,
     untimed: int,
+    quiet: float,
     may_extend: Callable[[], bool],
 ) -> list[Entry]:
     """Time one group, run by run, the anchor beside every few graphs in every round."""
@@ -128,16 +132,16 @@ def _measure(
                 entries[index] = new if old is None else old.pooled(new)
         if not may_extend():
             break
-        active = [i for i in active if _wants_more(entries[i], rounds)]
+        active = [i for i in active if _wants_more(entries[i], rounds, quiet)]
     return [entry for entry in entries if entry is not None]
 
 
-def _wants_more(entry: Entry | None, rounds: int) -> bool:
+def _wants_more(entry: Entry | None, rounds: int, quiet: float) -> bool:
     if entry is None:
         return True
     taken = len(entry.samples_ms)
     if taken < rounds:
-        return entry.noise >= QUIET
+        return entry.noise >= quiet
     return taken < MAX_EXTENSION * rounds and entry.noise > NOISY
 
 

@@ -24,7 +24,7 @@ from zipc.plain_edits import plain_edit
 from zipc.prepare import Prepared
 from zipc.prices import Prices, SitePrices, added_up, with_savings_in_place
 from zipc.profiler.device import Device
-from zipc.profiler.sweep import GROUP, PricedGraph, sweep
+from zipc.profiler.sweep import GROUP, QUIET, PricedGraph, sweep
 from zipc.pruner.graph.mixtures import nested
 from zipc.whole_models import (
     as_fits,
@@ -37,8 +37,9 @@ from zipc.whole_models import (
 
 WHOLE, FASTEST = "model", "model-fastest"  # stand in a table at the level of width 1
 MIN_PART = 0.04  # of the whole: what sites of one signature take to be timed in place, too
-PLACE_ROUNDS = 12, 60  # of a whole model: as many as fit
-PLACE_MS = 1500.0
+PLACE_ROUNDS = 12, 200  # of a whole model: as many as fit
+PLACE_MS = 750.0
+PLACE_QUIET = 0.003  # what one kind of site saves is a small share of the whole
 PLACE_SECONDS = 60.0
 # A graph of 9 MB that comes back after others takes 30 % longer than it should in its second run
 # and 1 % in its fifth: the last cache only keeps what was thrown out of the others.
@@ -58,6 +59,7 @@ class How:
     group: int
     stage: str
     untimed: int = 1  # runs of a graph before each one that is timed
+    quiet: float = QUIET  # noise below which fewer rounds do
     in_place: bool = False
 
 
@@ -168,7 +170,7 @@ def price(
         else:
             path.unlink(missing_ok=True)
             progress.info(
-                f"sums of prices are off by {fitted.median_error:.1%}: the machine was busy. They "
+                f"sums of prices are off by {fitted.median_error:.1%}, as on a busy machine. They "
                 "serve this run only; the next one measures again"
             )
     return prices
@@ -255,6 +257,7 @@ def _extended(
             progress=progress,
             rounds=how.rounds,
             untimed=how.untimed,
+            quiet=how.quiet,
             seconds_budget=how.seconds,
             group=how.group,
             stage=how.stage,
@@ -275,6 +278,7 @@ def _gently(whole_ms: float, size: int) -> How:
         group=as_fits(PLACE_BYTES / size, *PLACE_GROUP),
         stage="measuring prices in place",
         untimed=as_fits(PLACE_UNTIMED_MS / whole_ms, *PLACE_UNTIMED),
+        quiet=PLACE_QUIET,
         in_place=True,
     )
 

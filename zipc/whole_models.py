@@ -20,7 +20,7 @@ from zipc.profiler.timing import interleave, warm_up
 from zipc.pruner.graph.mixtures import settled
 
 CORRECTION_POINTS = 6
-CORRECTION_ROUNDS = 10, 60  # of a whole model beside dense: as many as fit
+CORRECTION_ROUNDS = 10, 200  # of a whole model beside dense: as many as fit
 CORRECTION_MS = 2000.0
 WARM_RUNS = 6
 

@@ -55,6 +55,22 @@ def test_constant_features_are_left_to_the_bias() -> None:
     torch.testing.assert_close(small[0], dense[0][:, keep])
 
 
+def test_noise_is_added_to_what_varies_and_draws_weights_to_what_they_were() -> None:
+    x = sample(6, 400)
+    x[2] = 0.3
+    gram, mean = statistics(x)
+    noisy, _ = center(x @ x.T, x.sum(dim=1), 400, noise=1e-2)
+    added = torch.full((6,), 1e-2 * float((x @ x.T).diagonal().mean()), dtype=torch.float64)
+    added[2] = 0.0
+    torch.testing.assert_close(noisy - gram, torch.diag(added))
+    (weight, bias), keep = layer(4, 6), torch.tensor([0, 1, 3])
+    moved = [
+        float((refit(weight, bias, g, mean, keep=keep)[0] - weight[:, keep]).norm())
+        for g in (gram, noisy)
+    ]
+    assert moved[1] < moved[0]
+
+
 def test_center_of_nothing_is_refused() -> None:
     with pytest.raises(UsageError, match="--data"):
         center(torch.zeros(2, 2), torch.zeros(2), 0)
