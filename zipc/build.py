@@ -125,11 +125,14 @@ def in_integers(
     models, feeds = (integer, floats.model), body.batches[0]
     both = [runtime.runner(m, workload=workload).outputs(feeds) for m in models]
     names = [name for _, name in prepared.source.outputs]
-    parity = check_parity(
-        *([found[name] for name in names] for found in both),
-        bound=INT8_BOUND,
-        what="the graph in INT8 against the same in floats",
-    )
+    try:
+        parity = check_parity(
+            *([found[name] for name in names] for found in both),
+            bound=INT8_BOUND,
+            what="the graph in INT8 against the same in floats",
+        )
+    except ExportMismatch as error:
+        raise ExportMismatch(f"{error}. Use --numerics fp32.") from error
     return replace(floats, model=integer, parity=parity, integer_products=integers)
 
 

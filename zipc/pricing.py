@@ -47,7 +47,8 @@ PLACE_UNTIMED = 1, 4
 PLACE_UNTIMED_MS = 6.0  # more than this much of it is not needed
 PLACE_GROUP = 2, GROUP  # whole models that are held beside the dense one: as many as fit
 PLACE_BYTES = 400e6
-TRUSTED_ERROR = 0.06  # a table whose sums are further off than this (median) is not kept
+TRUSTED_ERROR = 0.06  # a table whose sums are further off than this (median) is not kept, or than
+TRUSTED_SHARED = 0.12  # this, where sites share maps: their times go by products of widths
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +166,8 @@ def price(
     if table.correction is None:
         fitted = fit_correction(prepared, target, prices, device.timer(), progress)
         prices.table = _noted(table.with_correction(fitted), device)
-        if fitted.median_error <= TRUSTED_ERROR or prices.doubt is not None:
+        trusted = TRUSTED_ERROR if fastest is None else TRUSTED_SHARED
+        if fitted.median_error <= trusted or prices.doubt is not None:
             store.save(prices.table, path)
         else:
             path.unlink(missing_ok=True)
