@@ -93,7 +93,7 @@ def show_structure(console: Console, document: Mapping[str, Any]) -> None:
             f"{site['parameter_share']:.1%}",
             "-" if site["latency_share"] is None else f"{site['latency_share']:.1%}",
         )
-        table.add_row(escape(site["name"]), site["kind"], consumers, *counts)
+        table.add_row(_site(site["name"]), site["kind"], consumers, *counts)
     if sites:
         console.print(table)
     _show_left_alone(console, [LeftAlone(**part) for part in document["left_alone"]])
@@ -243,12 +243,17 @@ def _show_allocation(console: Console, rows: Sequence[Row], *, every_site: bool)
     console.print(table)
 
 
+def _site(name: str) -> str:
+    """A site's name, a line for each of the modules that have its units in common."""
+    return escape(name.replace("+", "+\n"))
+
+
 def _cells(row: Row) -> tuple[str, ...]:
     site, level, units, ms, error = row
     kept = "removed" if level.removed else str(level.width)
     numeric = "" if level.removed else level.numeric
     return (
-        escape(site),
+        _site(site),
         kept if units is None or level.removed else f"{kept}/{units}",
         numeric if level.pattern == "dense" else f"{numeric} {level.pattern}",
         "" if ms is None else three_digits(ms),
