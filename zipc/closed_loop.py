@@ -13,11 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from zipc.build import Built, build, build_floats
+from zipc.build import Built, build
 from zipc.candidates import Candidates, weight_limit
 from zipc.core.errors import TargetUnreachable
 from zipc.core.files import fingerprint
-from zipc.core.memory import release, trim
 from zipc.core.request import Request
 from zipc.core.types import Allocation, Level, PairedTiming, Progress, Runner
 from zipc.effort import Effort
@@ -28,10 +27,8 @@ from zipc.profiler.device import Device, GraphTimer, TimedGraph
 from zipc.proof import paired_speedup, paired_timing
 from zipc.pruner.allocate.search import Problem, SearchState, build_problem, search
 from zipc.pruner.allocate.sensitivity import probe_count, site_losses
-from zipc.pruner.compensate.propagate import propagate
 from zipc.pruner.graph.mixtures import nested
-from zipc.pruner.on_grid import on_grid
-from zipc.quantizer import by_modelopt, in_floats
+from zipc.repair import repaired
 from zipc.stage_cache import StageCache
 from zipc.turns import by_default
 
@@ -93,40 +90,6 @@ class _Attempt:
     loss: float
     toll: float = 0.0  # log of the speedup over that under default options
     toll_width: float = 0.0  # half-width of its interval
-
-
-def _repaired(
-    prepared: Prepared,
-    candidates: Candidates,
-    allocation: Allocation,
-    request: Request,
-    progress: Progress,
-) -> Built:
-    """Give the chosen allocation its final weights; its latency is that of the look."""
-    progress.stage("repair", len(allocation.levels))
-    candidates.scorer.forget()
-    candidates.levels.forget()
-    release()
-
-    def advance(site: str) -> None:
-        progress.advance(1, site)
-        trim()
-
-    theirs = request.quantizer == "modelopt"
-    states = propagate(
-        prepared.executor,
-        candidates.levels,
-        in_floats(allocation) if theirs else allocation,
-        candidates.repair,
-        on_site=advance,
-    )
-    if theirs:
-        states = by_modelopt(prepared, allocation, states, candidates.repair)
-    if prepared.body is not None:
-        limit = prepared.body.weight_limit
-        states = on_grid(candidates.levels, allocation, states, limit=limit)
-    progress.done()
-    return build_floats(prepared, allocation, states, workload=request.workload)
 
 
 def make_problem(
@@ -355,7 +318,7 @@ class ClosedLoop:
         else:
             solution = self.solve(target)
             self.cache.put(STAGE, self.key, {FILE: json.dumps(solution.to_json()).encode()})
-        built = _repaired(
+        built = repaired(
             self.prepared, self.candidates, solution.allocation, self.request, self.progress
         )
         if self.prepared.body is not None:
