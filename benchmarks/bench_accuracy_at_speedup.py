@@ -172,7 +172,7 @@ class Bench:
         int8 = median(r["unpruned_int8"]["compiled"] for r in runs)
         gain = median(r["in_turn"]["int8_to_compiled"]["speedup"] for r in runs)
         bar = BARS.get(row.name)
-        free = [r["by_default"]["speedup"] for r in runs if r["by_default"] is not None]
+        free = [r["by_default"]["speedup"] for r in runs if r.get("by_default") is not None]
         limits = [COLD_S if "measuring prices" in r["timings_s"] else WARM_S for r in runs]
         checks = {
             "quality": bar is None or score >= bar,
