@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -76,7 +77,8 @@ def collect(
     stats: dict[str, InputStats] = {}
     samples: dict[str, list[Tensor]] = {}
     per_batch = max(1, SAMPLE_ROWS // max(1, len(batches)))
-    adding = threading.Lock()
+    runs = Counter(c.module for c in calls if c.node in readers)  # of a module, in each batch
+    adding = _InOrder()
 
     def read(number: int) -> dict[str, Tensor]:
         """One batch: its moments are added, some of its rows returned."""
@@ -84,6 +86,7 @@ def collect(
         mask = feeds["attention_mask"].bool() if "attention_mask" in feeds else None
         generator = torch.Generator().manual_seed(seed * len(batches) + number)
         drawn: dict[str, list[Tensor]] = {}
+        ran: Counter[str] = Counter()
 
         def see(call: MapCall, x: Tensor) -> None:
             if call.node not in readers:
@@ -99,13 +102,18 @@ def collect(
             grams = [second_moment(part) for part in parts]
             total = rows.sum(0, dtype=torch.float64).reshape(call.groups, -1)
             low, high = (float(end) for end in torch.aminmax(rows))
-            with adding:
-                held = stats.setdefault(call.module, _empty(call, rows))
+            count, width = rows.shape
+
+            def add() -> None:
+                held = stats.setdefault(call.module, _empty(call, width))
                 for g, gram in enumerate(grams):
                     held.gram[g] += gram
                 held.total += total
-                held.count += len(rows)
+                held.count += count
                 held.low, held.high = min(held.low, low), max(held.high, high)
+
+            adding.take(call.module, number * runs[call.module] + ran[call.module], add)
+            ran[call.module] += 1
             chosen = torch.randperm(len(rows), generator=generator)[:per_batch]
             drawn.setdefault(call.module, []).append(rows[chosen])
 
@@ -118,18 +126,43 @@ def collect(
                 samples.setdefault(module, []).append(rows)
             if on_batch is not None:
                 on_batch()
+    assert adding.idle
     for module, held in stats.items():
         held.sample = torch.cat(samples[module])
     return {module: stats[group[module]] for module in group if group[module] in stats}
 
 
-def _empty(call: MapCall, rows: Tensor) -> InputStats:
-    width = rows.shape[1] // call.groups
+class _InOrder:
+    """Does what threads hand in, under one name, in the order of its numbers: sums of floats depend
+    on it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._next: Counter[str] = Counter()
+        self._waiting: dict[str, dict[int, Callable[[], None]]] = {}
+
+    def take(self, name: str, number: int, action: Callable[[], None]) -> None:
+        """Do an action, and those that waited for it; or keep it until those before it are done."""
+        with self._lock:
+            waiting = self._waiting.setdefault(name, {})
+            waiting[number] = action
+            while (ready := waiting.pop(self._next[name], None)) is not None:
+                ready()
+                self._next[name] += 1
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing waits."""
+        return not any(self._waiting.values())
+
+
+def _empty(call: MapCall, columns: int) -> InputStats:
+    width = columns // call.groups
     return InputStats(
         torch.zeros(call.groups, width, width, dtype=torch.float64),
         torch.zeros(call.groups, width, dtype=torch.float64),
         0,
-        rows.new_zeros(0, rows.shape[1]),
+        torch.zeros(0, columns),
         0.0,
         0.0,
     )
