@@ -186,12 +186,9 @@ def choose(
 
 
 def _bias(attempts: Sequence[_Attempt]) -> float:
-    """By how much predictions are too high near this budget: predicted over measured ratio.
-
-    Each look counts twice the one before it: they come closer to the budget.
-    """
+    """By how much predictions are too high near this budget: predicted over measured ratio."""
     logs = [math.log(a.predicted_ratio * a.speedup) for a in attempts]
-    return math.exp(_drawn(logs, [a.width for a in attempts], usual=TABLE_ERROR, growth=2.0))
+    return math.exp(_drawn(logs, [a.width for a in attempts], usual=TABLE_ERROR))
 
 
 def _toll(attempts: Sequence[_Attempt], target: float) -> float:
@@ -207,12 +204,10 @@ def _toll(attempts: Sequence[_Attempt], target: float) -> float:
     return math.exp(math.log(target) * share / (1 - share))
 
 
-def _drawn(
-    values: Sequence[float], widths: Sequence[float], *, usual: float, growth: float = 1.0
-) -> float:
+def _drawn(values: Sequence[float], widths: Sequence[float], *, usual: float) -> float:
     """The mean over all looks so far, drawn towards 0 as far as they are noisier than what is
-    looked for usually is large; each counts `growth` times the one before it."""
-    trust = [growth**i * usual**2 / (usual**2 + width**2) for i, width in enumerate(widths)]
+    looked for usually is large."""
+    trust = [usual**2 / (usual**2 + width**2) for width in widths]
     weighted = sum(t * x for t, x in zip(trust, values, strict=True))
     return weighted / (sum(trust) + 0.1)
 

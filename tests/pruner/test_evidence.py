@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from tests.tiny_models import FAMILIES, Case, build, case, randomise_, text, traced
 from zipc.core.errors import UsageError
-from zipc.pruner.evidence import SAMPLE_ROWS, InputStats, collect
+from zipc.pruner.evidence import SAMPLE_ROWS, InputStats, _InOrder, collect
 
 pytestmark = pytest.mark.xdist_group("encoders")
 
@@ -136,3 +136,14 @@ def test_records_are_ordinary_tensors_and_progress_is_reported() -> None:
     stats = collect(made.executor, batches, modules=[path], on_batch=lambda: ticks.append(1))
     assert len(ticks) == 3
     assert not any(t.is_inference() for t in (stats[path].gram, stats[path].sample))
+
+
+def test_what_threads_hand_in_is_done_in_order() -> None:
+    done, turns = [], _InOrder()
+    for number in (2, 0, 3, 1):
+        turns.take("map", number, lambda n=number: done.append(n))  # type: ignore[misc]
+        assert done == list(range(len(done)))
+    assert done == [0, 1, 2, 3]
+    assert turns.idle
+    turns.take("other", 1, lambda: None)
+    assert not turns.idle
