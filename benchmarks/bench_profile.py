@@ -20,7 +20,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from bench_families import save_model
@@ -28,6 +27,7 @@ from bench_latency_prediction import SHAPES
 from provenance import commit
 
 from zipc.core.files import read_json, write_json
+from zipc.latency_tables.compare import compare
 from zipc.latency_tables.store import read_table
 from zipc.latency_tables.table import LatencyTable
 from zipc.profiler.fingerprint import device_fingerprint
@@ -73,7 +73,7 @@ def measure(case: str, folder: Path) -> dict[str, Any]:
     second, _ = profile([model, *flags], folder / "second")
     with busy_processor():
         loaded, loaded_s = profile([model, *flags], folder / "loaded")
-    quiet, busy = difference(first, second), difference(first, loaded)
+    quiet, busy = difference(second, first), difference(loaded, first)
     return {
         "commit": commit(),
         "entries": len(first.entries),
@@ -99,9 +99,10 @@ def profile(arguments: list[str], cache: Path) -> tuple[LatencyTable, float]:
 
 def difference(one: LatencyTable, other: LatencyTable) -> float:
     """Median of how far the ratios of two tables are apart."""
-    ratios = [{entry.key: entry.ratio for entry in table.entries} for table in (one, other)]
-    shared = ratios[0].keys() & ratios[1].keys()
-    return median(abs(ratios[0][key] / ratios[1][key] - 1) for key in shared)
+    found = compare(one, other)
+    if not found.same_anchor or found.median_difference is None:
+        raise RuntimeError("the tables are not of the same graphs")
+    return found.median_difference
 
 
 @contextlib.contextmanager

@@ -134,7 +134,7 @@ def collect(
 
 class _InOrder:
     """Does what threads hand in, under one name, in the order of its numbers: sums of floats depend
-    on it."""
+    on it. At once where it may, since the moments of whole batches would not fit in memory."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

@@ -24,7 +24,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def second_moment(rows: Tensor) -> Tensor:
     """rows' rows; rows (n, d) -> (d, d) in fp64."""
-    return cross_moment(rows, rows)
+    own = _centred(rows)
+    return _moment(own, own)
 
 
 def cross_moment(left: Tensor, right: Tensor) -> Tensor:
@@ -33,13 +34,21 @@ def cross_moment(left: Tensor, right: Tensor) -> Tensor:
     The product is fp32 and of deviations from the mean, what the means add is fp64: columns that
     hardly vary keep their covariance, which would drown in the rounding of their squared means.
     """
-    totals = [rows.sum(0, dtype=torch.float64) for rows in (left, right)]
-    shifts = [total.div(max(1, len(left))).to(left.dtype) for total in totals]
-    deviations = [(r - s).T.contiguous() for r, s in zip((left, right), shifts, strict=True)]
-    moment = linear(*deviations).double()
-    (total_left, total), (shift, shift_right) = totals, (s.double() for s in shifts)
-    moment.addr_(shift, total)
-    return moment.addr_(total_left - len(left) * shift, shift_right)
+    return _moment(_centred(left), _centred(right))
+
+
+def _centred(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Deviations (d, n) from a shift near the mean; the shift (d,) and the total (d,) in fp64."""
+    total = rows.sum(0, dtype=torch.float64)
+    shift = total.div(max(1, len(rows))).to(rows.dtype)
+    return (rows - shift).T.contiguous(), shift.double(), total
+
+
+def _moment(left: tuple[Tensor, Tensor, Tensor], right: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """left' right, of what `_centred` gives of both."""
+    (deviations, shift, total), (other, other_shift, other_total) = left, right
+    moment = linear(deviations, other).double().addr_(shift, other_total)
+    return moment.addr_(total - deviations.shape[1] * shift, other_shift)
 
 
 @functools.cache

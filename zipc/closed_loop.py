@@ -386,10 +386,7 @@ class ClosedLoop:
             over = self.attempt(allocation, loss).speedup / self.needed(target)
             if self.accept[0] <= over <= self.accept[1]:
                 break
-            if over > self.accept[1] and all(
-                lv.width == self.prepared.sites[n].units and not lv.differs
-                for n, lv in allocation.levels.items()
-            ):
+            if over > self.accept[1] and allocation.undiminished(self.prepared.sites):
                 break  # nothing is left to give back
         good = [a for a in self.attempts if a.speedup >= self.least(target)]
         fastest = max(self.attempts, key=lambda a: a.speedup)

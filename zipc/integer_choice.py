@@ -38,8 +38,7 @@ def network_in_integers(
         return _best_ranges(prepared, way, candidates, floats, workload=workload, progress=progress)
 
     loss, built = made(body)
-    widths = floats.allocation.widths
-    if any(widths[name] < site.units for name, site in prepared.sites.items()):
+    if not floats.allocation.undiminished(prepared.sites):
         return built
     try:
         exact_loss, exact = made(replace(body, exact_sums=True))

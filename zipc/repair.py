@@ -32,11 +32,10 @@ def repaired(
     candidates.scorer.forget()
     candidates.levels.forget()
     release()
-    if request.quantizer == "modelopt":
-        states = _best(prepared, candidates, in_floats(allocation), progress)
+    theirs = request.quantizer == "modelopt"
+    states = _best(prepared, candidates, in_floats(allocation) if theirs else allocation, progress)
+    if theirs:
         states = by_modelopt(prepared, allocation, states, candidates.repair)
-    else:
-        states = _best(prepared, candidates, allocation, progress)
     if prepared.body is not None:
         limit = prepared.body.weight_limit
         states = on_grid(candidates.levels, allocation, states, limit=limit)
@@ -62,8 +61,7 @@ def _best(
         trim()
 
     ladder = candidates.levels.states(allocation, feedback=True)
-    levels, sites = allocation.levels.items(), prepared.sites
-    if not any(lv.differs or lv.width < sites[n].units for n, lv in levels):
+    if allocation.undiminished(prepared.sites):
         return ladder
     before = loss(ladder)
     for ridge in RIDGES:

@@ -365,7 +365,7 @@ def _rounded(
         state.weight,
         None if bias is None else bias.float(),
         activation=activation,
-        gram=moments.gram.double(),
+        gram=moments.gram,
     )
     made = replace(made, pattern=state.pattern)
     if bias is None:

@@ -307,6 +307,10 @@ class Allocation:
     def key(self) -> tuple[tuple[str, Level], ...]:
         return tuple(sorted(self.levels.items()))
 
+    def undiminished(self, sites: Mapping[str, Site]) -> bool:
+        """Whether every site has all its units, dense and in the numeric of the whole network."""
+        return all(lv.width == sites[n].units and not lv.differs for n, lv in self.levels.items())
+
 
 @dataclass(frozen=True, slots=True)
 class Artifact:
