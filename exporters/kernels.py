@@ -18,6 +18,7 @@ import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper, shape_inference
 from onnx.reference import ReferenceEvaluator
 
+from zipc.core.axes import size_of
 from zipc.core.errors import UnsupportedModel
 from zipc.core.types import Pattern, Workload
 from zipc.exporters.graph import Array, OnnxGraph, attribute
@@ -118,13 +119,12 @@ def _fold_(node: NodeProto, arrays: dict[str, Array], graph: OnnxGraph) -> bool:
 
 
 def _size(name: str, axes: Mapping[str, int]) -> int:
-    """The number that an axis, or a sum of products of axes, stands for."""
-    terms = [[part.strip() for part in term.split("*")] for term in name.split("+")]
-    if not all(part in axes or part.isdigit() for term in terms for part in term):
+    size = size_of(name, axes)
+    if size is None:
         raise UnsupportedModel(
             f"The axis '{name}' of the graph has no size in the workload. Give --input-shapes."
         )
-    return sum(math.prod(axes[p] if p in axes else int(p) for p in term) for term in terms)
+    return size
 
 
 @dataclass(slots=True)

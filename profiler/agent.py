@@ -33,7 +33,7 @@ from zipc.profiler.facts import (
     version_of,
 )
 
-GREETING = "zipc-agent-4"  # raised with every change of what is said
+GREETING = "zipc-agent-5"  # raised with every change of what is said
 MAX_ID = 8  # random token ids stay below the size of any vocabulary (those of letters have ~30)
 PROVIDERS = ["CPUExecutionProvider"]
 TITLES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}  # those that time graphs here

@@ -10,7 +10,7 @@ import os
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -92,6 +92,13 @@ class RemoteDevice:
         if not all(isinstance(seen.get(part), dict) for part in ("found", "lacks", "state")):
             raise BadAnswer(f"The agent on {self.host.address} does not say what is there.")
         return seen
+
+    def anew(self, attempt: int) -> RemoteDevice:
+        """The same board, where every engine is built anew."""
+        recipe = self.recipe
+        if recipe is None:
+            return self
+        return replace(self, recipe=lambda m, w: {**recipe(m, w), "attempt": attempt})
 
     def timer(self) -> RemoteProcess:
         return RemoteProcess(self) if self.recipe is None else TrtexecProcess(self, self.recipe)

@@ -18,6 +18,8 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import weakref
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ PLACES = ("/usr/src/tensorrt/bin/trtexec", "/opt/tensorrt/bin/trtexec")  # where
 FOLDER = "zipc-trtexec"
 FEWEST_RUNS = 10  # of an invocation
 POLL_S = 0.1
+SPARE = 4  # engines that nothing uses any more, and that may be asked for again
 PR_SET_PDEATHSIG = 1
 SHORT = "memory was short while an engine was built: faster kernels may have been passed over"
 SIGNS = {  # what trtexec goes on after, and what is then no longer so
@@ -69,6 +72,8 @@ class TensorRt:
         self.warnings: list[str] = []
         self._hung_up = hung_up
         _clear_leftovers()
+        self._users: Counter[Path] = Counter()
+        self._idle: list[Path] = []
         self._folder = Path(tempfile.mkdtemp(prefix=f"{FOLDER}-{os.getpid()}-", dir=temporary()))
 
     def close(self) -> None:
@@ -79,7 +84,9 @@ class TensorRt:
     ) -> Engine:
         """Build the engine of a graph; the same graph with the same flags is built once.
 
-        `recipe` has the flags of building and timing by major version of TensorRT.
+        Its file goes some time after the last that uses it: those of a sweep would fill a disk.
+        `recipe` has the flags of building and timing by major version of TensorRT. Where it names
+        an `attempt`, nothing is taken over from earlier builds: what differs then is luck.
         """
         major = str(self.version[0])
         if major not in recipe["build"]:
@@ -88,16 +95,23 @@ class TensorRt:
                 f"{' and '.join(recipe['build'])}.",
                 "RemoteError",
             )
-        flags = [*recipe["build"][major], *recipe["shapes"]]
-        name = hashlib.sha256(model + json.dumps(flags).encode()).hexdigest()[:24]
+        flags, attempt = [*recipe["build"][major], *recipe["shapes"]], recipe.get("attempt")
+        if attempt is None:
+            flags.append(f"--timingCacheFile={self._folder / 'timing.cache'}")
+        name = hashlib.sha256(model + json.dumps([*flags, attempt]).encode()).hexdigest()[:24]
         engine = self._folder / f"{name}.engine"
+        if engine in self._idle:
+            self._idle.remove(engine)
         if not engine.is_file():
             self._build(model, engine, flags)
         feeds = [f"{n}:{self._data(n, i)}" for n, i in inputs.items() if "float" not in i["dtype"]]
         data = [f"--loadInputs={','.join(feeds)}"] if feeds else []
         shapes = ",".join(f"{n}:{'x'.join(map(str, i['shape']))}" for n, i in inputs.items())
         given = [f"--shapes={shapes}"] if recipe["shapes"] else []
-        return Engine(self, [f"--loadEngine={engine}", *given, *data, *recipe["time"][major]])
+        made = Engine(self, [f"--loadEngine={engine}", *given, *data, *recipe["time"][major]])
+        self._users[engine] += 1
+        weakref.finalize(made, self._leave, engine).atexit = False
+        return made
 
     def times(self, engine: Sequence[str], *, count: int) -> list[float]:
         """GPU compute milliseconds of `count` consecutive inferences after the warm-up."""
@@ -119,6 +133,16 @@ class TensorRt:
             raise Failure(f"trtexec gave {len(found)} times of {count}.", "RemoteError")
         return found[-count:]
 
+    def _leave(self, engine: Path) -> None:
+        self._users[engine] -= 1
+        if self._users[engine]:
+            return
+        self._idle.append(engine)
+        for old in self._idle[:-SPARE]:
+            with contextlib.suppress(FileNotFoundError):
+                old.unlink()
+        del self._idle[:-SPARE]
+
     def _build(self, model: bytes, engine: Path, flags: Sequence[str]) -> None:
         source = engine.with_suffix(".onnx")
         try:
@@ -126,7 +150,6 @@ class TensorRt:
             log = self._run(
                 f"--onnx={source}",
                 f"--saveEngine={engine}",
-                f"--timingCacheFile={self._folder / 'timing.cache'}",
                 "--skipInference",
                 *flags,
             )

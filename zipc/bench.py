@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ from zipc.core.workload import read_workload, workload_document
 from zipc.manifest import TENSORRT, latency_of, recorded_runtime, refuse_changed
 from zipc.profiler.device import Device, LocalDevice, local_device
 from zipc.profiler.facts import machine
+from zipc.profiler.remote import RemoteDevice
 from zipc.profiler.timing import warm_up
-from zipc.proof import default_pairs, paired_speedup, percentiles, verdict
+from zipc.proof import MIN_PAIRS, default_pairs, of_builds, paired_speedup, percentiles, verdict
 from zipc.turns import by_default
 
 GRAPHS = ("reference.onnx", "model.onnx")
@@ -84,6 +85,7 @@ def bench(
     out: Path,
     *,
     pairs: int | None = None,
+    builds: int = 1,
     progress: Progress | None = None,
     threads: int | None = None,
     device: Device | None = None,
@@ -93,7 +95,8 @@ def bench(
     The promise is the requested speedup, on the workload and, where the manifest says so, under the
     runtime's default options; where a latency was requested, that latency; where neither was, the
     lower end of the recorded interval. Without a `device`, it is this machine under the runtime of
-    the manifest.
+    the manifest. Of `builds` engines of each graph, which differ by luck, each has its share of the
+    pairs.
 
     Raises:
         UsageError: a file of the folder is missing, or the proof is that of another device.
@@ -107,7 +110,9 @@ def bench(
         manifest = _manifest(out)
         refuse_elsewhere(manifest, out)
         device = device or local_device(recorded_runtime(manifest))
-    return measure(out, pairs=pairs, progress=progress, threads=threads, device=device)
+    return measure(
+        out, pairs=pairs, builds=builds, progress=progress, threads=threads, device=device
+    )
 
 
 def measure(
@@ -115,6 +120,7 @@ def measure(
     *,
     device: Device,
     pairs: int | None = None,
+    builds: int = 1,
     progress: Progress | None = None,
     threads: int | None = None,
 ) -> BenchResult:
@@ -130,17 +136,21 @@ def measure(
     refuse_changed(_graphs(manifest, path=path), out)
     progress = progress or Silent()
     before = device.state()
-    timer = device.timer()
-    progress.stage("load graphs", total=len(GRAPHS))
     models = [(out / name).read_bytes() for name in GRAPHS]
-    graphs = []
-    for name, model in zip(GRAPHS, models, strict=True):
-        graphs.append(timer.load(model, workload=workload))
-        progress.advance(note=name)
-    reference, candidate = graphs
-    if pairs is None:
-        pairs = default_pairs(float(np.median(warm_up(reference, max_runs=10)[-3:])))
-    timing = paired_speedup(reference, candidate, pairs=pairs, progress=progress)
+    timings = []
+    for turn in _builders(device, builds):
+        timer = turn.timer()
+        progress.stage("load graphs", total=len(GRAPHS))
+        graphs = []
+        for name, model in zip(GRAPHS, models, strict=True):
+            graphs.append(timer.load(model, workload=workload))
+            progress.advance(note=name)
+        reference, candidate = graphs
+        if pairs is None:
+            pairs = default_pairs(float(np.median(warm_up(reference, max_runs=10)[-3:])))
+        share = max(pairs // builds, MIN_PAIRS)
+        timings.append(paired_speedup(reference, candidate, pairs=share, progress=progress))
+    timing = of_builds(timings)
     promised = _promise(manifest, reference_ms=float(np.median(timing.reference_ms)), path=path)
     free = None
     if threads is None and _promised_by_default(manifest):
@@ -157,6 +167,18 @@ def measure(
         fingerprint=device.fingerprint(),
         states=(before, device.state()),
     )
+
+
+def _builders(device: Device, builds: int) -> Sequence[Device]:
+    """The device, for each time that the engines are built there."""
+    if builds == 1:
+        return [device]
+    if builds < 1 or device.runtime != TENSORRT or not isinstance(device, RemoteDevice):
+        raise UsageError(
+            f"--builds {builds}: engines of TensorRT, on the board of --host, can be built more "
+            "than once. Leave it out."
+        )
+    return [device.anew(number) for number in range(builds)]
 
 
 def refuse_elsewhere(manifest: Any, out: Path) -> None:

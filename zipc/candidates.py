@@ -235,6 +235,8 @@ def _stats_from(tensors: Mapping[str, Tensor], extent: Sequence[Any], leader: st
 
 def weight_limit(fingerprint: Mapping[str, Any]) -> int:
     """REDUCED where U8 x S8 products saturate: x86 without VNNI (ONNX Runtime's reduce_range)."""
+    if fingerprint.get("runtime") == "tensorrt":  # whatever processor is beside the GPU
+        return FULL
     x86 = str(fingerprint.get("arch", "")).lower() in ("x86_64", "amd64")
     vnni = any("vnni" in str(f) for f in fingerprint.get("isa", ()))
     return REDUCED if x86 and not vnni else FULL

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -243,6 +243,7 @@ def void(_: object) -> None:
 class ClosedLoop:
     """Searches, builds and measures until an artifact is as fast as asked.
 
+    `deployed` gives the graph by which a build is timed, `dense` is the one it is timed beside.
     Asked again, it goes on from what it has learnt about the model and the machine.
     """
 
@@ -255,6 +256,7 @@ class ClosedLoop:
         *,
         device: Device,
         dense: bytes,
+        deployed: Callable[[Built], bytes],
         effort: Effort,
         cache: StageCache,
         progress: Progress,
@@ -265,6 +267,7 @@ class ClosedLoop:
         self.request = request
         self.device = device
         self.dense = dense
+        self.deployed = deployed
         self.timer: GraphTimer = device.timer()
         self.reference: TimedGraph = self.timer.load(dense, workload=request.workload)
         self.effort = effort
@@ -409,7 +412,8 @@ class ClosedLoop:
         self.progress.stage("build and look")
         states = self.candidates.levels.states(allocation)
         built = build(self.prepared, allocation, states, workload=self.request.workload)
-        runner = self.timer.load(built.model, workload=self.request.workload)
+        model = self.deployed(built)
+        runner = self.timer.load(model, workload=self.request.workload)
         timing = _look(self.reference, runner)
         ratio = self.prices.ratio(allocation.predicted_ms)
         self.looks.append((1 / ratio, timing.speedup))
@@ -419,7 +423,7 @@ class ClosedLoop:
         if loss is None:
             loss = self.candidates.confirm.score(allocation)
         attempt = _Attempt(allocation, timing.speedup, _half_width(timing), ratio, loss)
-        free = self.by_default(built.model) if self.request.by_default else None
+        free = self.by_default(model) if self.request.by_default else None
         if free is not None:
             attempt.toll = math.log(timing.speedup / free.speedup)
             attempt.toll_width = _half_width(free)

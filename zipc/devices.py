@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from zipc.core.errors import UsageError
 from zipc.core.types import Target
 from zipc.exporters.tensorrt.script import recipe
 from zipc.manifest import TENSORRT, Manifest, recorded_runtime
 from zipc.modelled_device import ModelledDevice
-from zipc.profiler.agent import TITLES
 from zipc.profiler.device import Device, local_device
 from zipc.profiler.remote import Host, RemoteDevice
 
@@ -20,18 +18,10 @@ def open_device(target: Target, host: str | None = None, *, python: str = "pytho
     With a `host` it is that board, through ssh and its `python`; nothing is asked of it yet.
 
     Raises:
-        UsageError: the host cannot be one, or the parts of a network are not timed on boards under
-            the target's runtime.
+        UsageError: the host cannot be one.
     """
     if host is not None:
-        board = Host(host, python)
-        if target.runtime not in TITLES:
-            raise UsageError(
-                f"Under {target.runtime} the prices of target '{target.name}' come from its model, "
-                "and --host has no part in them: leave it out. What was compiled is then measured "
-                f"by zipc validate OUT --host {host}."
-            )
-        return RemoteDevice(board, target.runtime)
+        return _board(Host(host, python), target.runtime)
     if target.sheet is not None:
         return ModelledDevice.of(target.name, target.sheet)
     return local_device(target.runtime)
@@ -47,4 +37,8 @@ def device_of(out: Path, *, host: str | None = None, python: str = "python3") ->
     runtime = recorded_runtime(Manifest.read(out).to_json())
     if host is None:
         return local_device("onnxruntime" if runtime == TENSORRT else runtime)
-    return RemoteDevice(Host(host, python), runtime, recipe if runtime == TENSORRT else None)
+    return _board(Host(host, python), runtime)
+
+
+def _board(host: Host, runtime: str) -> RemoteDevice:
+    return RemoteDevice(host, runtime, recipe if runtime == TENSORRT else None)

@@ -194,7 +194,7 @@ def _prepare(source: SourceModel, request: Request, progress: Progress) -> Prepa
 def _price(
     prepared: Prepared, request: Request, target: Target, device: Device, progress: Progress
 ) -> Prices:
-    prepared.floats, runtime = target.reference_numeric, runtime_of(target)
+    prepared.floats, runtime = target.reference_numeric, runtime_of(target, device.kind)
     if request.quantizer != "zipc":  # it is for linear maps
         runtime = replace(runtime, convolutions=False)
     prepared.runtime = runtime

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from zipc.core.types import Allocation, LeftAlone, PairedTiming, Progress, Runne
 from zipc.effort import effort_of
 from zipc.exporters.tensorrt.engine import Engine, build_engine, choose_builder
 from zipc.exporters.tensorrt.script import build_script
-from zipc.groundwork import cache_of, cache_root, set_up
+from zipc.groundwork import Setup, cache_of, cache_root, set_up
 from zipc.manifest import Manifest
 from zipc.modelled_device import predicted_timing
 from zipc.output import check_output, staged, write_artifacts
@@ -26,7 +28,7 @@ from zipc.profiler.device import TimedGraph
 from zipc.profiler.timing import warm_up
 from zipc.proof import default_pairs, paired_speedup
 from zipc.record import make_manifest, read_quality, samples_of
-from zipc.shipped import Shipped, layout, ship
+from zipc.shipped import Shipped, layout, reference, ship
 
 LEAST_MORE, MOST_MORE = 1.01, 1.05  # asked for where the first artifact missed by little
 
@@ -42,20 +44,30 @@ def compile_model(request: Request, *, progress: Progress) -> Manifest:
         clock, cache = Clock(progress), cache_of(request)
         setup = set_up(request, clock)
         request = setup.request
-        dense = dense_model(setup.prepared)
+        measured = setup.device.kind == "measured"
+        batches = [setup.prepared.for_graph(b) for b in setup.candidates.repair]
+        dense = reference(setup.prepared, target=setup.target, batches=batches)
+        shipping = partial(
+            ship,
+            setup.prepared,
+            dense=dense,
+            target=setup.target,
+            workload=request.workload,
+            batches=batches,
+        )
         loop = ClosedLoop(
             setup.prepared,
             setup.prices,
             setup.candidates,
             request,
             device=setup.device,
-            dense=dense,
+            dense=dense if measured else dense_model(setup.prepared),
+            deployed=(lambda built: shipping(built).model) if measured else attrgetter("model"),
             effort=effort_of(request.effort),
             cache=cache,
             progress=clock,
         )
         goal = target_speedup(request, loop.reference)
-        measured = setup.device.kind == "measured"
         proof = _proved(loop, goal)
         short = measured and goal is not None and proof.lacks(goal, request) > 1
         if goal is not None and short and not proof.found.solution.unreachable:
@@ -77,15 +89,7 @@ def compile_model(request: Request, *, progress: Progress) -> Manifest:
         structure, tensors, _ = checkpoint(
             setup.prepared, found.built.allocation, found.built.states
         )
-        shipped = ship(
-            setup.prepared,
-            found.built,
-            dense,
-            target=setup.target,
-            workload=request.workload,
-            batches=[setup.prepared.for_graph(b) for b in setup.candidates.repair],
-            placed=request.engine is not None,
-        )
+        shipped = shipping(found.built, placed=request.engine is not None)
         setup.candidates.notes += shipped.notes
         engine = _engine(setup.target, shipped, request, clock)
         if engine is not None:
@@ -105,15 +109,7 @@ def compile_model(request: Request, *, progress: Progress) -> Manifest:
                 model=shipped.model,
                 reference=shipped.reference if request.keep_reference else None,
                 engine=None if engine is None else engine.plan,
-                script=None
-                if measured
-                else build_script(
-                    shipped.model,
-                    target=setup.target,
-                    workload=request.workload,
-                    timing=timing,
-                    predicted_ms=found.solution.predicted_ratio * setup.prices.dense_ms,
-                ),
+                script=_script(setup, shipped, proof, request),
                 layout=layout(
                     shipped,
                     request,
@@ -170,14 +166,31 @@ class _Proof:
 
 def _proved(loop: ClosedLoop, goal: float | None) -> _Proof:
     found = loop.find(goal)
-    compiled = loop.timer.load(found.built.model, workload=loop.request.workload)
+    model = loop.deployed(found.built)
+    compiled = loop.timer.load(model, workload=loop.request.workload)
     if loop.prices.doubt is not None:
         allocation, doubt = found.built.allocation, loop.prices.doubt
         timing = predicted_timing(loop.reference, compiled, allocation, doubt)
         return _Proof(found, compiled, timing)
     pairs = min(default_pairs(loop.prices.dense_ms), loop.effort.verdict_pairs)
     timing = paired_speedup(loop.reference, compiled, pairs=pairs, progress=loop.progress)
-    return _Proof(found, compiled, timing, loop.by_default(found.built.model))
+    return _Proof(found, compiled, timing, loop.by_default(model))
+
+
+def _script(setup: Setup, shipped: Shipped, proof: _Proof, request: Request) -> str | None:
+    """What builds the engines on the device, of targets that need one."""
+    if setup.target.runtime != "tensorrt":
+        return None
+    timing, host = proof.timing, setup.device.fingerprint().get("host")
+    ms = proof.found.solution.predicted_ratio * setup.prices.dense_ms
+    return build_script(
+        shipped.model,
+        target=setup.target,
+        workload=request.workload,
+        timing=timing,
+        ms=float(np.median(timing.candidate_ms)) if timing.candidate_ms else ms,
+        known="Predicted" if host is None else f"Measured on {host}",
+    )
 
 
 def _engine(target: Target, shipped: Shipped, request: Request, clock: Clock) -> Engine | None:

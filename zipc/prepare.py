@@ -80,9 +80,14 @@ class Prepared:
         """The dense graph, or that of one site, with an edit applied, as its runtime takes it."""
         return specialise(graph, edit, part=part, emitter=self.runtime.emitter)
 
-    def emit(self, graph: OnnxGraph, *, part: bool = False) -> bytes:
-        """A graph, or that of one site, as it is deployed."""
-        model = graph.to_bytes()
+    def timed(self, graph: OnnxGraph, edit: Edit, *, part: bool = False) -> bytes:
+        """The same as its device is given it to time, the whole network in floats."""
+        emitter = self.runtime.timed or self.runtime.emitter
+        return specialise(graph, edit, part=part, emitter=emitter).to_bytes()
+
+    def deployed(self, graph: OnnxGraph, edit: Edit, *, part: bool = False) -> bytes:
+        """The same in what the whole network runs in."""
+        model = self.timed(graph, edit, part=part)
         return model if self.body is None else self.body.emit(model, part=part)
 
     def example(

@@ -19,6 +19,7 @@ from zipc.exporters.site_graph import extract
 from zipc.exporters.specialise import EMISSION, Edit, specialise
 from zipc.latency_tables.store import TableStore, differences
 from zipc.latency_tables.table import Entry, LatencyTable
+from zipc.manifest import TENSORRT
 from zipc.offered import offered_levels
 from zipc.plain_edits import plain_edit
 from zipc.prepare import Prepared
@@ -117,7 +118,7 @@ def price(
             for level in offered[site.name]
         ]
     largest = max(parts, key=lambda s: sum(a.size for a in parts[s].arrays.values()))
-    anchor = prepared.specialise(parts[largest], Edit()).to_bytes()
+    anchor = prepared.timed(parts[largest], Edit())
     table = stored or LatencyTable(
         kind=device.kind,
         target=target.name,
@@ -240,6 +241,11 @@ def _extended(
         )
     if len(missing) < len(graphs):
         progress.info(f"{len(graphs) - len(missing)} prices reused from the latency table")
+    if device.kind == "measured" and device.runtime == TENSORRT:
+        progress.info(
+            f"{len(missing)} engines are built on {table.fingerprint['host']}, some seconds each; "
+            "interrupted, the same command goes on from what was measured"
+        )
     table = table.with_correction(None) if how.in_place else table.unplaced()
     started = time.monotonic()
     held = [table]
@@ -297,6 +303,6 @@ def _builder(part: OnnxGraph, site: Site, level: Level, prepared: Prepared) -> C
     def build() -> bytes:
         kept = {site.name: tuple(range(level.width))}
         edit = plain_edit(prepared, {site.name: cut}, kept)
-        return prepared.emit(prepared.specialise(part, edit, part=True), part=True)
+        return prepared.deployed(part, edit, part=True)
 
     return build

@@ -65,6 +65,25 @@ def paired_timing(reference_ms: Sequence[float], candidate_ms: Sequence[float]) 
     )
 
 
+def of_builds(timings: Sequence[PairedTiming]) -> PairedTiming:
+    """The speedup of several builds of the same graphs: that of their middle one.
+
+    The interval reaches over all of them, since the next build may be any.
+    """
+    if len(timings) == 1:
+        return timings[0]
+    found = [t.speedup for t in timings]
+    told = ", ".join(f"{speedup:.3f}x" for speedup in found)
+    return PairedTiming(
+        reference_ms=tuple(ms for t in timings for ms in t.reference_ms),
+        candidate_ms=tuple(ms for t in timings for ms in t.candidate_ms),
+        speedup=float(np.median(found)),
+        ci95=(min(t.ci95[0] for t in timings), max(t.ci95[1] for t in timings)),
+        inconclusive=any(t.inconclusive for t in timings),
+        notes=(f"{len(timings)} builds: {told}", *(n for t in timings for n in t.notes)),
+    )
+
+
 def verdict(
     timing: PairedTiming, target_speedup: float, *, by_default: PairedTiming | None = None
 ) -> VerdictName:

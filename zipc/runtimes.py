@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx
 import onnxruntime as ort
 
-from zipc.core.types import Target
+from zipc.core.types import TableKind, Target
 from zipc.exporters.openvino import OPENVINO
 from zipc.exporters.specialise import ONNX_RUNTIME, Emitter, count_integer_kernels
-from zipc.exporters.tensorrt.emit import IN_FLOATS
+from zipc.exporters.tensorrt.emit import IN_FLOATS, TensorRt
 from zipc.exporters.tensorrt.qdq import count_rounded_products
 from zipc.profiler.agent import TITLES
 from zipc.profiler.runners.onnxruntime import PROVIDERS, OnnxRuntimeRunner
@@ -25,13 +25,15 @@ from zipc.profiler.runners.session import SessionRunner
 class CpuRuntime:
     """How graphs are written for a runtime, run in it, and asked for their integer products.
 
-    `convolutions`: one of them between floats may run on integers too.
+    `convolutions`: one of them between floats may run on integers too. `timed` writes what a device
+    is given to time, where that is not what runs here.
     """
 
     emitter: Emitter
     runner: type[SessionRunner]
     integer_products: Callable[[bytes], int]
     convolutions: bool = False
+    timed: Emitter | None = None
 
     @property
     def title(self) -> str:
@@ -66,6 +68,13 @@ RUNTIMES: Mapping[str, CpuRuntime] = {
 }
 
 
-def runtime_of(target: Target) -> CpuRuntime:
-    """The runtime of a target."""
-    return RUNTIMES[target.runtime]
+def runtime_of(target: Target, kind: TableKind) -> CpuRuntime:
+    """The runtime of a target whose times are known in a way.
+
+    On a GPU, graphs are timed as TensorRT takes them, all in fp16: before there is data, nothing is
+    known to overflow.
+    """
+    runtime = RUNTIMES[target.runtime]
+    if target.runtime == "tensorrt" and kind == "measured":
+        return replace(runtime, timed=TensorRt({}))
+    return runtime

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from zipc.build import INT8_BOUND, Built, edit_of
+from zipc.build import INT8_BOUND, Built, dense_model, edit_of
 from zipc.core.request import Request
 from zipc.core.types import Target, Workload
 from zipc.exporters.onnx_export import check_parity
@@ -41,6 +41,14 @@ class Shipped:
     notes: tuple[str, ...] = ()
 
 
+def reference(prepared: Prepared, *, target: Target, batches: Sequence[Feeds]) -> bytes:
+    """The dense model as it is shipped; see `ship`."""
+    if target.runtime != "tensorrt":
+        return dense_model(prepared)
+    held = maxima(prepared.dense, Edit(), _few(batches))
+    return emit(prepared.dense, Edit(), maxima=held).to_bytes()
+
+
 def ship(
     prepared: Prepared,
     built: Built,
@@ -49,24 +57,23 @@ def ship(
     target: Target,
     workload: Workload,
     batches: Sequence[Feeds],
-    placed: bool,
+    placed: bool = False,
 ) -> Shipped:
-    """The graphs themselves for ONNX Runtime; for TensorRT, the same weights as it takes them.
+    """The graph itself for ONNX Runtime; for TensorRT, the same weights as it takes them.
 
-    There, `batches` of calibration rows tell which values fp16 cannot hold. `placed` asks for
-    places, which errors of a builder name.
+    `dense` is the `reference`. For TensorRT `batches` of calibration rows tell which values fp16
+    cannot hold. `placed` asks for places, which errors of a builder name.
 
     Raises:
         ExportMismatch: the graph for TensorRT is far from the one the search judged.
     """
     if target.runtime != "tensorrt":
         return Shipped(built.model, dense)
-    seen = [{n: v[:ROWS] for n, v in batch.items()} for batch in batches[:BATCHES]]
+    seen = _few(batches)
     edit = edit_of(built.states, sizes_at(prepared.structure, built.allocation.widths))
     stand_for = {f"{m}.weight": built.states.maps[m].weight.numpy() for m in edit.int8}
     floats = replace(edit, int8={}, tensors={**edit.tensors, **stand_for})
     model = emit(prepared.dense, edit, maxima=maxima(prepared.dense, floats, seen))
-    reference = emit(prepared.dense, Edit(), maxima=maxima(prepared.dense, Edit(), seen))
     made = model.to_bytes()
     names = [name for _, name in prepared.source.outputs]
     got, want = (
@@ -80,7 +87,11 @@ def ship(
     kept = Counter(k.reason for k in kept_in_fp32(model))
     notes = [f"{count} operators stay in fp32: {reason}" for reason, count in kept.items()]
     found = places(model, prepared.program.exported) if placed else {}
-    return Shipped(made, reference.to_bytes(), found, (*notes,))
+    return Shipped(made, dense, found, (*notes,))
+
+
+def _few(batches: Sequence[Feeds]) -> list[Feeds]:
+    return [{n: v[:ROWS] for n, v in batch.items()} for batch in batches[:BATCHES]]
 
 
 def layout(

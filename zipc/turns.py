@@ -34,9 +34,9 @@ def by_default(
     device: Device, models: Sequence[bytes], workload: Workload, progress: Progress
 ) -> PairedTiming | None:
     """The speedup of the second model over the first with as many threads as the runtime takes by
-    itself; None on a device with one processor, where that is one."""
+    itself; None where that is one, or the runtime is no processor's."""
     processors = device.fingerprint().get("cores", 1)
-    if processors == 1:
+    if processors == 1 or device.runtime not in ON_CPU:
         return None
     progress.stage("default session options")
     free = replace(workload, threads=0)

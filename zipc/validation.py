@@ -16,12 +16,17 @@ from zipc.profiler.device import Device
 from zipc.record import by_default_record, samples_of, times_of
 
 SAMPLES = "samples.json"
-OF_A_TIMING = re.compile(r"\d+ pairs in |too noisy: |.*; nothing was measured$")
+OF_A_TIMING = re.compile(r"\d+ (pairs in|builds: )|too noisy: |.*; nothing was measured$")
 OF_THE_COMPILE = "prices and predicted times are those of the compile, for "
 
 
 def validate(
-    out: Path, *, device: Device, pairs: int | None = None, progress: Progress | None = None
+    out: Path,
+    *,
+    device: Device,
+    pairs: int | None = None,
+    builds: int = 1,
+    progress: Progress | None = None,
 ) -> Manifest:
     """Repeat the proof of OUT on a device; its verdict, times and samples replace those of OUT.
 
@@ -35,7 +40,7 @@ def validate(
     """
     manifest = Manifest.read(out)
     refuse_changed(manifest.files, out)
-    result = measure(out, pairs=pairs, progress=progress, device=device)
+    result = measure(out, pairs=pairs, builds=builds, progress=progress, device=device)
     with staged(out) as folder:
         shutil.copytree(out, folder, dirs_exist_ok=True)
         samples = samples_of(result.timing, result.workload) | {"state": result.state}

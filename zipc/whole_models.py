@@ -81,7 +81,7 @@ def fastest_widths(prepared: Prepared, target: Target, sites: SitePrices) -> dic
 def whole_model(prepared: Prepared, levels: Mapping[str, Level]) -> bytes:
     """The whole model at some levels, with unrepaired weights."""
     edit = plain_edit(prepared, levels, first_units(levels))
-    return prepared.emit(prepared.specialise(prepared.dense, edit))
+    return prepared.deployed(prepared.dense, edit)
 
 
 def fit_correction(

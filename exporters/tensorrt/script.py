@@ -28,7 +28,7 @@ SCRIPT = """#!/bin/sh
 # without transfers) and prints the speedup. Flags are passed on to the builds, as in
 #     sh build.sh --builderOptimizationLevel=5
 # BUILDS=3 sh build.sh builds anew as often, without a timing cache: what differs is luck.
-# Predicted: {expected}
+# {expected}
 # Inputs: {inputs}
 # TensorRT 10.3 to 11.4.{jetson}
 set -eu
@@ -100,9 +100,12 @@ def build_script(
     target: Target,
     workload: Workload,
     timing: PairedTiming,
-    predicted_ms: float,
+    ms: float,
+    known: str,
 ) -> str:
     """The text of build.sh for an emitted graph and its reference.
+
+    `ms` is what the graph takes, and `known` says how that and the speedup are known.
 
     Raises:
         UsageError: the workload does not say how large an input is.
@@ -114,7 +117,7 @@ def build_script(
     )
     best = profile_texts(found).get("opt")
     return SCRIPT.format(
-        expected=f"{predicted_ms:.3g} ms, {timing.speedup:.2f}x of reference.onnx, "
+        expected=f"{known}: {ms:.3g} ms, {timing.speedup:.2f}x of reference.onnx, "
         f"95 % {low:.2f} to {high:.2f}",
         inputs=", ".join(f"{n} {sizes(p.most)}" for n, p in found.items()),
         jetson=_jetson(target),

@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 import numpy as np
 import onnxruntime as ort
 
+from zipc.core.axes import shape_of
 from zipc.core.errors import UsageError
 from zipc.core.types import Workload
 from zipc.profiler.agent import PROVIDERS, open_session, values
 from zipc.profiler.facts import one_line
-from zipc.profiler.runners.inputs import shape_of
 from zipc.profiler.runners.session import SessionRunner
 
 _DTYPES: Mapping[str, str] = {

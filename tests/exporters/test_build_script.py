@@ -70,7 +70,8 @@ def call(
         target=load_target(target),
         workload=Workload(batch_size=8, sequence_length=16),
         timing=PairedTiming((), (), 2.0, (1.5, 2.5)),
-        predicted_ms=1.234,
+        ms=1.234,
+        known="Predicted",
     )
     (folder / "build.sh").write_text(text)
     ended = subprocess.run(

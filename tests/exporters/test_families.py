@@ -20,8 +20,9 @@ from zipc.core.types import Workload
 from zipc.exporters.finish import finish
 from zipc.exporters.graph import OnnxGraph
 from zipc.exporters.onnx_export import check_parity
-from zipc.exporters.specialise import Edit
-from zipc.exporters.tensorrt.emit import emit
+from zipc.exporters.site_graph import extract
+from zipc.exporters.specialise import Edit, specialise
+from zipc.exporters.tensorrt.emit import TensorRt, emit
 from zipc.exporters.tensorrt.engine import build_engine
 from zipc.exporters.tensorrt.half import kept_in_fp32
 from zipc.exporters.tensorrt.lower import lower_
@@ -228,3 +229,18 @@ def test_tensorrt_builds_the_graph_of_every_family(family: str) -> None:
         graph.to_bytes(), builder="rtx", compute_capability="sm80", workload=workload
     )
     assert len(built.plan) > 1000
+
+
+@needs_rtx
+@families
+def test_tensorrt_builds_every_kind_of_site_alone(family: str) -> None:
+    """They are what a board is priced by."""
+    made, dense = single(family)
+    workload = Workload(batch_size=2, sequence_length=7 if ZOO[family].modality == "text" else None)
+    alike = {site.signature: site for site in made.inner}
+    for site in alike.values():
+        part = specialise(extract(dense, site), Edit(), part=True, emitter=TensorRt({}))
+        built = build_engine(
+            part.to_bytes(), builder="rtx", compute_capability="sm80", workload=workload
+        )
+        assert len(built.plan) > 1000

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from zipc.exporters.tensorrt.script import recipe
 from zipc.profiler import remote
 from zipc.profiler.remote import Host, RemoteDevice
 from zipc.profiler.timing import interleave, warm_up
-from zipc.profiler.trtexec import integers, version
+from zipc.profiler.trtexec import SPARE, integers, version
 
 SIZE_MS = len(graph()) / 1e4
 
@@ -75,6 +76,17 @@ def test_engines_are_built_once_and_timed_in_turns(tmp_path: Path, major: str) -
     assert device.fingerprint()["runtime_version"] == {"10": "10.3.0", "11": "11.4.0"}[major]
     timer._link.close()
     assert left_behind(tmp_path) == []
+
+
+def test_engines_that_nothing_uses_any_more_do_not_fill_the_disk(tmp_path: Path) -> None:
+    fake_trtexec.install(tmp_path)
+    timer = board(tmp_path).timer()
+    held = timer.load(graph("batch"), workload=WORKLOAD)
+    for rows in range(2, 10):
+        timer.load(graph(rows), workload=replace(WORKLOAD, batch_size=rows))
+    timer.load(graph("batch"), workload=WORKLOAD)
+    assert held.run() > 0
+    assert len(list(tmp_path.glob("zipc-trtexec-*/*.engine"))) <= SPARE + 2
 
 
 @pytest.mark.parametrize(

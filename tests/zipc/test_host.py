@@ -16,7 +16,7 @@ from tests.command_line import Run
 from tests.tiny_project import Told, request, small_effort
 from zipc import pricing
 from zipc.cli.flags import read_hosts
-from zipc.core.errors import RemoteError, UsageError
+from zipc.core.errors import EngineFailed, RemoteError, UsageError
 from zipc.core.request import Request
 from zipc.effort import EFFORTS
 from zipc.latency_tables.store import read_table
@@ -197,7 +197,43 @@ def test_doctor_looks_at_a_board(tmp_path: Path, run: Run) -> None:
     assert (code, "there is no such host" in " ".join(out.split())) == (2, True)
 
 
-def test_a_target_of_another_runtime_is_refused(run: Run) -> None:
-    code, _, err = run("profile", "minilm", "--target", "orin", "--host", "board", "--dry-run")
-    assert code == 2
-    assert "tensorrt" in err
+def test_a_compile_is_measured_by_the_engines_of_a_board(
+    sources: tuple[Path, Path], tmp_path: Path, run: Run
+) -> None:
+    calls = fake_trtexec.install(tmp_path)
+    python = fake_trtexec.python_beside(tmp_path)
+    told = Told()
+    wanted = asked(sources, tmp_path, target="orin", host_python=python)
+    manifest = compile_model(wanted, progress=told)
+    out = tmp_path / "out"
+    assert (manifest.verdict, manifest.runtime) == ("validated", "tensorrt")
+    assert any("engines are built on board" in line for line in told.infos)
+    latency = manifest.latency
+    assert (latency.table_kind, latency.by_default) == ("measured", None)
+    assert latency.fingerprint["runtime_version"] == "10.3.0"
+    assert "without transfers" in str(latency.session_options["trtexec"])
+    # That trtexec takes a millisecond for each ten kilobytes: these very files were timed.
+    sizes = [(out / name).stat().st_size / 1e4 for name in ("reference.onnx", "model.onnx")]
+    assert [latency.reference_ms, latency.compiled_ms] == pytest.approx(sizes, rel=0.01)
+    assert latency.speedup >= 1.2
+    table = read_table(next((tmp_path / "cache/tables/orin@board").rglob("*.json")))
+    assert {e.level.numeric for e in table.entries} >= {"fp16", "int8-static"}
+    assert {e.level.pattern for e in table.entries} == {"dense", "2:4"}
+    assert f"# Measured on board: {latency.compiled_ms:.3g} ms" in (out / "build.sh").read_text()
+    built = [json.loads(line) for line in calls.read_text().splitlines()]
+    assert all("--stronglyTyped" in words for words in built if "--skipInference" in words)
+    before = len(built)
+    again = profile_model(wanted, progress=Told())
+    assert again.from_cache
+    assert len(calls.read_text().splitlines()) == before
+    board = ("--host", loopback.ALIAS, "--host-python", python)
+    assert run("bench", str(out), *board)[0] == 0
+
+
+def test_what_tensorrt_refuses_is_told_by_its_name(
+    sources: tuple[Path, Path], tmp_path: Path
+) -> None:
+    fake_trtexec.install(tmp_path, trouble="refused")
+    python = fake_trtexec.python_beside(tmp_path)
+    with pytest.raises(EngineFailed, match=r"TensorRT 10\.3\.0 refuses the graph.*/Tile"):
+        profile_model(asked(sources, tmp_path, target="orin", host_python=python), progress=Told())

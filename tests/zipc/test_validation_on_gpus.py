@@ -65,6 +65,34 @@ def test_a_predicted_verdict_becomes_a_measured_one(tmp_path: Path, run: Run) ->
         assert "target 'orin', which is not this machine" in err
 
 
+def test_luck_of_the_build_is_told_and_widens_the_interval(tmp_path: Path, run: Run) -> None:
+    calls = fake_trtexec.install(tmp_path, trouble="luck")
+    board = ("--host", loopback.ALIAS, "--host-python", fake_trtexec.python_beside(tmp_path))
+    out = tmp_path / "out"
+    predicted(out, asked=25)
+    code, told, _ = run("validate", str(out), *board, "--builds", "3", "--format", "json")
+    built = [w for w in map(json.loads, calls.read_text().splitlines()) if "--skipInference" in w]
+    assert len(built) == 6
+    assert not any("timingCacheFile" in word for words in built for word in words)
+    latency = Manifest.read(out).latency
+    assert latency.speedup_ci95 is not None
+    low, high = latency.speedup_ci95
+    assert high / low > 1.1
+    assert any(note.startswith("3 builds: ") for note in latency.notes)
+    assert low < 25 < (latency.speedup or 0) < high
+    assert (code, json.loads(told)["verdict"]) == (3, "inconclusive")
+    run("validate", str(out), *board)
+    assert not any("3 builds" in note for note in Manifest.read(out).latency.notes)
+
+
+@pytest.mark.parametrize("builds", ["0", "3"])
+def test_only_engines_are_built_more_than_once(tmp_path: Path, run: Run, builds: str) -> None:
+    finished(tmp_path / "out")
+    code, _, err = run("bench", str(tmp_path / "out"), "--builds", builds)
+    assert code == 2
+    assert f"--builds {builds}: engines of TensorRT" in err
+
+
 def test_a_promise_that_is_not_kept_is_missed(tmp_path: Path, run: Run) -> None:
     fake_trtexec.install(tmp_path, major="11")
     board = ("--host", loopback.ALIAS, "--host-python", fake_trtexec.python_beside(tmp_path))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from zipc.cli.flags import FormatFlag, HostFlag, HostPythonFlag, one_host
+from zipc.cli.flags import BuildsFlag, FormatFlag, HostFlag, HostPythonFlag, one_host
 from zipc.cli.printing import show_fields
 from zipc.cli.quantities import parse_seconds
 from zipc.cli.running import Outcome, run_verb
@@ -32,6 +32,7 @@ def bench_verb(
     ] = None,
     host: HostFlag = None,
     host_python: HostPythonFlag = "python3",
+    builds: BuildsFlag = 1,
     format: FormatFlag = "table",
 ) -> None:
     """Measure OUT/model.onnx against OUT/reference.onnx again: exit 0 when the promise holds."""
@@ -40,7 +41,7 @@ def bench_verb(
         from zipc.bench import bench
 
         pairs, device = measurement(out, max_time=max_time, host=host, host_python=host_python)
-        result = bench(out, pairs=pairs, progress=progress, device=device)
+        result = bench(out, pairs=pairs, builds=builds, progress=progress, device=device)
         for note in device.notes:
             progress.info(note)
         document = result.to_json()

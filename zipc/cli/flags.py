@@ -83,6 +83,16 @@ HostPythonFlag = Annotated[
     str, typer.Option("--host-python", help="The board's Python that has the runtime.")
 ]
 
+BuildsFlag = Annotated[
+    int,
+    typer.Option(
+        "--builds",
+        help="Build the engines on the board so many times, from nothing: what differs is luck, "
+        "and the interval reaches over all.",
+        metavar="N",
+    ),
+]
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFlags:

@@ -9,7 +9,7 @@ import typer
 
 from zipc.cli.bench import measurement
 from zipc.cli.compile import verdict_exit_code
-from zipc.cli.flags import FormatFlag, HostFlag, HostPythonFlag
+from zipc.cli.flags import BuildsFlag, FormatFlag, HostFlag, HostPythonFlag
 from zipc.cli.printing import show_manifest
 from zipc.cli.running import Outcome, run_verb
 from zipc.core.types import Progress
@@ -26,6 +26,7 @@ def validate_verb(
     ] = None,
     host: HostFlag = None,
     host_python: HostPythonFlag = "python3",
+    builds: BuildsFlag = 1,
     format: FormatFlag = "table",
 ) -> None:
     """Measure OUT again, here or on a board, and write verdict, times and samples into it."""
@@ -34,7 +35,7 @@ def validate_verb(
         from zipc.validation import validate
 
         pairs, device = measurement(out, max_time=max_time, host=host, host_python=host_python)
-        made = validate(out, device=device, pairs=pairs, progress=progress)
+        made = validate(out, device=device, pairs=pairs, builds=builds, progress=progress)
         return Outcome(
             made.to_json(),
             lambda console: show_manifest(console, made, out=out),
