@@ -86,6 +86,8 @@ class Agent:
             graphs = [self._graphs[number] for number in command["graphs"]]
             series = graphs[0].series
             return series(graphs, rounds=command["rounds"], untimed=command["untimed"])
+        if what == "layers":
+            return self._graphs[command["graph"]].layers()
         if what == "warnings":
             return [] if self._tensorrt is None else self._tensorrt.warnings
         if what == "fingerprint":

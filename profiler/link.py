@@ -28,7 +28,7 @@ from zipc.core.errors import (
 )
 from zipc.profiler import agent, facts, trtexec
 
-MAX_ANSWER = 4 << 20  # bytes of a line: a long series of many graphs is a tenth of it
+MAX_ANSWER = 16 << 20  # bytes of a line: the layers of a large engine are a tenth of it
 MAX_BANNER = 64 << 10  # bytes a login may print before the agent speaks
 _KEPT = 8 << 10  # bytes of standard error that are kept
 _PATIENCE_S = 5.0  # for a process that was told to end

@@ -216,6 +216,17 @@ class RemoteProcess(TimingProcess):
         self._device.notes.append(told)
 
 
+class EngineRunner(ApartRunner):
+    """A graph that became an engine, which can be read back."""
+
+    def layers(self) -> str:
+        """What TensorRT's inspector says of its layers: JSON, and not yet looked at."""
+        told = self._process.ask({"do": "layers", "graph": self.number})
+        if not isinstance(told, str):
+            raise BadAnswer("The agent gave no text of an engine's layers.")
+        return told
+
+
 class TrtexecProcess(RemoteProcess):
     """A `RemoteProcess` whose graphs become engines: trtexec builds and times them.
 
@@ -224,6 +235,7 @@ class TrtexecProcess(RemoteProcess):
     """
 
     rounds_at_once = 40
+    runner = EngineRunner
 
     def __init__(self, device: RemoteDevice, recipe: Recipe) -> None:
         self._recipe = recipe

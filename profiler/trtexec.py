@@ -108,7 +108,8 @@ class TensorRt:
         data = [f"--loadInputs={','.join(feeds)}"] if feeds else []
         shapes = ",".join(f"{n}:{'x'.join(map(str, i['shape']))}" for n, i in inputs.items())
         given = [f"--shapes={shapes}"] if recipe["shapes"] else []
-        made = Engine(self, [f"--loadEngine={engine}", *given, *data, *recipe["time"][major]])
+        flags = [f"--loadEngine={engine}", *given, *data, *recipe["time"][major]]
+        made = Engine(self, flags, engine.with_suffix(".json"))
         self._users[engine] += 1
         weakref.finalize(made, self._leave, engine).atexit = False
         return made
@@ -139,8 +140,9 @@ class TensorRt:
             return
         self._idle.append(engine)
         for old in self._idle[:-SPARE]:
-            with contextlib.suppress(FileNotFoundError):
-                old.unlink()
+            for path in (old, old.with_suffix(".json")):
+                with contextlib.suppress(FileNotFoundError):
+                    path.unlink()
         del self._idle[:-SPARE]
 
     def _build(self, model: bytes, engine: Path, flags: Sequence[str]) -> None:
@@ -150,6 +152,8 @@ class TensorRt:
             log = self._run(
                 f"--onnx={source}",
                 f"--saveEngine={engine}",
+                f"--exportLayerInfo={engine.with_suffix('.json')}",
+                "--profilingVerbosity=detailed",
                 "--skipInference",
                 *flags,
             )
@@ -216,15 +220,23 @@ class TensorRt:
 class Engine:
     """An engine on disk. An invocation of trtexec takes seconds, so that it gives several runs."""
 
-    def __init__(self, tensorrt: TensorRt, arguments: Sequence[str]) -> None:
+    def __init__(self, tensorrt: TensorRt, arguments: Sequence[str], layers: Path) -> None:
         self._tensorrt = tensorrt
         self._arguments = arguments
+        self._layers = layers
         self._ready: list[float] = []
 
     def run(self) -> float:
         if not self._ready:
             self._ready = self.times(FEWEST_RUNS)
         return self._ready.pop(0)
+
+    def layers(self) -> str:
+        """What its layers are and compute in, as TensorRT's inspector writes it."""
+        try:
+            return self._layers.read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError as error:
+            raise Failure("trtexec does not say what is in its engine.", "RemoteError") from error
 
     def times(self, count: int) -> list[float]:
         return self._tensorrt.times(self._arguments, count=count)

@@ -13,12 +13,14 @@ from zipc.core.errors import CorruptFile, UsageError
 from zipc.core.files import read_json
 from zipc.core.types import Artifact, PairedTiming, Progress, Silent, VerdictName, Workload
 from zipc.core.workload import read_workload, workload_document
+from zipc.engines import noted
 from zipc.manifest import TENSORRT, latency_of, recorded_runtime, refuse_changed
 from zipc.profiler.device import Device, LocalDevice, local_device
 from zipc.profiler.facts import machine
 from zipc.profiler.remote import RemoteDevice
 from zipc.profiler.timing import warm_up
 from zipc.proof import MIN_PAIRS, default_pairs, of_builds, paired_speedup, percentiles, verdict
+from zipc.shipped import Shipped
 from zipc.turns import by_default
 
 GRAPHS = ("reference.onnx", "model.onnx")
@@ -149,7 +151,8 @@ def measure(
         if pairs is None:
             pairs = default_pairs(float(np.median(warm_up(reference, max_runs=10)[-3:])))
         share = max(pairs // builds, MIN_PAIRS)
-        timings.append(paired_speedup(reference, candidate, pairs=share, progress=progress))
+        timing = paired_speedup(reference, candidate, pairs=share, progress=progress)
+        timings.append(noted(timing, candidate, Shipped(models[1], models[0])))
     timing = of_builds(timings)
     promised = _promise(manifest, reference_ms=float(np.median(timing.reference_ms)), path=path)
     free = None

@@ -20,6 +20,7 @@ from zipc.core.files import fingerprint
 from zipc.core.request import Request
 from zipc.core.types import Allocation, Level, PairedTiming, Progress, Runner
 from zipc.effort import Effort
+from zipc.engines import engine_of, passed_over
 from zipc.integer_choice import network_in_integers
 from zipc.prepare import Prepared
 from zipc.prices import Prices
@@ -29,6 +30,7 @@ from zipc.pruner.allocate.search import Problem, SearchState, build_problem, sea
 from zipc.pruner.allocate.sensitivity import probe_count, site_losses
 from zipc.pruner.graph.mixtures import nested
 from zipc.repair import repaired
+from zipc.shipped import Shipped
 from zipc.stage_cache import StageCache
 from zipc.turns import by_default
 
@@ -90,6 +92,7 @@ class _Attempt:
     loss: float
     toll: float = 0.0  # log of the speedup over that under default options
     toll_width: float = 0.0  # half-width of its interval
+    repriced: bool = False  # some of its levels gain less than their prices said
 
 
 def make_problem(
@@ -243,7 +246,7 @@ def void(_: object) -> None:
 class ClosedLoop:
     """Searches, builds and measures until an artifact is as fast as asked.
 
-    `deployed` gives the graph by which a build is timed, `dense` is the one it is timed beside.
+    `deployed` gives what a build is timed by, `dense` is the graph it is timed beside.
     Asked again, it goes on from what it has learnt about the model and the machine.
     """
 
@@ -256,7 +259,7 @@ class ClosedLoop:
         *,
         device: Device,
         dense: bytes,
-        deployed: Callable[[Built], bytes],
+        deployed: Callable[[Built], Shipped],
         effort: Effort,
         cache: StageCache,
         progress: Progress,
@@ -386,7 +389,10 @@ class ClosedLoop:
                 state=self.state,
             )
             self.searched += self.state.trials
-            over = self.attempt(allocation, loss).speedup / self.needed(target)
+            attempt = self.attempt(allocation, loss)
+            if attempt.repriced:
+                continue
+            over = attempt.speedup / self.needed(target)
             if self.accept[0] <= over <= self.accept[1]:
                 break
             if over > self.accept[1] and allocation.undiminished(self.prepared.sites):
@@ -412,8 +418,8 @@ class ClosedLoop:
         self.progress.stage("build and look")
         states = self.candidates.levels.states(allocation)
         built = build(self.prepared, allocation, states, workload=self.request.workload)
-        model = self.deployed(built)
-        runner = self.timer.load(model, workload=self.request.workload)
+        shipped = self.deployed(built)
+        runner = self.timer.load(shipped.model, workload=self.request.workload)
         timing = _look(self.reference, runner)
         ratio = self.prices.ratio(allocation.predicted_ms)
         self.looks.append((1 / ratio, timing.speedup))
@@ -423,12 +429,25 @@ class ClosedLoop:
         if loss is None:
             loss = self.candidates.confirm.score(allocation)
         attempt = _Attempt(allocation, timing.speedup, _half_width(timing), ratio, loss)
-        free = self.by_default(model) if self.request.by_default else None
+        free = self.by_default(shipped.model) if self.request.by_default else None
         if free is not None:
             attempt.toll = math.log(timing.speedup / free.speedup)
             attempt.toll_width = _half_width(free)
+        attempt.repriced = self._repriced(built, shipped, runner)
         self.attempts.append(attempt)
         return attempt
+
+    def _repriced(self, built: Built, shipped: Shipped, runner: Runner) -> bool:
+        """Whether an engine passes sparse kernels over that prices count on; they do no more."""
+        engine = engine_of(runner, shipped) if built.sparse_weights else None
+        if engine is None:
+            return False
+        sites = passed_over(engine, built, shipped, self.prepared.structure.sites)
+        changed = [name for name in sites if self.problem.gains_nothing_(name)]
+        if changed:
+            told = f"the engine has no sparse kernels at {len(changed)} sites in 2:4: they cost"
+            self.progress.info(f"{told} what dense ones do from now on")
+        return bool(changed)
 
     def by_default(self, model: bytes) -> PairedTiming | None:
         """A graph against the dense one under the runtime's default options, where it can be timed

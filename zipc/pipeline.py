@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from zipc.core.figures import three_digits
 from zipc.core.request import Request
 from zipc.core.types import Allocation, LeftAlone, PairedTiming, Progress, Runner, Site, Target
 from zipc.effort import effort_of
+from zipc.engines import noted
 from zipc.exporters.tensorrt.engine import Engine, build_engine, choose_builder
 from zipc.exporters.tensorrt.script import build_script
 from zipc.groundwork import Setup, cache_of, cache_root, set_up
@@ -62,7 +62,9 @@ def compile_model(request: Request, *, progress: Progress) -> Manifest:
             request,
             device=setup.device,
             dense=dense if measured else dense_model(setup.prepared),
-            deployed=(lambda built: shipping(built).model) if measured else attrgetter("model"),
+            deployed=partial(shipping, placed=True)
+            if measured
+            else lambda built: Shipped(built.model, dense),
             effort=effort_of(request.effort),
             cache=cache,
             progress=clock,
@@ -166,15 +168,16 @@ class _Proof:
 
 def _proved(loop: ClosedLoop, goal: float | None) -> _Proof:
     found = loop.find(goal)
-    model = loop.deployed(found.built)
-    compiled = loop.timer.load(model, workload=loop.request.workload)
+    shipped = loop.deployed(found.built)
+    compiled = loop.timer.load(shipped.model, workload=loop.request.workload)
     if loop.prices.doubt is not None:
         allocation, doubt = found.built.allocation, loop.prices.doubt
         timing = predicted_timing(loop.reference, compiled, allocation, doubt)
         return _Proof(found, compiled, timing)
     pairs = min(default_pairs(loop.prices.dense_ms), loop.effort.verdict_pairs)
     timing = paired_speedup(loop.reference, compiled, pairs=pairs, progress=loop.progress)
-    return _Proof(found, compiled, timing, loop.by_default(model))
+    timing = noted(timing, compiled, shipped)
+    return _Proof(found, compiled, timing, loop.by_default(shipped.model))
 
 
 def _script(setup: Setup, shipped: Shipped, proof: _Proof, request: Request) -> str | None:

@@ -10,13 +10,14 @@ from pathlib import Path
 from zipc.bench import BenchResult, measure
 from zipc.core.files import sha256_file, write_json
 from zipc.core.types import Artifact, Progress
+from zipc.engines import ENGINE
 from zipc.manifest import LatencyRecord, Manifest, refuse_changed
 from zipc.output import KINDS, staged
 from zipc.profiler.device import Device
 from zipc.record import by_default_record, samples_of, times_of
 
 SAMPLES = "samples.json"
-OF_A_TIMING = re.compile(r"\d+ (pairs in|builds: )|too noisy: |.*; nothing was measured$")
+OF_A_TIMING = re.compile(rf"\d+ (pairs in|builds: )|{ENGINE}|too noisy: |.*; nothing was measured$")
 OF_THE_COMPILE = "prices and predicted times are those of the compile, for "
 
 

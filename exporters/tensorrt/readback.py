@@ -23,6 +23,7 @@ NUMERICS = ("int8", "fp16", "fp32")  # the fewer bits, the earlier
 SPELT = {"int8": "int8", "half": "fp16", "fp16": "fp16", "float": "fp32", "fp32": "fp32"}
 TYPE = re.compile(rf"\b({'|'.join(SPELT)})\b", re.IGNORECASE)
 NODES = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
+SPARSE_KERNEL = re.compile(r"spars|sptensor|spmma", re.IGNORECASE)
 INT8_KERNEL = re.compile(r"int8|i8i8", re.IGNORECASE)
 FOUND = re.compile(r"\(Sparsity\) Found (\d+) layer")
 CHOSEN = re.compile(r"\(Sparsity\) Chose (\d+) layer")
@@ -33,11 +34,13 @@ NO_ROOM = re.compile(r"out of memory|OutOfMemory|NvMap", re.IGNORECASE)
 @dataclass(frozen=True, slots=True)
 class ReadBack:
     """`products`: convolutions and products of matrices by numeric; `unseen` are those that no
-    layer of the engine names. None where the builder did not say."""
+    layer of the engine names; `sparse`, by node, those on kernels for 2:4 weights. None where the
+    builder did not say."""
 
     layers: int
     products: Mapping[str, int]
     unseen: int
+    sparse: frozenset[str]
     sparse_found: int | None
     sparse_chosen: int | None
     memory_mb: float | None
@@ -51,6 +54,8 @@ class ReadBack:
         if self.sparse_found is not None:
             parts.append(f"sparse kernels chosen for {self.sparse_chosen or 0} layers")
             parts[-1] += f" of {self.sparse_found} that could have them"
+        elif self.sparse:
+            parts.append(f"{len(self.sparse)} products on sparse kernels")
         if self.memory_mb is not None:
             parts.append(f"{self.memory_mb:.1f} MB of weights and activations")
         if self.short_of_memory:
@@ -89,6 +94,13 @@ def read_back(
         layers=len(layers),
         products=Counter(held[name] for name in wanted if name in held),
         unseen=sum(name not in held for name in wanted),
+        sparse=frozenset(
+            name
+            for layer in layers
+            if SPARSE_KERNEL.search(layer.get("TacticName", ""))
+            for name in _nodes(layer)
+            if name in wanted
+        ),
         sparse_found=found,
         sparse_chosen=chosen,
         memory_mb=sum(memory.values()) / 1e6 if memory else None,

@@ -19,10 +19,41 @@ from zipc.profiler.runners.inputs import graph_inputs
 from zipc.profiler.runners.registry import RUNNERS
 
 
+class ApartRunner:
+    """Times one graph of a `TimingProcess`; a `Runner`. The graph is dropped with this object."""
+
+    def __init__(self, process: TimingProcess, number: int, options: Mapping[str, Any]) -> None:
+        self._process = process
+        self.number = number
+        self.session_options = dict(options)
+
+    @property
+    def at_once(self) -> int:
+        """Rounds to ask for in one series."""
+        return self._process.rounds_at_once
+
+    def run(self) -> float:
+        """Do one inference and return its milliseconds."""
+        return checked_time(self._process.ask({"do": "run", "graph": self.number}))
+
+    def series(self, runners: Sequence[Runner], *, rounds: int, untimed: int) -> list[list[float]]:
+        """Interleaved runs of graphs of this process, all of them over there."""
+        numbers = []
+        for runner in runners:
+            if not isinstance(runner, ApartRunner) or runner._process is not self._process:
+                raise ValueError("Runners of different processes cannot be interleaved.")
+            numbers.append(runner.number)
+        return self._process.series(numbers, rounds=rounds, untimed=untimed)
+
+    def __del__(self) -> None:
+        self._process.drop(self.number)
+
+
 class TimingProcess:
     """A process that times graphs in a runtime, one run at a time; it ends with this object."""
 
     rounds_at_once = 8
+    runner = ApartRunner
 
     def __init__(self, runtime: str) -> None:
         self._runtime = runtime
@@ -39,7 +70,7 @@ class TimingProcess:
         """
         self._loaded += 1
         self.ask(self._loading(self._loaded, model, workload), model)
-        return ApartRunner(self, self._loaded, self._opened_with(workload))
+        return self.runner(self, self._loaded, self._opened_with(workload))
 
     def series(self, graphs: Sequence[int], *, rounds: int, untimed: int) -> list[list[float]]:
         """Time graphs by their numbers in turns."""
@@ -81,33 +112,3 @@ class TimingProcess:
     def _connect(self) -> Link:
         paths = os.pathsep.join(os.path.abspath(p) for p in sys.path)
         return Link([], python=sys.executable, environment={"PYTHONPATH": paths})
-
-
-class ApartRunner:
-    """Times one graph of a `TimingProcess`; a `Runner`. The graph is dropped with this object."""
-
-    def __init__(self, process: TimingProcess, number: int, options: Mapping[str, Any]) -> None:
-        self._process = process
-        self.number = number
-        self.session_options = dict(options)
-
-    @property
-    def at_once(self) -> int:
-        """Rounds to ask for in one series."""
-        return self._process.rounds_at_once
-
-    def run(self) -> float:
-        """Do one inference and return its milliseconds."""
-        return checked_time(self._process.ask({"do": "run", "graph": self.number}))
-
-    def series(self, runners: Sequence[Runner], *, rounds: int, untimed: int) -> list[list[float]]:
-        """Interleaved runs of graphs of this process, all of them over there."""
-        numbers = []
-        for runner in runners:
-            if not isinstance(runner, ApartRunner) or runner._process is not self._process:
-                raise ValueError("Runners of different processes cannot be interleaved.")
-            numbers.append(runner.number)
-        return self._process.series(numbers, rounds=rounds, untimed=untimed)
-
-    def __del__(self) -> None:
-        self._process.drop(self.number)

@@ -47,6 +47,17 @@ class Problem:
             {i for at in enumerate(chosen) for i in self.idle.get(at, ())} if self.idle else set()
         )
 
+    def gains_nothing_(self, name: str) -> bool:
+        """Price the 2:4 levels of a site as the same ones without; whether that changes a price."""
+        site = self.names.index(name)
+        levels, times = self.levels[site], self.times[site]
+        before = times.copy()
+        for at, level in enumerate(levels):
+            plain = level.without("2:4")
+            if plain != level and plain in levels:
+                times[at] = max(times[at], times[levels.index(plain)])
+        return bool((times != before).any())
+
     def settled(self, chosen: Sequence[int]) -> list[int]:
         """The same with sites that are idle dense."""
         idle = self.idle_at(chosen)

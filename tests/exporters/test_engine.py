@@ -159,7 +159,9 @@ def test_an_int8_kernel_that_rounds_its_own_input_counts_as_int8() -> None:
 def test_what_the_builder_did_not_say_is_not_made_up() -> None:
     found = read_back(layer_info(), [], graph(), {})
     assert (found.sparse_found, found.memory_mb) == (None, None)
-    assert "sparse" not in str(found)
+    assert found.sparse == {"second"}
+    assert "1 products on sparse kernels" in str(found)
+    assert "could have them" not in str(found)
 
 
 def test_tactics_dropped_for_want_of_memory_are_told() -> None:

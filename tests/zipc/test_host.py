@@ -230,6 +230,19 @@ def test_a_compile_is_measured_by_the_engines_of_a_board(
     assert run("bench", str(out), *board)[0] == 0
 
 
+def test_sparse_kernels_that_an_engine_passes_over_are_not_counted_on(
+    sources: tuple[Path, Path], tmp_path: Path
+) -> None:
+    fake_trtexec.install(tmp_path, trouble="sparse")
+    python = fake_trtexec.python_beside(tmp_path)
+    told = Told()
+    wanted = asked(sources, tmp_path, target="orin", host_python=python, numerics="fp16")
+    manifest = compile_model(wanted, progress=told)
+    assert any("the engine has no sparse kernels at" in line for line in told.infos)
+    assert {a.level.pattern for a in manifest.allocation} == {"dense"}
+    assert any(n.startswith("engine of model.onnx: ") for n in manifest.latency.notes)
+
+
 def test_what_tensorrt_refuses_is_told_by_its_name(
     sources: tuple[Path, Path], tmp_path: Path
 ) -> None:
