@@ -50,11 +50,18 @@ LLAMA: dict[str, Any] = {
     "num_key_value_heads": 4,
     "max_position_embeddings": 512,
 }
+WIDE = LLAMA | {  # too large for any cache at every width a search takes
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 16,
+}
 # case -> architecture and settings of a random model, and what is timed
 SHAPES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "bert-base": ("BertModel", BERT, {}),
     "llama-prefill": ("LlamaForCausalLM", LLAMA, {}),
     "llama-decode": ("LlamaForCausalLM", LLAMA, {"phase": "decode", "past_length": 128}),
+    "llama-2048-decode": ("LlamaForCausalLM", WIDE, {"phase": "decode", "past_length": 128}),
 }
 CASES = ("minilm", "resnet56", *SHAPES)
 
