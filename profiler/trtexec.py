@@ -30,7 +30,7 @@ from zipc.profiler.facts import Failure, one_line, room, temporary
 PLACES = ("/usr/src/tensorrt/bin/trtexec", "/opt/tensorrt/bin/trtexec")  # where NVIDIA puts it
 FOLDER = "zipc-trtexec"
 FEWEST_RUNS = 10  # of an invocation
-POLL_S = 0.1
+SHORTEST_POLL_S, LONGEST_POLL_S = 0.005, 0.1
 SPARE = 4  # engines that nothing uses any more, and that may be asked for again
 PR_SET_PDEATHSIG = 1
 SHORT = "memory was short while an engine was built: faster kernels may have been passed over"
@@ -179,8 +179,10 @@ class TensorRt:
                 preexec_fn=_end_with_parent,
             )
             try:
+                pause = SHORTEST_POLL_S
                 while process.poll() is None:
-                    if self._hung_up(POLL_S):
+                    pause = min(2 * pause, LONGEST_POLL_S)
+                    if self._hung_up(pause):
                         raise EOFError("nobody waits for this any more")
             finally:
                 if process.poll() is None:

@@ -227,3 +227,14 @@ def test_what_lies_in_units_that_are_gone_saves_nothing_more(seed: int) -> None:
     found = run(problem, score, budget_ms=budget)
     assert found.loss == pytest.approx(best)
     assert all(problem.allocation(c).predicted_ms <= budget + 1e-9 for _, c in found.top)
+
+
+def test_2_4_that_gains_nothing_costs_what_the_same_costs_without() -> None:
+    levels = [Level(4), Level(8), Level(4, pattern="2:4"), Level(8, pattern="2:4"), Level(0)]
+    times = [np.array([1.0, 2.0, 0.7, 2.1, 0.0]), np.array([1.0, 2.0, 0.7, 1.4, 0.0])]
+    losses = [np.zeros(5), np.zeros(5)]
+    problem = Problem(["a", "b"], [levels, levels], times, losses, 0.0, 4.0)
+    assert problem.gains_nothing_("a")
+    assert problem.times[0].tolist() == [1.0, 2.0, 1.0, 2.1, 0.0]
+    assert problem.times[1].tolist() == [1.0, 2.0, 0.7, 1.4, 0.0]
+    assert not problem.gains_nothing_("a")
