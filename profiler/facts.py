@@ -99,7 +99,7 @@ def examine() -> dict[str, Any]:
     """What is here to time with, what is lacking, and how this machine is set up."""
     found: dict[str, Any] = {"python": f"{platform.python_version()} ({sys.executable})"}
     lacks = {}
-    for runtime in ("onnxruntime", "tensorrt"):
+    for runtime in ("onnxruntime", "openvino", "tensorrt"):
         try:
             found[runtime] = version_of(runtime)
         except Failure as failure:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import json
 import math
 import sys
@@ -195,6 +197,28 @@ def test_doctor_looks_at_a_board(tmp_path: Path, run: Run) -> None:
     assert (code, there["board: trtexec"]["status"]) == (0, "optional")
     code, out, _ = run("doctor", "--host", "no-such-board.invalid")
     assert (code, "there is no such host" in " ".join(out.split())) == (2, True)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("openvino") is None, reason="OpenVINO is not installed"
+)
+def test_a_board_runs_openvino(sources: tuple[Path, Path], tmp_path: Path, run: Run) -> None:
+    rest = {"runtime": "openvino", "numerics": "int8", "prune": False, "speedup": None}
+    manifest = compile_model(asked(sources, tmp_path, **rest), progress=Told())
+    prints = manifest.latency.fingerprint
+    assert (manifest.runtime, prints["runtime"], prints["host"]) == (
+        "openvino",
+        "openvino",
+        "board",
+    )
+    assert prints["runtime_version"] == importlib.metadata.version("openvino")
+    assert {a.level.numeric for a in manifest.allocation} == {"int8-static"}
+    code, out, _ = run(
+        *("doctor", "--host", loopback.ALIAS, "--host-python", sys.executable),
+        *("--format", "json"),
+    )
+    there = {f["name"]: f for f in json.loads(out)["findings"]}
+    assert (code, there["board: openvino"]["status"]) == (0, "ok")
 
 
 def test_a_compile_is_measured_by_the_engines_of_a_board(

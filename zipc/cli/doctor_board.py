@@ -9,7 +9,11 @@ from zipc.cli.doctor import Finding
 from zipc.core.errors import RemoteError
 from zipc.profiler.remote import Host, RemoteDevice
 
-RUNTIMES = {"onnxruntime": "onnxruntime", "tensorrt": "trtexec"}  # and what has to be there
+RUNTIMES = {  # and what has to be there
+    "onnxruntime": "onnxruntime",
+    "openvino": "openvino",
+    "tensorrt": "trtexec",
+}
 BEST = {  # settings under which times are fastest and steady, and how to get there
     "governor": ("performance", "sudo cpupower frequency-set -g performance"),
     "power_mode": ("MAXN", "sudo nvpmodel -m 0 && sudo jetson_clocks, unless this one is meant"),
