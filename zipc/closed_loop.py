@@ -40,6 +40,8 @@ EXACT_AIM, EXACT_ACCEPT = 1.01, (1.0, 1.02)  # the same of modelled speedups, wh
 STAGE, FILE = "solution", "solution.json"
 JUDGED, LOSSES = "sensitivity", "losses.json"
 FILLED = 0.98  # finalists that leave more of the budget unused overshoot the speedup asked for
+LOOKS = 3  # finalists that are built, best first, until one is fast enough: sums of prices are off
+# by a few percent, for each in its own way
 FINALISTS = 6  # judged on the confirming texts; half as many where the budget was only corrected
 AGAIN = 0.15  # share of the search that is spent when only the budget was corrected
 LOOK_PAIRS = (60, 120, 240)  # a look goes on while its interval is wider than LOOK_WIDTH
@@ -91,7 +93,7 @@ class _Attempt:
     predicted_ratio: float
     loss: float
     toll: float = 0.0  # log of the speedup over that under default options
-    toll_width: float = 0.0  # half-width of its interval
+    toll_width: float = math.inf  # half-width of its interval; infinite where it was not measured
     repriced: bool = False  # some of its levels gain less than their prices said
 
 
@@ -150,8 +152,8 @@ def choose(
     rng: np.random.Generator,
     progress: Progress,
     state: SearchState | None = None,
-) -> tuple[Allocation, float, SearchState]:
-    """Search at a latency ratio to dense, then pick among `finalists` on more texts.
+) -> tuple[list[tuple[Allocation, float]], SearchState]:
+    """Search at a latency ratio to dense, then judge `finalists` on more texts; best first.
 
     Raises:
         TargetUnreachable: no allocation is predicted to reach the ratio; carries the best speedup.
@@ -181,11 +183,11 @@ def choose(
     top = [(problem.allocation(c), c) for _, c in found.top]
     least = FILLED * prices.budget_ms(ratio)
     filled = ([f for f in top if f[0].predicted_ms >= least] or top)[:finalists]
-    loss, best = min((candidates.confirm.score(a), i) for i, (a, _) in enumerate(filled))
-    allocation, chosen = filled[best]
-    found.chosen = list(chosen)
+    judged = sorted((candidates.confirm.score(a), i) for i, (a, _) in enumerate(filled))
+    loss, best = judged[0]
+    found.chosen = list(filled[best][1])
     progress.done(f"{found.trials} candidates, oracle {loss:.5f}")
-    return allocation, loss, found
+    return [(filled[i][0], loss) for loss, i in judged], found
 
 
 def _bias(attempts: Sequence[_Attempt]) -> float:
@@ -376,7 +378,7 @@ class ClosedLoop:
         for _ in range(self.effort.rounds):
             first = self.state is None
             share = 1.0 if first else AGAIN
-            allocation, loss, self.state = choose(
+            finalists, self.state = choose(
                 self.problem,
                 self.prices,
                 self.candidates,
@@ -389,10 +391,13 @@ class ClosedLoop:
                 state=self.state,
             )
             self.searched += self.state.trials
-            attempt = self.attempt(allocation, loss)
+            for allocation, loss in finalists[:LOOKS]:
+                attempt = self.attempt(allocation, loss, worth=self.least(target))
+                over = attempt.speedup / self.needed(target)
+                if attempt.repriced or over >= self.accept[0]:
+                    break
             if attempt.repriced:
                 continue
-            over = attempt.speedup / self.needed(target)
             if self.accept[0] <= over <= self.accept[1]:
                 break
             if over > self.accept[1] and allocation.undiminished(self.prepared.sites):
@@ -414,7 +419,11 @@ class ClosedLoop:
         """The fastest level of every site."""
         return self.problem.allocation([int(t.argmin()) for t in self.problem.times])
 
-    def attempt(self, allocation: Allocation, loss: float | None = None) -> _Attempt:
+    def attempt(
+        self, allocation: Allocation, loss: float | None = None, *, worth: float = 0.0
+    ) -> _Attempt:
+        """Build and time an allocation; under default options too if it is `worth` it, being as
+        fast as that with one thread."""
         self.progress.stage("build and look")
         states = self.candidates.levels.states(allocation)
         built = build(self.prepared, allocation, states, workload=self.request.workload)
@@ -429,7 +438,9 @@ class ClosedLoop:
         if loss is None:
             loss = self.candidates.confirm.score(allocation)
         attempt = _Attempt(allocation, timing.speedup, _half_width(timing), ratio, loss)
-        free = self.by_default(shipped.model) if self.request.by_default else None
+        free = None
+        if self.request.by_default and timing.speedup >= worth:
+            free = self.by_default(shipped.model)
         if free is not None:
             attempt.toll = math.log(timing.speedup / free.speedup)
             attempt.toll_width = _half_width(free)

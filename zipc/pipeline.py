@@ -271,7 +271,7 @@ def plan_model(request: Request, *, progress: Progress) -> Plan:
             allocation = problem.allocation([int(t.argmin()) for t in problem.times])
             loss = setup.candidates.confirm.score(allocation)
         else:
-            allocation, loss, _ = choose(
+            finalists, _ = choose(
                 problem,
                 setup.prices,
                 setup.candidates,
@@ -282,6 +282,7 @@ def plan_model(request: Request, *, progress: Progress) -> Plan:
                 rng=np.random.default_rng(request.seed),
                 progress=clock,
             )
+            allocation, loss = finalists[0]
         ratio = setup.prices.ratio(allocation.predicted_ms)
         numeric = setup.prepared.numeric
         levels = {n: lv.within(numeric) for n, lv in allocation.levels.items()}

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pytest
 
+from zipc import closed_loop
 from zipc.closed_loop import SLACK, ClosedLoop, _Attempt, _bias, _toll
-from zipc.core.types import Allocation
+from zipc.core.types import Allocation, Level, Silent
+from zipc.effort import EFFORTS
+from zipc.pruner.allocate.search import SearchState
 
 
 def look(*, speedup: float = 2.0, width: float = 0.005, toll: float = 1.0, noise: float = 0.01):
@@ -50,3 +56,31 @@ def test_a_small_loss_under_default_options_is_covered_by_the_margin() -> None:
     loop.attempts = [look(toll=1.2)]
     assert loop.needed(2.0) == pytest.approx(2.0 * _toll(loop.attempts, 2.0) / SLACK)
     assert loop.needed(2.0) > 2.2
+
+
+def test_the_next_finalist_is_built_where_the_best_is_too_slow(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Predictions are off for each in its own way: a search anew would not know which."""
+    speedups = {"best": 1.98, "second": 2.06, "third": 2.05}
+    finalists = [(Allocation({n: Level(1)}, 1.0, 0.0), 0.1 * i) for i, n in enumerate(speedups)]
+    loop = ClosedLoop.__new__(ClosedLoop)
+    loop.attempts, loop.state, loop.searched, loop.looks = [], None, 0, []
+    loop.effort, loop.accept, loop.aim = EFFORTS["default"], (1.02, 1.042), 1.03
+    loop.progress, loop.rng = Silent(), np.random.default_rng(0)
+    loop.problem = loop.prices = loop.candidates = None  # type: ignore[assignment]
+    searches: list[float] = []
+
+    def choose(*_: Any, ratio: float, **__: Any) -> Any:
+        searches.append(ratio)
+        return finalists, SearchState([], 0.0, np.zeros(1), trials=1)
+
+    def attempt(allocation: Allocation, loss: float, **_: float) -> _Attempt:
+        found = replace(look(speedup=speedups[next(iter(allocation.levels))]), loss=loss)
+        loop.attempts.append(found)
+        return found
+
+    monkeypatch.setattr(closed_loop, "choose", choose)
+    monkeypatch.setattr(loop, "attempt", attempt)
+    assert loop.run(2.0).loss == pytest.approx(0.1)
+    assert (len(searches), len(loop.attempts)) == (1, 2)

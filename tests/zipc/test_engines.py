@@ -100,10 +100,10 @@ def test_the_search_goes_on_without_what_an_engine_passed_over(
     loop.problem = loop.prices = loop.candidates = None  # type: ignore[assignment]
     state = type("State", (), {"trials": 1})()
     monkeypatch.setattr(
-        closed_loop, "choose", lambda *_, **__: (Allocation({}, 1.0, 0.0), 0.0, state)
+        closed_loop, "choose", lambda *_, **__: ([(Allocation({}, 1.0, 0.0), 0.0)], state)
     )
 
-    def attempt(_: Allocation, __: float) -> Any:
+    def attempt(_: Allocation, __: float, **___: float) -> Any:
         found = look(speedup=2.06)
         found.repriced = not loop.attempts
         loop.attempts.append(found)
