@@ -1,8 +1,9 @@
-"""INT8: symmetric S8 weights per output channel, U8 activations per tensor.
+"""INT8: symmetric S8 weights per output channel, U8 activations per tensor; and INT4 weights.
 
 Formulas follow ONNX `DynamicQuantizeLinear` and `QuantizeLinear`, so that the torch simulation
 and the ONNX graph agree to rounding. Error feedback is GPTQ (arXiv:2210.17323): a column's rounding
 error is spread over the columns not yet rounded through the Cholesky factor of the inverse Gram.
+INT4 weights (`numerics.int4`) are rounded the same way, with a scale for every block of inputs.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from zipc.numerics.int4 import BLOCK, INT4, LIMIT
 from zipc.numerics.inverse import inverse_factor
 from zipc.numerics.ranges import candidate_ranges
 
@@ -31,45 +33,73 @@ class ActivationRange:
 
 @dataclass(frozen=True, slots=True)
 class QuantizedWeight:
-    """W ~ values * scale[:, None]."""
+    """W ~ values * scale, with a scale for every row, or for every block of `BLOCK` columns."""
 
     values: Tensor  # int8 (out, in)
-    scale: Tensor  # float32 (out,)
+    scale: Tensor  # float32 (out,) or (out, blocks)
 
     def dequantized(self) -> Tensor:
-        return self.values.to(torch.float32) * self.scale[:, None]
+        return self.values.to(torch.float32) * _by_column(self.scale, self.values.shape[1])
+
+
+def _by_column(scale: Tensor, columns: int) -> Tensor:
+    """(out,) -> (out, 1), (out, blocks) -> (out, columns)."""
+    if scale.dim() == 1:
+        return scale[:, None]
+    return scale.repeat_interleave(BLOCK, dim=1)[:, :columns]
 
 
 def quantize_weight(
-    weight: Tensor, *, gram: Tensor | None = None, limit: int = 127, damp: float = 1e-2
+    weight: Tensor,
+    *,
+    numeric: str = DYNAMIC,
+    gram: Tensor | None = None,
+    limit: int = FULL,
+    damp: float = 1e-2,
 ) -> QuantizedWeight:
-    """Round (out, in) to S8 in [-limit, limit]; with `gram` (in, in) feed rounding errors forward.
+    """Round (out, in) as a numeric stores it; with `gram` (in, in) feed rounding errors forward.
 
-    `limit` is 63 on processors whose U8 x S8 dot product saturates in 16 bits (no VNNI). What is 0
-    stays 0: a sparsity pattern survives.
+    INT8 lies in [-limit, limit]; `limit` is 63 on processors whose U8 x S8 dot product saturates in
+    16 bits (no VNNI). The scale of a block in INT4 is fixed when its first column is reached, from
+    weights that hold the errors of the blocks before. What is 0 stays 0: a sparsity pattern
+    survives.
     """
     W = weight.to(torch.float32)  # (out, in)
-    scale = W.abs().amax(dim=1).clamp_min(1e-12) / limit if W.shape[1] else W.new_ones(len(W))
-    if gram is None or W.shape[1] < 2:
-        values = (W / scale[:, None]).round().clamp(-limit, limit)
+    columns = W.shape[1]
+    limit, block = (LIMIT, BLOCK) if numeric == INT4 else (limit, max(columns, 1))
+    scales = W.new_ones(len(W), max(-(-columns // block), 1))  # (out, blocks)
+    scale = scales if numeric == INT4 else scales[:, 0]
+    if gram is None or columns < 2:
+        for j in range(0, columns, block):
+            scales[:, j // block] = _step(W[:, j : j + block], limit)
+        values = (W / _by_column(scale, columns)).round().clamp(-limit, limit)
         return QuantizedWeight(values.to(torch.int8), scale)
     upper = inverse_factor(gram, damp)  # (in, in), U with U'U = H^-1
     zero = W == 0
     W = W.clone()
     values = torch.zeros_like(W)
-    block = 64
-    for start in range(0, W.shape[1], block):
-        stop = min(start + block, W.shape[1])
+    chunk = 64  # columns between two matrix products; a multiple of BLOCK
+    for start in range(0, columns, chunk):
+        stop = min(start + chunk, columns)
         errors = torch.zeros(W.shape[0], stop - start)
         for j in range(start, stop):
-            q = (W[:, j] / scale).round().clamp(-limit, limit)
+            if j % block == 0:
+                left = W[:, j : j + block].masked_fill(zero[:, j : j + block], 0.0)
+                scales[:, j // block] = _step(left, limit)
+            step = scales[:, j // block]
+            q = (W[:, j] / step).round().clamp(-limit, limit)
             q.masked_fill_(zero[:, j], 0.0)
             values[:, j] = q
-            error = (W[:, j] - q * scale) / upper[j, j]
+            error = (W[:, j] - q * step) / upper[j, j]
             W[:, j:stop] -= error[:, None] * upper[j, j:stop][None]
             errors[:, j - start] = error
         W[:, stop:] -= errors @ upper[start:stop, stop:]
     return QuantizedWeight(values.to(torch.int8), scale)
+
+
+def _step(weight: Tensor, limit: int) -> Tensor:
+    """The scale (out,) by which the largest of each row becomes `limit`."""
+    return weight.abs().amax(dim=1).clamp_min(1e-12) / limit
 
 
 def dynamic_range(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -134,8 +164,8 @@ def calibrate(x: Tensor, weight: Tensor, *, signed: bool = False) -> ActivationR
 class Int8Linear(nn.Module):
     """A linear map that computes what the ONNX integer kernels compute, in floats.
 
-    Holds S8 weights; `numeric` says whether activations are quantised with the range of each batch
-    or with a calibrated one (`input_scale`, `input_zero_point`).
+    Holds its weights as bytes, those in INT4 too. `numeric` says whether activations are quantised
+    with the range of each batch, with a calibrated one (`input_scale`, `input_zero_point`), or not.
     """
 
     weight: Tensor
@@ -149,7 +179,8 @@ class Int8Linear(nn.Module):
         self.out_features = out_features
         self.numeric = numeric
         self.register_buffer("weight", torch.zeros(out_features, in_features, dtype=torch.int8))
-        self.register_buffer("weight_scale", torch.ones(out_features))
+        blocks = [-(-in_features // BLOCK)] if numeric == INT4 else []
+        self.register_buffer("weight_scale", torch.ones(out_features, *blocks))
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
         if numeric == STATIC:
             self.register_buffer("input_scale", torch.ones(()))
@@ -159,10 +190,10 @@ class Int8Linear(nn.Module):
         if self.numeric == STATIC:
             at = ActivationRange(float(self.input_scale), int(self.input_zero_point))
             x = fake_quantize_static(x, at)
-        else:
+        elif self.numeric == DYNAMIC:
             x = fake_quantize_dynamic(x)
-        weight = self.weight.to(x.dtype) * self.weight_scale[:, None]
-        return nn.functional.linear(x, weight, self.bias)
+        weight = QuantizedWeight(self.weight, self.weight_scale).dequantized()
+        return nn.functional.linear(x, weight.to(x.dtype), self.bias)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, numeric={self.numeric}"
