@@ -88,8 +88,17 @@ class OnnxGraph:
         return [n for n in self.nodes if n.op_type in MAPS and held[0] in n.input[1:2]]
 
     def linear_width(self, at: NodeProto) -> int | None:
-        """How many values a product with a matrix among the initialisers gives per row."""
-        weight = self.arrays.get(at.input[1]) if at.op_type in LINEAR else None
+        """How many values a product with a matrix among the initialisers gives per row.
+
+        The matrix may be unpacked from integers.
+        """
+        if at.op_type not in LINEAR:
+            return None
+        name = at.input[1]
+        if name not in self.arrays:
+            unpacked = [n for n in self.nodes if n.op_type == "DequantizeLinear"]
+            name = next((n.input[0] for n in unpacked if name in n.output), name)
+        weight = self.arrays.get(name)
         if weight is None or weight.ndim != 2:
             return None
         return int(weight.shape[0 if attribute(at, "transB", 0) else 1])

@@ -10,12 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-from onnx import NodeProto
 
 from zipc.core.errors import ExportMismatch
 from zipc.exporters.experts import sparse_experts_
 from zipc.exporters.graph import OnnxGraph, node
-from zipc.exporters.specialise import Int8Weights, graph_name
+from zipc.exporters.specialise import Int8Weights, graph_name, take_product_
 
 
 class OpenVino:
@@ -43,23 +42,14 @@ class OpenVino:
                 graph.arrays[stem + "_scale"] = weights.scale.astype(np.float32)
                 pair = [stem + "_values", stem + "_scale"]
                 graph.nodes.append(node("DequantizeLinear", pair, [stem + "_floats"], axis=1))
-                _product_(graph, call, rounded[key], stem + "_floats")
+                out = take_product_(graph, call)
+                graph.nodes.append(node("MatMul", [rounded[key], stem + "_floats"], [out]))
 
     def finish_(self, graph: OnnxGraph) -> None:
         sparse_experts_(graph)
 
 
 OPENVINO = OpenVino()
-
-
-def _product_(graph: OnnxGraph, call: NodeProto, source: str, weight: str) -> None:
-    """Write a MatMul or Gemm as the product of a value and a weight (in, out)."""
-    graph.nodes.remove(call)
-    out = call.output[0]
-    if call.op_type == "Gemm" and len(call.input) > 2:
-        graph.nodes.append(node("Add", [out + "_product", call.input[2]], [out]))
-        out += "_product"
-    graph.nodes.append(node("MatMul", [source, weight], [out]))
 
 
 def _rounded(graph: OnnxGraph, source: str, activation: tuple[float, int]) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
-from onnx import NodeProto, TensorProto
+from onnx import NodeProto, TensorProto, helper
 
 from zipc.core.errors import ExportMismatch
 from zipc.exporters.finish import finish
@@ -20,8 +20,11 @@ from zipc.exporters.shapes import (
     resize_,
     write_target_,
 )
+from zipc.numerics.int4 import BLOCK
 
 EMISSION = 3  # of the way graphs are written: prices of another are not prices of these
+BLOCKED_OPSET = 21  # the first whose DequantizeLinear has blocks and INT4
+S4 = helper.tensor_dtype_to_np_dtype(TensorProto.INT4)
 FloatArray = np.ndarray[Any, np.dtype[np.float32]]
 
 
@@ -30,7 +33,8 @@ class Int8Weights:
     """What an integer map needs. `values` (out, in) int8, `scale` (out,).
 
     Those of a convolution lie as in torch. `activation` is (scale, zero point) of a calibrated
-    input, or None for a dynamic range.
+    input, or None for a dynamic range. With `scale` (out, blocks) the values are INT4, and the
+    input stays in floats.
     """
 
     values: np.ndarray[Any, np.dtype[np.int8]]
@@ -79,7 +83,10 @@ class OnnxRuntime:
         rounding = _Rounding(graph)
         for module, weights in maps.items():
             for call in graph.map_nodes(module + ".weight"):
-                _quantise_(graph, call, weights, rounding)
+                if weights.scale.ndim == 2:
+                    _unpack_(graph, call, weights)
+                else:
+                    _quantise_(graph, call, weights, rounding)
         rounding.give_scales(part=part)
 
     def finish_(self, graph: OnnxGraph) -> None:
@@ -326,15 +333,11 @@ def _quantise_(
     graph: OnnxGraph, call: NodeProto, weights: Int8Weights, rounding: _Rounding
 ) -> None:
     """Emit integer arithmetic for one linear map."""
-    out, source = call.output[0], call.input[0]
-    stem = graph_name(call)
+    source, stem = call.input[0], graph_name(call)
     graph.arrays[stem + "_values"] = weights.values.T
     graph.arrays[stem + "_scale"] = weights.scale.astype(np.float32)
     graph.arrays[stem + "_zero"] = np.zeros(len(weights.scale), dtype=np.int8)
-    graph.nodes.remove(call)
-    if call.op_type == "Gemm" and len(call.input) > 2:
-        graph.nodes.append(node("Add", [out + "_product", call.input[2]], [out]))
-        out = out + "_product"
+    out = take_product_(graph, call)
     q, scale, zero = rounding.of(source, weights.activation)
     graph.nodes += [
         node("MatMulInteger", [q, stem + "_values", zero, stem + "_zero"], [stem + "_int32"]),
@@ -342,6 +345,48 @@ def _quantise_(
         node("Mul", [scale, stem + "_scale"], [stem + "_rescale"]),
         node("Mul", [stem + "_float", stem + "_rescale"], [out]),
     ]
+
+
+def _unpack_(graph: OnnxGraph, call: NodeProto, weights: Int8Weights) -> None:
+    """Let one linear map read INT4 weights in blocks: ONNX Runtime makes one kernel of it."""
+    graph.raise_opset_(BLOCKED_OPSET)
+    stem = graph_name(call)
+    graph.arrays[stem + "_values"] = weights.values.T.astype(S4)
+    graph.arrays[stem + "_scale"] = weights.scale.T
+    pair, floats = [stem + "_values", stem + "_scale"], stem + "_floats"
+    out = take_product_(graph, call)
+    if _fused_otherwise(graph, call.input[0], out):
+        graph.nodes.append(node("Sum", [out + "_alone"], [out]))
+        out += "_alone"
+    graph.nodes += [
+        node("DequantizeLinear", pair, [floats], axis=0, block_size=BLOCK),
+        node("MatMul", [call.input[0], floats], [out]),
+    ]
+
+
+def _fused_otherwise(graph: OnnxGraph, source: str, out: str) -> bool:
+    """Whether ONNX Runtime makes one kernel of a product and what follows, which reads floats.
+
+    So it does with Relu or Clip and, where there are two axes, with a bias. A sum of one term keeps
+    them apart.
+    """
+    flat = len(graph.shapes.get(source, [])) < 3
+    for after in graph.nodes:
+        if out in after.input:
+            biased = after.op_type == "Add" and any(i in graph.arrays for i in after.input)
+            if after.op_type in ("Relu", "Clip") or (flat and biased):
+                return True
+    return False
+
+
+def take_product_(graph: OnnxGraph, call: NodeProto) -> str:
+    """Remove a MatMul or Gemm, but not the bias it adds; returns the name for its product."""
+    graph.nodes.remove(call)
+    out: str = call.output[0]
+    if call.op_type != "Gemm" or len(call.input) < 3:
+        return out
+    graph.nodes.append(node("Add", [out + "_product", call.input[2]], [out]))
+    return out + "_product"
 
 
 def graph_name(call: NodeProto) -> str:
@@ -357,6 +402,7 @@ INTEGER_KERNELS = (
     "QLinearMatMul",
     "QLinearConv",
     "ConvInteger",
+    "MatMulNBits",  # of INT4 weights and an input that it rounds to S8 in blocks
 )
 
 

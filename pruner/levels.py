@@ -57,7 +57,7 @@ class MapState:
         """The input as the product sees it: rounded where the numeric rounds."""
         if self.activation is not None:
             return fake_quantize_static(x, self.activation)
-        return fake_quantize_dynamic(x) if self.integer is not None else x
+        return fake_quantize_dynamic(x) if self.numeric == DYNAMIC else x
 
 
 @dataclass(slots=True)
@@ -265,7 +265,7 @@ class Levels:
         elif numeric == STATIC:
             activation = self._shared_range(call)
         gram = held.gram[0][columns][:, columns] if feedback else None
-        made = self.rounded(call, weight, bias, activation=activation, gram=gram)
+        made = self.rounded(call, weight, bias, numeric, activation=activation, gram=gram)
         return replace(made, pattern=pattern)
 
     def _shared_range(self, call: MapCall) -> ActivationRange:
@@ -347,17 +347,18 @@ class Levels:
         call: MapCall,
         weight: Tensor,
         bias: Tensor | None,
+        numeric: str,
         *,
         activation: ActivationRange | None,
         gram: Tensor | None,
     ) -> MapState:
-        """A map in INT8, with a calibrated range of its input or with that of each batch.
+        """A map in INT8 or INT4; static INT8 has a calibrated range of its input.
 
         Rounding errors are fed back where `gram` (in, in) is given.
         """
-        integer = quantize_weight(matrices(call, weight)[0], gram=gram, limit=self._limit)
+        matrix = matrices(call, weight)[0]
+        integer = quantize_weight(matrix, numeric=numeric, gram=gram, limit=self._limit)
         stands_for = own_layout(call, integer.dequantized()[None], weight)
-        numeric = DYNAMIC if activation is None else STATIC
         return MapState(stands_for, bias, numeric, integer, activation)
 
 

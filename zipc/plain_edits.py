@@ -47,7 +47,7 @@ def plain_edit(
             continue
         call = calls[module]
         weight = torch.from_numpy(tensors[call.weight])
-        rounded = quantize_weight(matrices(call, weight)[0])
+        rounded = quantize_weight(matrices(call, weight)[0], numeric=level.numeric)
         values = rounded.values.view_as(weight) if call.convolution else rounded.values
         integers[module] = Int8Weights(
             values.numpy(),

@@ -364,6 +364,7 @@ def _rounded(
         call,
         state.weight,
         None if bias is None else bias.float(),
+        numeric,
         activation=activation,
         gram=moments.gram,
     )

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from zipc.core.errors import CorruptFile
 from zipc.core.nodes import module_of
 from zipc.core.types import Site
+from zipc.numerics.int4 import INT4
 from zipc.numerics.int8 import DYNAMIC, STATIC, Int8Linear
 from zipc.pruner.graph.cuts import Cuts
 from zipc.pruner.graph.mixtures import within
@@ -183,7 +184,7 @@ def apply_structure_(model: nn.Module, document: Mapping[str, Any]) -> None:
             features = getattr(owner, "out_channels", getattr(owner, "out_features", None))
             owner.bias = nn.Parameter(weight.new_zeros(int(features or weight.shape[-1])))
         for path, numeric in document["numerics"].items():
-            if numeric not in (DYNAMIC, STATIC):
+            if numeric not in (DYNAMIC, STATIC, INT4):
                 raise ValueError(f"unknown numeric {numeric!r} of {path}")
             old = model.get_submodule(path)
             weight = old.get_parameter("weight")

@@ -31,23 +31,28 @@ from tests.tiny_models import (
     traced,
 )
 from zipc.core.errors import ExportMismatch
-from zipc.exporters.graph import OnnxGraph
+from zipc.exporters.graph import OnnxGraph, node
 from zipc.exporters.specialise import Edit, Int8Weights, count_integer_kernels, specialise
+from zipc.numerics.int4 import INT4
 from zipc.numerics.int8 import DYNAMIC, STATIC, ActivationRange, activation_range, quantize_weight
 from zipc.pruner.graph import surgery
+from zipc.runtimes import integer_kernels
 
 FP32 = 1e-4
 # The torch simulation and the integer kernels differ where float rounding puts a value on the other
 # side of a rounding boundary: then one activation is off by a step of its scale. Outputs here are
 # normalised, of size about 1 to 3.
 INT8_MEAN, INT8_MAX = 5e-3, 0.25
+INT4_MEAN = 2e-2  # the kernel rounds activations, in blocks; the simulation does not
 
 pytestmark = pytest.mark.xdist_group("encoders")
 families = pytest.mark.parametrize("family", FAMILIES)
 
 
-def session(model: bytes, *, optimised: str = "") -> ort.InferenceSession:
+def session(model: bytes, *, optimised: str = "", as_written: bool = False) -> ort.InferenceSession:
     options = ort.SessionOptions()
+    if as_written:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 3
     options.intra_op_num_threads = 1
     if optimised:
@@ -185,7 +190,7 @@ def test_a_tensor_that_is_not_in_the_graph_is_an_error() -> None:
 def quantised(
     made: Case, kept: Kept, numeric: str, *, only: int | None = None
 ) -> tuple[Edit, dict[str, tuple[Int8Weights, ActivationRange | None]]]:
-    """An edit with every linear of the kept sites in int8."""
+    """An edit with every linear of the kept sites on integers."""
     weights = made.weights | sliced(made, kept)[0]
     modules = []
     for site in made.inner[:only]:
@@ -201,7 +206,7 @@ def quantised(
         hooked(**made.example)
     held: dict[str, tuple[Int8Weights, ActivationRange | None]] = {}
     for path in modules:
-        rounded = quantize_weight(weights[path + ".weight"])
+        rounded = quantize_weight(weights[path + ".weight"], numeric=numeric)
         at = None
         if numeric == STATIC:
             at = activation_range(float(inputs[path].min()), float(inputs[path].max()))
@@ -242,8 +247,10 @@ def surgered_int8(made: Case, kept: Kept, numerics: Mapping[str, str]) -> torch.
 
 
 @families
-@pytest.mark.parametrize("numeric", [DYNAMIC, STATIC])
-def test_int8_graphs_equal_the_torch_simulation(family: str, numeric: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("numeric", [DYNAMIC, STATIC, INT4])
+def test_integer_graphs_equal_the_torch_simulation(
+    family: str, numeric: str, tmp_path: Path
+) -> None:
     made = case(family)
     kept = random_kept(made, 2, removed=False)
     if len(made.inner) > 2:
@@ -256,12 +263,13 @@ def test_int8_graphs_equal_the_torch_simulation(family: str, numeric: str, tmp_p
         got, want = onnx_output(graph.to_bytes(), feeds), torch_output(module, feeds)
         assert got.shape == want.shape
         gap = np.abs(got - want)
-        assert gap.mean() < INT8_MEAN
+        assert gap.mean() < (INT4_MEAN if numeric == INT4 else INT8_MEAN)
         assert gap.max() < INT8_MAX
     calls = sum(len(dense_graph(family).map_nodes(p + ".weight")) for p in held)
     path = tmp_path / "optimised.onnx"
     session(graph.to_bytes(), optimised=str(path))
-    assert count_integer_kernels(onnx.load(path).graph.node) == calls
+    if numeric != INT4 or family != "albert":  # of equal scales, up to 8, ONNX Runtime makes one
+        assert count_integer_kernels(onnx.load(path).graph.node) == calls
 
 
 @pytest.mark.parametrize("numeric", [DYNAMIC, STATIC])
@@ -278,6 +286,84 @@ def test_one_int8_site_equals_the_simulation_to_float_rounding(numeric: str) -> 
         )
         gaps.append(float(np.abs(gap).max()))
     assert np.median(gaps) < FP32
+
+
+def test_int4_weights_are_unpacked_by_the_kernel_and_leave_attention_fused(tmp_path: Path) -> None:
+    """Weights of any number of inputs: here 32, 20, 7 and fewer."""
+    made = case("bert")
+    kept = random_kept(made, 4, removed=False)
+    edit, held = quantised(made, kept, INT4)
+    graph = specialise(dense_graph("bert"), edit)
+    onnx.checker.check_model(graph.to_bytes(), full_check=True)
+    path = tmp_path / "optimised.onnx"
+    session(graph.to_bytes(), optimised=str(path))
+    optimised = onnx.load(path).graph
+    counts = OnnxGraph.of(onnx.load(path)).op_counts()
+    assert counts["MatMulNBits"] == len(held)
+    assert counts["DequantizeLinear"] == 0
+    assert graph.op_counts()["Attention"] == dense_graph_of(made, kept).op_counts()["Attention"] > 0
+    biases = {f"{module}.bias" for module in held}
+    assert {n.op_type for n in optimised.node if biases & set(n.input)} == {
+        "MatMulNBits",
+        "BiasGelu",
+    }
+
+
+@pytest.mark.parametrize("after", ["Relu", "Clip", "Gelu", "Neg"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [["rows", 40], ["batch", "rows", 40]])
+def test_int4_products_have_their_kernel_whatever_follows(
+    shape: list[int | str], bias: bool, after: str
+) -> None:
+    generator = np.random.default_rng(0)
+    weight = generator.standard_normal((12, 40)).astype(np.float32)
+    rounded = quantize_weight(torch.from_numpy(weight), numeric=INT4)
+    ends = ["low", "high"] if after == "Clip" else []
+    nodes = [
+        node("MatMul", ["x", "w"], ["product"]),
+        *([node("Add", ["product", "b"], ["sum"])] if bias else []),
+        node(after, ["sum" if bias else "product", *ends], ["after"]),
+        node("Tanh", ["after"], ["y"]),
+    ]
+    x, y = (
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, axes)
+        for name, axes in (("x", shape), ("y", [*shape[:-1], 12]))
+    )
+    header = onnx.helper.make_model(
+        onnx.helper.make_graph(nodes, "g", [x], [y]),
+        opset_imports=[onnx.helper.make_opsetid("", 20)],
+    )
+    graph = OnnxGraph.of(header)
+    graph.arrays = {
+        "w": weight.T,
+        "b": generator.standard_normal(12).astype(np.float32),
+        "low": np.array(-0.5, np.float32),
+        "high": np.array(0.5, np.float32),
+    }
+    graph.weights = {"map.weight": ("w", True), "map.bias": ("b", False)}
+    integers = Int8Weights(rounded.values.numpy(), rounded.scale.numpy())
+    floats = Edit(tensors={"map.weight": rounded.dequantized().numpy()})
+    model = specialise(graph, Edit(int8={"map": integers})).to_bytes()
+    assert integer_kernels(model) == 1
+    feeds = {"x": torch.randn(*(3 if isinstance(n, str) else n for n in shape))}
+    want = onnx_output(specialise(graph, floats).to_bytes(), feeds)
+    np.testing.assert_allclose(onnx_output(model, feeds), want, atol=0.1)
+
+
+@families
+def test_int4_graphs_as_written_equal_the_simulation_to_float_rounding(family: str) -> None:
+    made = case(family)
+    kept = random_kept(made, 3, removed=False)
+    edit, held = quantised(made, kept, INT4)
+    feeds = text(family, batch=2, length=7)
+    written = session(specialise(dense_graph(family), edit).to_bytes(), as_written=True)
+    got = written.run(None, {k: v.numpy() for k, v in feeds.items()})[0]
+    want = torch_output(simulated(made, kept, INT4, held), feeds)
+    np.testing.assert_allclose(got, want, atol=FP32)
+
+
+def dense_graph_of(made: Case, kept: Kept) -> OnnxGraph:
+    return specialise(dense_graph("bert"), edit_of(made, kept))
 
 
 def test_modules_that_share_an_input_share_its_quantisation() -> None:
@@ -306,7 +392,10 @@ def test_int8_files_are_smaller() -> None:
     dense = dense_graph("bert")
     edit, _ = quantised(made, everything(made), DYNAMIC)
     linears = sum(made.weights[p + ".weight"].numel() for p in edit.int8)
-    assert len(specialise(dense, edit).to_bytes()) < len(dense.to_bytes()) - linears
+    size = len(specialise(dense, edit).to_bytes())
+    assert size < len(dense.to_bytes()) - linears
+    edit, _ = quantised(made, everything(made), INT4)
+    assert len(specialise(dense, edit).to_bytes()) < size
 
 
 def test_a_graph_round_trips_through_its_proto() -> None:

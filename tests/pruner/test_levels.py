@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tests.tiny_models import FAMILIES, Case, case, first, surgered, text
 from zipc.core.types import Allocation, Consumer, Level, Site
+from zipc.numerics.int4 import INT4
 from zipc.numerics.int8 import DYNAMIC, STATIC
 from zipc.pruner.evidence import InputStats, collect
 from zipc.pruner.ladder import sweep_site, widths_of
@@ -182,7 +183,7 @@ def test_unrepaired_variants_equal_surgery(family: str) -> None:
 
 
 @families
-@pytest.mark.parametrize("numeric", [DYNAMIC, STATIC])
+@pytest.mark.parametrize("numeric", [DYNAMIC, STATIC, INT4])
 def test_error_feedback_lowers_the_output_error_of_rounding(family: str, numeric: str) -> None:
     """Summed over maps: the inputs are what calibration saw, the weights are kept at 15 steps."""
     made = case(family)
@@ -201,14 +202,14 @@ def test_error_feedback_lowers_the_output_error_of_rounding(family: str, numeric
 
 
 @families
-def test_int8_levels_are_close_to_fp32_ones_of_the_same_width(family: str) -> None:
+def test_rounded_levels_are_close_to_fp32_ones_of_the_same_width(family: str) -> None:
     made = case(family)
     held = levels(family)
     for site in made.sites:
         width = max(1, site.units // 2)
         plain = states(held, site.name, Level(width))
         assert set(plain.maps) == maps_of(site)
-        for numeric in (DYNAMIC, STATIC):
+        for numeric, bound in ((DYNAMIC, 0.05), (STATIC, 0.05), (INT4, 0.3)):
             rounded = states(held, site.name, Level(width, numeric))
             assert rounded.maps.keys() == plain.maps.keys()
             assert rounded.tensors.keys() == plain.tensors.keys()
@@ -222,7 +223,8 @@ def test_int8_levels_are_close_to_fp32_ones_of_the_same_width(family: str) -> No
                 if x.shape[1] == state.weight.shape[1]:
                     want = applied(other, x)
                     gap = float((applied(state, x) - want).norm() / want.norm())
-                    assert gap < 0.05
+                    assert gap < bound
+                    assert torch.equal(state.seen(x), x) == (numeric == INT4)
 
 
 def test_maps_that_read_the_same_share_one_calibrated_range() -> None:
