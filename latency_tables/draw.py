@@ -21,7 +21,13 @@ if TYPE_CHECKING:
 COLUMNS = 3
 PANEL = (4.2, 3.2)  # inches
 INK = "0.3"
-COLOURS = {"fp32": "C0", "fp16": "C2", "int8-dynamic": "C1", "int8-static": "C3"}
+COLOURS = {
+    "fp32": "C0",
+    "fp16": "C2",
+    "int8-dynamic": "C1",
+    "int8-static": "C3",
+    "int4-weights": "C4",
+}
 Z95 = 1.96  # standard errors to either side of a 95 % interval
 
 

@@ -19,6 +19,7 @@ from zipc.core.files import fingerprint
 from zipc.core.request import Request
 from zipc.core.types import Difference, Ladder, Level, Progress, Rung, Site, Target
 from zipc.effort import Effort
+from zipc.numerics.int4 import INT4
 from zipc.numerics.int8 import DYNAMIC, FULL, REDUCED, STATIC
 from zipc.offered import suits
 from zipc.patterns import SPARSE, asked_for, notes_on, offers_sparse, sparse_level
@@ -251,7 +252,7 @@ def _numerics(
         UsageError: the request names a numeric the target does not run.
     """
     wanted, sites = request.numerics, prepared.sites
-    known = (DYNAMIC, STATIC) if request.quantizer == "zipc" else (STATIC,)
+    known = (DYNAMIC, STATIC, INT4) if request.quantizer == "zipc" else (STATIC,)
     schemes = tuple(n for n in known if n in target.numerics)
     if prepared.body is not None:
         ms = prices.add.fixed_ms + sum(prices.ms(n, Level(s.units)) for n, s in sites.items())
@@ -266,6 +267,8 @@ def _numerics(
             f"--numerics {wanted} is not known on target '{target.name}'. Choose auto, int8, "
             f"{', '.join(target.numerics)}."
         )
+    if wanted == "int8":
+        schemes = tuple(n for n in schemes if n != INT4)
     integers = [n for n, s in sites.items() if prepared.on_integers(s)]
     if not schemes or not integers:
         return ("fp32",)

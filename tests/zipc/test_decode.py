@@ -16,21 +16,26 @@ from tests.tiny_project import (
     SETTINGS,
     Told,
     fake_clock,
-    request,
     save_tokenizer,
     sentences,
     small_effort,
 )
+from tests.tiny_project import request as request_of
 from zipc.core.errors import UsageError
 from zipc.core.request import Request
 from zipc.core.types import Level, Silent
 from zipc.exporters.specialise import specialise
+from zipc.inspect import inspect_onnx
 from zipc.manifest import Manifest
 from zipc.model_source import SourceModel, load_source, settle, with_cache
+from zipc.numerics.int4 import INT4
+from zipc.numerics.int8 import QuantizedWeight
 from zipc.pipeline import compile_model
 from zipc.plain_edits import plain_edit
 from zipc.prepare import Prepared, prepare
 from zipc.pruner.graph.interpret import Variant
+from zipc.pruner.maps import own_layout
+from zipc.runtimes import integer_kernels
 from zipc.stage_cache import StageCache
 from zipc.targets import load_target
 
@@ -101,6 +106,28 @@ def test_a_cut_graph_decodes_what_the_cut_network_reads(prepared: Prepared, widt
     assert heads == [levels[n].width for n in attention for _ in "kv" if levels[n].width]
 
 
+def test_int4_weights_decode_as_what_they_stand_for(prepared: Prepared) -> None:
+    made, integers = prepared, [n for n, s in prepared.sites.items() if prepared.on_integers(s)]
+    levels = {n: Level(s.units, INT4 if n in integers else "fp32") for n, s in made.sites.items()}
+    edit = plain_edit(made, levels, {n: tuple(range(lv.width)) for n, lv in levels.items()})
+    assert set(edit.int8) == {m for n in integers for m in made.sites[n].maps}
+    model = specialise(made.dense, edit).to_bytes()
+    products = sum(len(made.dense.map_nodes(f"{m}.weight")) for m in edit.int8)
+    assert integer_kernels(model) == products > 0
+    tensors = {}
+    for module, held in edit.int8.items():
+        call = made.calls[module]
+        rounded = QuantizedWeight(torch.from_numpy(held.values), torch.from_numpy(held.scale))
+        tensors[call.weight] = own_layout(
+            call, rounded.dequantized()[None], made.weights[call.weight]
+        )
+    ids = made.source.example(batch=2, length=10, cached=False)["input_ids"][:1]
+    feeds = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    (expected,), _ = made.executor.run(feeds, Variant(tensors=tensors))
+    found = token_by_token(opened(model), ids)
+    assert (found - expected).norm() <= 0.03 * expected.norm()  # the kernel rounds activations
+
+
 @pytest.fixture(scope="module")
 def language_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A model folder with a tokenizer, and text."""
@@ -113,14 +140,24 @@ def language_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path
     return model, data
 
 
-@pytest.fixture(scope="module")
-def compiled(language_model: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+ASKED: dict[str, dict[str, object]] = {
+    "auto": {"speedup": 1.5},
+    INT4: {"numerics": INT4, "prune": False, "speedup": None},
+}
+
+
+@pytest.fixture(scope="module", params=list(ASKED))
+def compiled(
+    language_model: tuple[Path, Path],
+    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest,
+) -> Path:
     out = tmp_path_factory.mktemp("decode")
     model, data = language_model
     with pytest.MonkeyPatch.context() as patch:
         fake_clock(patch)
         small_effort(patch)
-        asked = request(
+        asked = request_of(
             model,
             data,
             out / "out",
@@ -128,7 +165,7 @@ def compiled(language_model: tuple[Path, Path], tmp_path_factory: pytest.TempPat
             phase="decode",
             sequence_length=None,
             past_length=15,
-            speedup=1.5,
+            **ASKED[request.param],
         )
         compile_model(asked, progress=Told())
     return out / "out"
@@ -164,6 +201,17 @@ def test_a_compiled_model_generates(compiled: Path) -> None:
             following = module(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, -1:]
             ids = torch.cat([ids, following.argmax(-1)], 1)
     assert torch.equal(made, ids[:, : made.shape[1]])
+
+
+@pytest.mark.parametrize("compiled", [INT4], indirect=True)
+def test_int4_weights_are_at_every_site_that_was_asked(compiled: Path) -> None:
+    manifest = Manifest.read(compiled)
+    assert {a.level.numeric for a in manifest.allocation} == {INT4}
+    assert all(a.level.width == a.units for a in manifest.allocation)
+    found = inspect_onnx(compiled / "model.onnx")
+    assert found["integer_products"] == found["ops"]["DequantizeLinear"] == 2 * 7
+    maps = [m for m in zipc.load(compiled).modules() if type(m).__name__ == "Int8Linear"]
+    assert [m.numeric for m in maps] == [INT4] * 14
 
 
 def settled(asked: Request, source: SourceModel) -> Request:

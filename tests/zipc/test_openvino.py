@@ -25,7 +25,7 @@ from zipc.core.types import Workload
 from zipc.gate import check
 from zipc.latency_tables.store import TableStore
 from zipc.manifest import Manifest
-from zipc.numerics.int8 import STATIC
+from zipc.numerics.int8 import DYNAMIC, STATIC
 from zipc.pipeline import compile_model
 from zipc.predict import onnx_predict
 from zipc.profiler.agent import PRECISION
@@ -180,11 +180,13 @@ def prepared_of(parts: tuple[Path, Path, Path]) -> Any:
 
 def test_a_runtime_has_the_numerics_it_has_kernels_for() -> None:
     cpu = load_target("cpu")
-    assert requested_target(Request(model="m")) == cpu
+    decode = {"model": "m", "phase": "decode"}
+    assert requested_target(Request(**decode)) == cpu
+    assert requested_target(Request(model="m")).numerics == ("fp32", DYNAMIC, STATIC)
     mine = requested_target(Request(model="m", runtime="openvino"))
     assert (mine.runtime, mine.numerics) == ("openvino", ("fp32", STATIC))
     assert on_runtime(cpu, "onnxruntime") == cpu
-    assert requested_target(Request(model="m", runtime="auto")) == cpu
+    assert requested_target(Request(**decode, runtime="auto")) == cpu
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,10 @@ import pytest
 
 from tests.command_line import Run
 from zipc.core.errors import UsageError
+from zipc.core.request import Request
+from zipc.numerics.int4 import INT4
 from zipc.numerics.int8 import DYNAMIC, STATIC
-from zipc.targets import SUPPORTED, load_target, shipped_files, target_files
+from zipc.targets import SUPPORTED, load_target, requested_target, shipped_files, target_files
 
 OWN = 'runtime = "onnxruntime"\n'
 DESK = f'{OWN}numerics = ["fp32"]\nwidth_step = 8\ndescription = "on my desk"\n'
@@ -25,7 +27,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_supported_numerics_are_the_implemented_ones() -> None:
-    assert SUPPORTED["numerics"] == ("fp32", "fp16", DYNAMIC, STATIC)
+    assert SUPPORTED["numerics"] == ("fp32", "fp16", DYNAMIC, STATIC, INT4)
 
 
 def test_cpu_is_built_in() -> None:
@@ -110,7 +112,11 @@ def test_own_target_is_read_from_its_file(tmp_path: Path) -> None:
         ('runtime = "tvm"\nnumerics = ["fp32"]', "runtime 'tvm'.*onnxruntime, openvino"),
         (
             'runtime = "openvino"\nnumerics = ["fp32", "int8-dynamic"]',
-            "openvino has no kernels for int8-dynamic",
+            "int8-dynamic is not offered under openvino",
+        ),
+        (
+            'runtime = "openvino"\nnumerics = ["fp32", "int4-weights"]',
+            "int4-weights is not offered under openvino",
         ),
         (f'{OWN}numerics = ["fp32", "int3"]', "numerics 'int3'.*int8-static"),
         (f'{OWN}numerics = ["fp32"]\nconnection = "ssh"', "connection 'ssh'.*local"),
@@ -125,6 +131,25 @@ def test_bad_target_file_says_what_is_wrong(tmp_path: Path, text: str, said: str
     file.write_text(text)
     with pytest.raises(UsageError, match=said):
         load_target(str(file))
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({}, "--phase decode, or choose auto, int8, fp32, int8-dynamic, int8-static"),
+        ({"phase": "decode", "runtime": "openvino"}, "on target 'cpu' under openvino. Choose auto"),
+        ({"phase": "decode", "runtime": "auto"}, "under openvino"),
+        ({"phase": "decode", "target": "a100"}, "'a100' under tensorrt.*int8, fp16, int8-static"),
+    ],
+)
+def test_int4_weights_are_for_decode_steps_under_onnx_runtime(
+    asked: dict[str, str], said: str
+) -> None:
+    with pytest.raises(UsageError, match=said):
+        requested_target(Request(model="m", numerics=INT4, **asked))  # type: ignore[arg-type]
+    decode = Request(model="m", numerics=INT4, phase="decode")
+    assert INT4 in requested_target(decode).numerics
+    assert INT4 not in requested_target(Request(model="m")).numerics
 
 
 def test_missing_target_file_names_those_there_are() -> None:

@@ -10,6 +10,7 @@ from zipc.core.types import InputSpec, Target, Workload
 
 PATTERNS = ("auto", "2:4", "none")
 QUANTIZERS = ("zipc", "modelopt")
+DECODING = ("int4-weights",)  # numerics of decode steps: with many rows they are slower than INT8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +27,7 @@ class Request:
     host_python: str = "python3"
     speedup: float | None = None
     latency_ms: float | None = None
-    numerics: str = "auto"  # auto | fp32 | int8 | int8-dynamic | int8-static
+    numerics: str = "auto"  # auto | fp32 | int8 | int8-dynamic | int8-static | int4-weights
     pattern: str = "auto"  # auto | 2:4 | none
     quantizer: str = "zipc"  # zipc | modelopt: who chooses INT8 ranges and rounds
     prune: bool = True
@@ -81,10 +82,16 @@ class Request:
                 f"--engine {self.engine} is for targets under TensorRT, and '{target.name}' runs "
                 f"{target.runtime}. Leave it out, or choose one of zipc targets list."
             )
-        if self.numerics.startswith("int8-") and self.numerics not in target.numerics:
+        if self.numerics.startswith(("int8-", "int4-")) and self.numerics not in target.numerics:
             raise UsageError(
-                f"--numerics {self.numerics} has no kernels on target '{target.name}' under "
+                f"--numerics {self.numerics} is not offered on target '{target.name}' under "
                 f"{target.runtime}. Choose auto, int8, {', '.join(target.numerics)}."
+            )
+        if self.numerics in DECODING and self.phase != "decode":
+            others = ", ".join(n for n in target.numerics if n not in DECODING)
+            raise UsageError(
+                f"--numerics {self.numerics} is for decode steps of language models: many tokens "
+                f"at once are faster in INT8. Give --phase decode, or choose auto, int8, {others}."
             )
         if self.layout is not None and target.runtime == "openvino":
             raise UsageError(

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import tomllib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,20 @@ from pydantic import TypeAdapter, ValidationError
 
 from zipc.core.errors import UsageError
 from zipc.core.files import write_atomic
-from zipc.core.request import Request
+from zipc.core.request import DECODING, Request
 from zipc.core.types import Target
 
 SUPPORTED = {  # a target that asks for more would be measured as something it is not
     "runtime": ("onnxruntime", "openvino", "tensorrt"),
     "connection": ("local", "remote"),
     "reference_numeric": ("fp32", "fp16"),
-    "numerics": ("fp32", "fp16", "int8-dynamic", "int8-static"),  # here: `numerics` needs torch
+    # here: `numerics` needs torch
+    "numerics": ("fp32", "fp16", "int8-dynamic", "int8-static", "int4-weights"),
 }
-NO_KERNELS = {"openvino": ("int8-dynamic",)}  # numerics that run there in floats, slower than fp32
+NO_KERNELS = {  # numerics that run there in floats, slower than fp32, or that zipc does not write
+    "openvino": ("int8-dynamic", "int4-weights"),
+    "tensorrt": ("int4-weights",),
+}
 ON_CPU = ("onnxruntime", "openvino")
 AUTO = "auto"  # the faster of those on this device
 
@@ -43,6 +48,8 @@ def load_target(name: str) -> Target:
 def requested_target(request: Request) -> Target:
     """The target of a request, under the runtime it names; `auto` leaves that of the target.
 
+    Its numerics are those that its phase may have.
+
     Raises:
         UsageError: see `load_target`, `on_runtime` and `Request.check`.
     """
@@ -50,11 +57,11 @@ def requested_target(request: Request) -> Target:
     if request.runtime == AUTO:
         for name in ON_CPU:
             request.check(on_runtime(target, name))
-        return target
-    if request.runtime is not None:
+    elif request.runtime is not None:
         target = on_runtime(target, request.runtime)
     request.check(target)
-    return target
+    absent = () if request.phase == "decode" else DECODING
+    return _without(target, absent)
 
 
 def on_runtime(target: Target, runtime: str) -> Target:
@@ -70,9 +77,12 @@ def on_runtime(target: Target, runtime: str) -> Target:
             if runtime in ON_CPU
             else f"--runtime {runtime} is not known. Choose from: {', '.join((*ON_CPU, AUTO))}."
         )
-    absent = NO_KERNELS.get(runtime, ())
+    return _without(dataclasses.replace(target, runtime=runtime), NO_KERNELS.get(runtime, ()))
+
+
+def _without(target: Target, absent: Collection[str]) -> Target:
     numerics = tuple(n for n in target.numerics if n not in absent)
-    return dataclasses.replace(target, runtime=runtime, numerics=numerics)
+    return dataclasses.replace(target, numerics=numerics)
 
 
 def split_mode(name: str) -> tuple[str, str]:
@@ -195,7 +205,7 @@ def _parse(text: str, *, where: str, default_name: str, mode: str) -> Target:
     absent = set(NO_KERNELS.get(target.runtime, ())).intersection(target.numerics)
     if absent:
         raise UsageError(
-            f"{where}: {target.runtime} has no kernels for {', '.join(absent)}. Leave it out of "
+            f"{where}: {', '.join(absent)} is not offered under {target.runtime}. Leave it out of "
             "numerics."
         )
     if "dense" not in target.patterns:
