@@ -29,7 +29,7 @@ from zipc.inspect import inspect_onnx
 from zipc.manifest import Manifest
 from zipc.model_source import SourceModel, load_source, settle, with_cache
 from zipc.numerics.int4 import INT4
-from zipc.numerics.int8 import QuantizedWeight
+from zipc.numerics.int8 import Int8Linear, QuantizedWeight
 from zipc.pipeline import compile_model
 from zipc.plain_edits import plain_edit
 from zipc.prepare import Prepared, prepare
@@ -72,8 +72,10 @@ def token_by_token(session: ort.InferenceSession, ids: Tensor) -> Tensor:
     return torch.cat(found, 1)
 
 
-def opened(model: bytes | Path) -> ort.InferenceSession:
+def opened(model: bytes | Path, *, as_written: bool = False) -> ort.InferenceSession:
     options = ort.SessionOptions()
+    if as_written:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 3
     return ort.InferenceSession(model if isinstance(model, bytes) else str(model), options)
 
@@ -210,8 +212,14 @@ def test_int4_weights_are_at_every_site_that_was_asked(compiled: Path) -> None:
     assert all(a.level.width == a.units for a in manifest.allocation)
     found = inspect_onnx(compiled / "model.onnx")
     assert found["integer_products"] == found["ops"]["DequantizeLinear"] == 2 * 7
-    maps = [m for m in zipc.load(compiled).modules() if type(m).__name__ == "Int8Linear"]
+    module = zipc.load(compiled)
+    maps = [m for m in module.modules() if isinstance(m, Int8Linear)]
     assert [m.numeric for m in maps] == [INT4] * 14
+    ids = torch.randint(4, 20, (1, 12), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        expected = module(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    written = opened(compiled / "model.onnx", as_written=True)  # the kernel rounds activations
+    torch.testing.assert_close(token_by_token(written, ids), expected, rtol=1e-3, atol=1e-4)
 
 
 def settled(asked: Request, source: SourceModel) -> Request:
