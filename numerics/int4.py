@@ -9,7 +9,8 @@ ONNX Runtime runs `DequantizeLinear` of constant S4 before `MatMul` as one kerne
 under default session options and for any number of inputs; it rounds every block of the activations
 to S8. One row by 2048 x 8192, on one thread with VNNI: fp32 1.84 ms, dynamic INT8 0.56 ms, INT4
 0.43 ms; by 512 x 512 it is no faster than INT8, and with 32 rows it takes twice as long. INT8 for
-weights alone, 0.66 ms, is slower than dynamic INT8 at any number of rows: it is not offered.
+weights alone, 0.66 ms, is slower than dynamic INT8 there: it is not offered. A decode step of a
+Llama of width 2048 with two layers: fp32 14.6 ms, dynamic INT8 4.05 ms, INT4 2.96 ms.
 """
 
 INT4 = "int4-weights"
