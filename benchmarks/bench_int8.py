@@ -50,6 +50,7 @@ from zipc.profiler.runners.onnxruntime import OnnxRuntimeRunner
 from zipc.proof import paired_speedup
 from zipc.pruner.compensate.propagate import propagate
 from zipc.pruner.evidence import collect
+from zipc.pruner.graph.passages import passages
 from zipc.pruner.graph.sites import sizes_at
 from zipc.pruner.levels import Levels, States
 from zipc.pruner.on_grid import on_grid
@@ -202,7 +203,10 @@ def levels_on(prepared: Prepared, rows: Sequence[Feeds]) -> Levels:
     """Weights of every map, with what it reads on the rows."""
     modules = list(dict.fromkeys(m for s in prepared.structure.sites for m in s.maps))
     stats = collect(prepared.executor, rows, modules=modules)
-    return Levels(prepared.sites, prepared.calls, prepared.weights, stats, {})
+    return Levels(
+        *(prepared.sites, prepared.calls, prepared.weights, stats, {}),
+        passages=passages(prepared.program, prepared.structure.sites),
+    )
 
 
 def unpruned(prepared: Prepared, numeric: str) -> Allocation:

@@ -8,7 +8,7 @@ which neither depends.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -25,12 +25,14 @@ from zipc.numerics.int8 import (
     fake_quantize_static,
     quantize_weight,
 )
+from zipc.pruner.balance import Balance, Factors
 from zipc.pruner.compensate import COMPENSATORS
 from zipc.pruner.compensate.least_squares import INT8_NOISE, center
 from zipc.pruner.evidence import InputStats
 from zipc.pruner.graph.cuts import Cuts
-from zipc.pruner.graph.interpret import Variant
+from zipc.pruner.graph.interpret import Executor, Variant
 from zipc.pruner.graph.mixtures import rerouted
+from zipc.pruner.graph.passages import Passage
 from zipc.pruner.graph.trace import MapCall
 from zipc.pruner.maps import bias_of_rows, matrices, own_layout
 from zipc.pruner.obs import Sweep
@@ -99,8 +101,12 @@ class Levels:
         floats: str = "fp32",
         signed: bool = False,
         compensator: str = "least_squares",
+        passages: Sequence[Passage] = (),
     ) -> None:
-        """`floats` is what a level in fp32 runs in on the target; `signed`: its integers are S8."""
+        """`floats` is what a level in fp32 runs in on the target; `signed`: its integers are S8.
+
+        Channels that go through `passages` are evened out at levels with calibrated ranges.
+        """
         self.sites = sites
         self.calls = calls
         self.weights = weights
@@ -112,13 +118,15 @@ class Levels:
         self.signed = signed
         self.noise = INT8_NOISE if floats == STATIC else 0.0  # of inputs that are rounded later
         self._compensate = COMPENSATORS[compensator]
+        self.passages = passages
+        self._balance = Balance(passages, calls, weights, stats, limit=weight_limit, signed=signed)
         self._touching = {
             m: dict.fromkeys([*self.cuts.sites_of(c.weight), *self.cuts.sites_of(c.bias or "")])
             for m, c in calls.items()
         }
         owned = {p for c in calls.values() for p in (c.weight, c.bias)}
         self._others = [p for p in self.cuts.pieces if p not in owned]
-        self._ranges: dict[str, ActivationRange] = {}  # of what several maps read
+        self._ranges: dict[tuple[str, bool], ActivationRange] = {}  # of what several maps read
         self._image_ranges: dict[tuple[str, tuple[int, ...]], ActivationRange] = {}
         self._sparse: dict[str, tuple[Tensor, Tensor | None]] = {}  # of maps with all their inputs
         self._cache: OrderedDict[Key, MapState | Tensor] = OrderedDict()
@@ -166,11 +174,18 @@ class Levels:
             cut = self.cuts.cut(self.weights[name], name, kept)
             if cut.shape != self.weights[name].shape:
                 found.tensors[name] = cut
+        for name, by in self._balance.of_vectors(allocation.levels).items():
+            held = found.tensors.get(name, self.weights[name])
+            found.tensors[name] = held / self.cuts.cut(by, name, kept)
         return found
 
     def variant(self, allocation: Allocation, *, feedback: bool = False) -> Variant:
         """The whole model under an allocation."""
         return variant_of(allocation, self.states(allocation, feedback=feedback))
+
+    def first_effect(self, executor: Executor, site: str) -> int:
+        """Index of the first node that a change of the level of a site can affect."""
+        return executor.first_effect(self.sites[site], also=self._balance.vectors(site))
 
     def touching(self, module: str) -> list[str]:
         """Names of the sites that cut a map."""
@@ -248,38 +263,47 @@ class Levels:
             bias = bias[outputs]
         elif bias is not None and call.bias is not None:
             bias = self.cuts.cut(bias, call.bias, kept)
+        moved = self._balance.at(module, dict(levels), inputs=inputs, outputs=outputs)
         if not len(inputs):
             assert bias is not None
-            return bias
-        weight = weight.index_select(call.out_dim, outputs)
+            return moved.outputs(bias)
+        weight = moved.weight(call, weight.index_select(call.out_dim, outputs))
         numeric = level.numeric if call.plain else "fp32"  # a depthwise one is passed through
         if numeric == "fp32":
-            return MapState(weight, bias, pattern=pattern)
+            return divided(call, MapState(weight, bias, pattern=pattern), moved)
         held, columns = self.stats[module], _columns(call, inputs)
         activation = None
         if numeric == STATIC and call.convolution:
             activation = self._range_of_images(call, inputs)
         elif numeric == STATIC and len(inputs) < held.sample.shape[1]:
-            seen, matrix = held.sample[:, inputs], matrices(call, weight)[0]
+            seen, matrix = moved.inputs(held.sample[:, inputs]), matrices(call, weight)[0]
             activation = calibrate(seen, matrix, signed=self.signed)
         elif numeric == STATIC:
-            activation = self._shared_range(call)
-        gram = held.gram[0][columns][:, columns] if feedback else None
+            activation = self._shared_range(call, moved)
+        gram = moved.gram(held.gram[0][columns][:, columns]) if feedback else None
         made = self.rounded(call, weight, bias, numeric, activation=activation, gram=gram)
-        return replace(made, pattern=pattern)
+        return divided(call, replace(made, pattern=pattern), moved)
 
-    def _shared_range(self, call: MapCall) -> ActivationRange:
-        """A range for all linear maps that read what `call` reads: they share its rounding."""
-        if call.source not in self._ranges:
+    def moved(self, module: str, allocation: Allocation) -> Factors:
+        """What is moved at a map from or to others of its sites."""
+        inputs, outputs = self.columns(module, allocation), self.outputs(module, allocation)
+        return self._balance.at(module, allocation.levels, inputs=inputs, outputs=outputs)
+
+    def _shared_range(self, call: MapCall, moved: Factors) -> ActivationRange:
+        """A range for all linear maps that read what `call` reads: they share its rounding, and
+        what is moved from its channels."""
+        key = (call.source, moved.columns is not None)
+        if key not in self._ranges:
             readers = [
                 c
                 for c in self.calls.values()
                 if c.source == call.source and not c.convolution and c.module in self.stats
             ]
-            matrix = torch.cat([matrices(c, self.weights[c.weight])[0] for c in readers])
-            sample = self.stats[call.module].sample
-            self._ranges[call.source] = calibrate(sample, matrix, signed=self.signed)
-        return self._ranges[call.source]
+            weights = [moved.weight(c, self.weights[c.weight]) for c in readers]
+            matrix = torch.cat([matrices(c, w)[0] for c, w in zip(readers, weights, strict=True)])
+            sample = moved.inputs(self.stats[call.module].sample)
+            self._ranges[key] = calibrate(sample, matrix, signed=self.signed)
+        return self._ranges[key]
 
     def _range_of_images(self, call: MapCall, inputs: Tensor) -> ActivationRange:
         """A range for all convolutions that read what `call` reads, in the channels left of it.
@@ -360,6 +384,19 @@ class Levels:
         integer = quantize_weight(matrix, numeric=numeric, gram=gram, limit=self._limit)
         stands_for = own_layout(call, integer.dequantized()[None], weight)
         return MapState(stands_for, bias, numeric, integer, activation)
+
+
+def divided(call: MapCall, state: MapState, moved: Factors) -> MapState:
+    """A map whose rows are divided by what others make up for; its integers stay as they are."""
+    if moved.rows is None:
+        return state
+    bias = None if state.bias is None else moved.outputs(state.bias)
+    if state.integer is None:
+        weight = state.weight / moved.rows.unsqueeze(1 - call.out_dim)
+        return replace(state, weight=weight, bias=bias)
+    integer = replace(state.integer, scale=moved.outputs(state.integer.scale))
+    weight = own_layout(call, integer.dequantized()[None], state.weight)
+    return replace(state, weight=weight, bias=bias, integer=integer)
 
 
 def _columns(call: MapCall, inputs: Tensor) -> Tensor:

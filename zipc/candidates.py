@@ -28,6 +28,7 @@ from zipc.prices import Prices
 from zipc.pruner.allocate.scorer import Scorer
 from zipc.pruner.evidence import InputStats, collect
 from zipc.pruner.experts import sweep_experts
+from zipc.pruner.graph.passages import passages
 from zipc.pruner.ladder import sweep_site, widths_of
 from zipc.pruner.levels import Levels
 from zipc.pruner.obs import Sweep
@@ -88,6 +89,8 @@ def gather(
     stats, sweeps = _evidence(
         prepared, calibration, key, request, cache, progress, unit=samples.unit, every=every
     )
+    ours = request.quantizer == "zipc"  # another rounds without evening out
+    through = passages(prepared.program, prepared.structure.sites) if ours else []
     levels = Levels(
         prepared.sites,
         prepared.calls,
@@ -97,6 +100,7 @@ def gather(
         weight_limit=weight_limit(prices.table.fingerprint),
         floats=prepared.numeric,
         signed=target.signed,
+        passages=through,
     )
     progress.stage("oracle on dense")
 

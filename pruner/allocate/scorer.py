@@ -47,7 +47,7 @@ class Scorer:
         self._batches = batches
         self._readout = readout
         self._oracle = oracle
-        self._cuts = {name: executor.first_effect(s) for name, s in levels.sites.items()}
+        self._cuts = {name: levels.first_effect(executor, name) for name in levels.sites}
         self._prefix: _Prefix | None = None
         self._memo: dict[object, float] = {}
         dense = Allocation({}, 0.0, 0.0)

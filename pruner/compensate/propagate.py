@@ -22,7 +22,7 @@ from zipc.pruner.compensate.least_squares import center, damped_cholesky
 from zipc.pruner.evidence import data_rows
 from zipc.pruner.graph.interpret import Env, Executor, Variant
 from zipc.pruner.graph.trace import MapCall, Program, op_name
-from zipc.pruner.levels import Levels, MapState, States, variant_of
+from zipc.pruner.levels import Levels, MapState, States, divided, variant_of
 from zipc.pruner.maps import bias_of_rows, input_rows, matrices, output_rows, own_layout
 from zipc.pruner.products import cross_moment, linear, second_moment
 from zipc.pruner.sparse import to_pattern
@@ -123,7 +123,8 @@ def propagate(
     weights of their ladder.
     """
     sites = sorted(
-        (levels.sites[n] for n in allocation.levels), key=lambda s: executor.first_effect(s)
+        (levels.sites[n] for n in allocation.levels),
+        key=lambda s: levels.first_effect(executor, s.name),
     )
     sums = [_residual_sum(executor, site, levels) for site in sites]
     run = _Run(executor, levels, allocation, batches)
@@ -134,7 +135,7 @@ def propagate(
         if where is None or consumer is None:
             run.feed_back([m for m in site.maps if m not in done])
         elif consumer not in done and executor.needs(where.total, run.variant()):
-            run.small.reach(executor.first_effect(site), run.variant())
+            run.small.reach(levels.first_effect(executor, site.name), run.variant())
             run.dense.reach(min(s.at for s in sums[i:] if s is not None), Variant())
             _repair(run, site, level, where, ridge, done)
             done.add(consumer)
@@ -239,7 +240,8 @@ def _repair(
     consumer = site.consumers[0].module
     call = run.call(consumer)
     if consumer in run.states.constants:
-        run.states.constants[consumer] = _mean_error(run, call, where)
+        moved = run.levels.moved(consumer, run.allocation)
+        run.states.constants[consumer] = moved.outputs(_mean_error(run, call, where))
         return
     if level.differs:
         _finish_producers(run, site, done)
@@ -267,12 +269,13 @@ def _repair(
 
 
 def _plain(run: _Run, module: str) -> MapState:
-    """The weights of a map at its widths, dense and in fp32."""
+    """The weights of a map at its widths, dense and in fp32, for the inputs it will see."""
     plain = {n: Level(lv.width) for n, lv in run.allocation.levels.items()}
     names = run.levels.touching(module)
     made = run.levels.map_state(module, tuple((n, plain[n]) for n in names if n in plain))
     assert isinstance(made, MapState)
-    return made
+    moved = run.levels.moved(module, run.allocation)
+    return replace(made, weight=moved.weight(run.call(module), made.weight))
 
 
 def _finish_producers(run: _Run, site: Site, done: Collection[str]) -> None:
@@ -358,22 +361,17 @@ def _rounded(
 ) -> MapState:
     """Round a weight if its numeric does; the bias makes up for the mean of what that changes."""
     bias = state.bias
-    if numeric == "fp32":
-        return replace(state, bias=None if bias is None else bias.float())
-    made = run.levels.rounded(
-        call,
-        state.weight,
-        None if bias is None else bias.float(),
-        numeric,
-        activation=activation,
-        gram=moments.gram,
-    )
-    made = replace(made, pattern=state.pattern)
-    if bias is None:
-        return made
-    mean = moments.total / moments.count
-    lost = matrices(call, state.weight)[0].double() - matrices(call, made.weight)[0].double()
-    return replace(made, bias=(bias.double() + lost @ mean).float())
+    made = replace(state, bias=None if bias is None else bias.float())
+    if numeric != "fp32":
+        made = run.levels.rounded(
+            call, made.weight, made.bias, numeric, activation=activation, gram=moments.gram
+        )
+        made = replace(made, pattern=state.pattern)
+        if bias is not None:
+            mean = moments.total / moments.count
+            lost = matrices(call, state.weight - made.weight)[0].double()
+            made = replace(made, bias=(bias.double() + lost @ mean).float())
+    return divided(call, made, run.levels.moved(call.module, run.allocation))
 
 
 def _mean_error(run: _Run, call: MapCall, where: _Sum) -> Tensor:

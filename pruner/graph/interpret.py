@@ -8,7 +8,7 @@ the middle from the live values that an earlier run left there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -124,9 +124,10 @@ class Executor:
         order, _ = self._plan(frozenset(variant.constants), frozenset())
         return any(n.name == node for n in order)
 
-    def first_effect(self, site: Site) -> int:
-        """Index of the first node that a change of the level of `site` can affect."""
-        cut = {piece.parameter for piece in site.slices}
+    def first_effect(self, site: Site, *, also: Collection[str] = ()) -> int:
+        """Index of the first node that a change of the tensors of `site` can affect, or `also` of
+        others."""
+        cut = {piece.parameter for piece in site.slices}.union(also)
         names = {p for p, (name, _) in self.program.tensors.items() if name in cut}
         return min(
             self._index[user.name]
