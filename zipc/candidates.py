@@ -271,7 +271,8 @@ def _numerics(
             f"--numerics {wanted} is not known on target '{target.name}'. Choose auto, int8, "
             f"{', '.join(target.numerics)}."
         )
-    if wanted == "int8":
+    asked = request.speedup is not None or request.latency_ms is not None
+    if wanted == "int8" or not asked:  # the fastest, whatever it loses, is not what that means
         schemes = tuple(n for n in schemes if n != INT4)
     integers = [n for n, s in sites.items() if prepared.on_integers(s)]
     if not schemes or not integers:

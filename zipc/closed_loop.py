@@ -40,8 +40,8 @@ EXACT_AIM, EXACT_ACCEPT = 1.01, (1.0, 1.02)  # the same of modelled speedups, wh
 STAGE, FILE = "solution", "solution.json"
 JUDGED, LOSSES = "sensitivity", "losses.json"
 FILLED = 0.98  # finalists that leave more of the budget unused overshoot the speedup asked for
-LOOKS = 3  # finalists that are built, best first, until one is fast enough: sums of prices are off
-# by a few percent, for each in its own way
+LOOKS = 3  # finalists that are built, best first, while they are too slow by no more than prices
+# usually are off: for each in its own way
 FINALISTS = 6  # judged on the confirming texts; half as many where the budget was only corrected
 AGAIN = 0.15  # share of the search that is spent when only the budget was corrected
 LOOK_PAIRS = (60, 120, 240)  # a look goes on while its interval is wider than LOOK_WIDTH
@@ -396,7 +396,8 @@ class ClosedLoop:
             for allocation, loss in finalists[:LOOKS]:
                 attempt = self.attempt(allocation, loss, worth=self.least(target))
                 over = attempt.speedup / self.needed(target)
-                if attempt.repriced or over >= self.accept[0]:
+                close = over < self.accept[0] <= over * (1 + TABLE_ERROR)
+                if attempt.repriced or not close:
                     break
             if attempt.repriced:
                 continue
