@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -21,6 +23,7 @@ from tests.tiny_project import (
     small_effort,
 )
 from tests.tiny_project import request as request_of
+from zipc.candidates import _numerics
 from zipc.core.errors import UsageError
 from zipc.core.request import Request
 from zipc.core.types import Level, Silent
@@ -37,7 +40,7 @@ from zipc.pruner.graph.interpret import Variant
 from zipc.pruner.maps import own_layout
 from zipc.runtimes import integer_kernels
 from zipc.stage_cache import StageCache
-from zipc.targets import load_target
+from zipc.targets import load_target, requested_target
 
 
 @pytest.fixture(scope="module")
@@ -220,6 +223,20 @@ def test_int4_weights_are_at_every_site_that_was_asked(compiled: Path) -> None:
         expected = module(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
     written = opened(compiled / "model.onnx", as_written=True)  # the kernel rounds activations
     torch.testing.assert_close(token_by_token(written, ids), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("goal", "taken"),
+    [({"speedup": 3.0}, True), ({"latency_ms": 1.0}, True), ({"prune": False}, False)],
+)
+def test_int4_is_taken_for_a_speedup_alone(
+    prepared: Prepared, goal: dict[str, Any], taken: bool
+) -> None:
+    asked = Request(model="m", phase="decode", **goal)
+    prices: Any = SimpleNamespace(add=SimpleNamespace(fixed_ms=0.0), ms=lambda *_: 1.0)
+    found = _numerics(prepared, prices, requested_target(asked), asked, [])
+    assert (INT4 in found) == taken
+    assert {"fp32", "int8-dynamic"} <= set(found)
 
 
 def settled(asked: Request, source: SourceModel) -> Request:
