@@ -11,7 +11,7 @@ import pytest
 
 from zipc.core.errors import RemoteError
 from zipc.profiler import agent, facts, trtexec
-from zipc.profiler.link import BadAnswer, Link, LinkLost, checked_facts, checked_times
+from zipc.profiler.link import MAX_ANSWER, BadAnswer, Link, LinkLost, checked_facts, checked_times
 
 SENT = {m.__name__: Path(str(m.__file__)).read_text() for m in (facts, agent, trtexec)}
 
@@ -56,7 +56,7 @@ def other_end(tmp_path: Path, *answers: str, greeting: str | None = None) -> Lin
         ("[]", "no answer"),
         ('{"value": 1, "more": 2}', "no answer"),
         ('{"error": "x"}', "no answer"),
-        ("x" * (5 << 20), "a line of more than"),
+        ("x" * (MAX_ANSWER + 1), "a line of more than"),
     ],
 )
 def test_an_answer_of_no_agent_is_refused(tmp_path: Path, answer: str, message: str) -> None:
