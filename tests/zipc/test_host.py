@@ -254,6 +254,10 @@ def test_a_compile_is_measured_by_the_engines_of_a_board(
     assert len(calls.read_text().splitlines()) == before
     there = ("--host", loopback.ALIAS, "--host-python", python)
     assert run("bench", str(out), *there)[0] == 0
+    code, shown, _ = run("inspect", str(out))
+    assert code == 0
+    assert f"next: zipc bench {out} --host board" in shown
+    assert "zipc check" not in shown  # it times here
 
 
 def test_what_tensorrt_refuses_is_told_by_its_name(

@@ -16,7 +16,7 @@ from rich.table import Table
 from zipc.core.figures import three_digits
 from zipc.core.request import Request
 from zipc.core.types import LeftAlone, Level
-from zipc.manifest import Manifest
+from zipc.manifest import TENSORRT, Manifest
 from zipc.user_code import split_reference
 
 if TYPE_CHECKING:
@@ -280,7 +280,7 @@ def _next_commands(manifest: Manifest, out: Path) -> Iterable[str]:
         more = ", or allow more with --numerics auto" if floats else ""
         yield f"zipc inspect {out}  (ask for less{more})"
     host = manifest.latency.fingerprint.get("host")
-    if manifest.latency.table_kind == "modelled":
+    if manifest.runtime == TENSORRT:
         verb = "validate" if host is None else "bench"
         yield f"zipc {verb} {out} --host {host or 'USER@BOARD'}"
         yield f"sh {out}/build.sh  (on the device: builds the engine and times it)"
