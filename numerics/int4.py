@@ -1,9 +1,9 @@
 """INT4 for weights alone: the numeric "int4-weights" of decode steps under ONNX Runtime on a CPU.
 
 A decode step multiplies every weight with one row, so that it takes as long as reading the weights
-does: half the bytes of INT8 are read faster, and activations stay in floats. Weights are symmetric
-S4 with one fp32 scale for every output and block of inputs; the last block may be shorter. They are
-rounded to the nearest or, with a Gram matrix, by GPTQ (arXiv:2210.17323): see `numerics.int8`.
+does: half the bytes of INT8 are read faster. Nothing is calibrated. Weights are symmetric S4 with
+one fp32 scale for every output and block of inputs; the last block may be shorter. They are rounded
+to the nearest or, with a Gram matrix, by GPTQ (arXiv:2210.17323): see `numerics.int8`.
 
 ONNX Runtime runs `DequantizeLinear` of constant S4 before `MatMul` as one kernel, MatMulNBits,
 under default session options and for any number of inputs; it rounds every block of the activations

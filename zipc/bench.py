@@ -176,7 +176,9 @@ def _builders(device: Device, builds: int) -> Sequence[Device]:
     """The device, for each time that the engines are built there."""
     if builds == 1:
         return [device]
-    if builds < 1 or device.runtime != TENSORRT or not isinstance(device, RemoteDevice):
+    if builds < 1:
+        raise UsageError(f"--builds {builds}: engines are built once or more often.")
+    if device.runtime != TENSORRT or not isinstance(device, RemoteDevice):
         raise UsageError(
             f"--builds {builds}: engines of TensorRT, on the board of --host, can be built more "
             "than once. Leave it out."

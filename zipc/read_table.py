@@ -80,7 +80,10 @@ def find_files(path: Path, suffixes: Sequence[str] = SUFFIXES) -> dict[str, Path
     """
     if path.is_file():
         if _suffix(path) not in suffixes:
-            raise UsageError(f"{path} is not one of {', '.join(suffixes)} (or those with .gz).")
+            raise UsageError(
+                f"{path} is not one of {', '.join(suffixes)} (or those with .gz), nor arrays in an "
+                ".npz file, nor a folder of images."
+            )
         return {"all": path}
     if not path.is_dir():
         raise UsageError(f"There is no file or folder {path}. Check --data.")
@@ -93,7 +96,10 @@ def find_files(path: Path, suffixes: Sequence[str] = SUFFIXES) -> dict[str, Path
         and _stem(file).casefold() not in NOT_DATA
     ]
     if not found:
-        raise UsageError(f"The folder {path} has no data file ({', '.join(suffixes)}).")
+        raise UsageError(
+            f"The folder {path} has no data file: {', '.join(suffixes)}, .npz, or folders of "
+            "images."
+        )
     if len(found) == 1:
         return {"all": found[0]}
     roles: dict[str, Path] = {}

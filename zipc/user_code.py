@@ -38,7 +38,8 @@ def load_function(
     For messages, `arguments` is how many it will be called with, `flag` where the user named it.
 
     Raises:
-        UsageError: no such file or function, or importing the file fails.
+        UsageError: no such file or function, importing the file fails, or the function does not
+            take as many arguments.
     """
     where = f"{flag} {source}".strip()
     reference = split_reference(source)
@@ -60,13 +61,18 @@ def load_function(
         del sys.modules[alias]
         raise UsageError(f"{where}: importing it raised {told(error, path)}") from error
     function = getattr(module, name, None)
-    if not callable(function):
+    if function is not None and not callable(function):
+        kind = type(function).__name__
+        raise UsageError(f"{where}: {name} in {path.name} is of type {kind}, not a function.")
+    if function is None:
         names = _functions(module, arguments)
         close = difflib.get_close_matches(name, names, n=1)
         more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
         found = f" It has: {', '.join(names[:SHOWN])}{more}." if names else ""
         hint = f" Did you mean '{close[0]}'?" if close else found
         raise UsageError(f"{where}: {path.name} has no function '{name}'.{hint}")
+    if arguments and not _takes(function, arguments):
+        raise UsageError(f"{where}: {name} is called with {arguments} arguments, and takes others.")
     return function, module
 
 

@@ -22,7 +22,7 @@ def load_user_function(source: str) -> UserFunction:
     """Load `file.py:function`, because the user named that file; nothing else is ever imported.
 
     Raises:
-        UsageError: no such file or function, or importing the file fails.
+        UsageError: see `load_function`.
     """
     return load_function(source, arguments=2, flag="--eval")[0]
 

@@ -28,10 +28,11 @@ from tests.tiny_sources import (
     two_heads_onnx,
 )
 from zipc.core.errors import UsageError
+from zipc.core.request import Request
 from zipc.core.shapes import parse_input_shapes
 from zipc.core.types import InputSpec
 from zipc.model_source import SourceModel
-from zipc.samples import Samples, describe_data, judges, open_samples
+from zipc.samples import Samples, describe_data, inputs_of_rows, judges, open_samples
 from zipc.samples.rows import RowSamples
 
 VECTOR = InputSpec("x", "float32", ("batch", 5))
@@ -501,6 +502,9 @@ def test_a_users_function_gets_arrays_and_outputs_by_name(tmp_path: Path) -> Non
     assert samples.compare(dense, dense, "test")[0].value == 26  # a third of 40 labels is wrong
     with pytest.raises(UsageError, match="not both"):
         opened(picture_source(), tmp_path / "data", evaluator=source, metric="f1")
+    (tmp_path / "one.py").write_text("def score(rows):\n    return 0.0\n")
+    with pytest.raises(UsageError, match="score is called with 2 arguments, and takes others"):
+        opened(picture_source(), tmp_path / "data", evaluator=f"{tmp_path / 'one.py'}:score")
 
 
 # -------------------------------------------------------------------------------------- bad input
@@ -529,7 +533,7 @@ def good() -> dict[str, Any]:
         ({"pixel_values": np.repeat(images(1), 60, 0)}, "1 different usable rows"),
         ({"pixel_values": np.array(3.0)}, "is one number"),
         ({"pixel_values": np.array(["a"] * 60)}, "holds <U1, not numbers"),
-        ({"pixel_values": np.full((60, 3, 4, 4), np.nan)}, "contains NaN or infinity"),
+        ({"pixel_values": np.full((60, 3, 4, 4), np.nan)}, "NaN or infinity in 60 of 60 rows"),
         ({"pixel_values": images(60, side=6).transpose(0, 3, 1, 2)}, "only images .* may be bytes"),
         (
             {"pixel_values": np.ones((60, 5, 4, 4)) * np.arange(60).reshape(-1, 1, 1, 1)},
@@ -688,3 +692,9 @@ def test_texts_for_a_model_that_takes_images_are_refused(tmp_path: Path) -> None
     (tmp_path / "a.txt").write_text("\n".join(f"some words {i}" for i in range(60)))
     with pytest.raises(UsageError, match=r"takes no texts: .* \(pixel_values\) as arrays"):
         open_samples(picture_source(), request_of(tmp_path / "a.txt"))
+
+
+def test_arrays_without_rows_say_no_size(tmp_path: Path) -> None:
+    np.savez(tmp_path / "rows.npz", x=np.zeros((0, 4), np.float32))
+    with pytest.raises(UsageError, match=r"'x' in .*rows\.npz has no rows"):
+        inputs_of_rows(Request(model="nets.py:net", data=str(tmp_path / "rows.npz")))

@@ -113,10 +113,13 @@ def array_inputs(request: Request) -> list[InputSpec]:
     """The inputs that the first .npz file at `request.data` has rows of.
 
     Raises:
-        UsageError: it is damaged.
+        UsageError: it is damaged, or an array has no rows.
     """
     role, path = next(iter(find_npz(request).items()))
     read, _ = read_arrays({role: path}, request, ())
+    empty = [name for name, values in read[role].items() if values.ndim and not len(values)]
+    if empty:
+        raise UsageError(f"'{empty[0]}' in {path} has no rows.")
     return list(_specs_of(read[role]).values())
 
 
@@ -181,7 +184,11 @@ def _inputs(arrays: Mapping[str, Array], source: SourceModel, path: Path) -> dic
         if values.dtype.kind not in "fiub":
             raise UsageError(f"'{name}' in {path} holds {values.dtype}, not numbers.")
         if values.dtype.kind == "f" and not np.isfinite(values).all():
-            raise UsageError(f"'{name}' in {path} contains NaN or infinity.")
+            wrong = np.flatnonzero(~np.isfinite(values).reshape(len(values), -1).all(1))
+            raise UsageError(
+                f"'{name}' in {path} contains NaN or infinity in {len(wrong)} of {len(values)} "
+                f"rows, the first of them row {wrong[0]}. Mend them, or leave them out."
+            )
     _same_rows(named, path)
     ids = named.get("input_ids")
     if ids is not None and ids.ndim == 2 and 0 < source.max_length < ids.shape[1]:

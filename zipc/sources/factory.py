@@ -260,12 +260,13 @@ def _specs(
     asked = [f"{name}:1x{'N' if needed[1:] else '3x224x224'}" for name in missing]
     how = (
         f"--input-shapes '{','.join(sized + asked) or 'x:1x3x224x224'}', {EXAMPLES}() in "
-        f"{factory.path}, or --data with arrays by these names"
+        f"{factory.path}, or, for a compile, --data with arrays by these names"
     )
     if missing:
+        held = f" (those there: {', '.join(s.name for s in rows)})" if rows else ""
         raise UsageError(
             f"{factory.source}: {type(module).__name__} needs {' and '.join(missing)}, and nothing "
-            f"says how large. Give {how}."
+            f"says how large. Give {how}{held}."
         )
     unknown = [name for name in specs if name not in accepted]
     if unknown or not specs:

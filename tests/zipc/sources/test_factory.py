@@ -119,6 +119,7 @@ NETS = """
         module = nn.Linear(4, 4)
         module.bias.data[1] = float("inf")
         return module
+    LAYERS = 3
 """
 IMAGE = parse_input_shapes("x:1x3x8x8")
 ROW = parse_input_shapes("x:1x4")
@@ -326,6 +327,8 @@ def test_model_that_traces_one_batch_only_has_that_axis_fixed(nets: Path) -> Non
             r"nets\.py:number must return .* it returned an object of type int",
         ),
         ("nett", r"nets\.py has no function 'nett'\. Did you mean 'net'\?"),
+        ("LAYERS", r"LAYERS in nets\.py is of type int, not a function"),
+        ("", r"Which function of .*nets\.py makes the model\? Give it as .*nets\.py:function\."),
         (
             "broken",
             r"nets\.py:broken: Broken fails on x:batchx.*no such luck\n.*in forward.*\n.*in inner",
