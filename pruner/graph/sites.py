@@ -151,13 +151,17 @@ def find_sites(
 
 
 def _fixed(axes: Axes, sites: Sequence[Site], pinned: Mapping[str, str]) -> list[LeftAlone]:
-    """Maps whose output is no site, and modules with other matrices that no site has a part of."""
+    """Maps whose output no site cuts, and modules with other matrices that no site has a part of.
+
+    What a depthwise convolution gives goes with the channels that run through it.
+    """
     program = axes.program
     given = {module for site in sites for module in site.producers}
+    cut = {(piece.parameter, piece.dim) for site in sites for piece in site.slices}
     found = {
         call.module: f"its output width is fixed: {pinned.get(call.module, UNREAD)}"
         for call in program.maps
-        if call.module not in given
+        if call.module not in given and (call.weight, call.out_dim) not in cut
     }
     carried = {piece.parameter for site in sites for piece in site.slices}
     carried |= {call.weight for call in program.maps}

@@ -128,6 +128,16 @@ def test_nothing_removed_changes_nothing(name: str) -> None:
     assert gap(got, dense) < tolerance(ZOO[name])
 
 
+@families
+def test_what_is_left_alone_keeps_its_width(name: str) -> None:
+    made = double(name)
+    calls = {call.module: call for call in made.program.maps}
+    cut = {(piece.parameter, piece.dim) for site in made.sites for piece in site.slices}
+    for entry in made.structure.left_alone:
+        call = calls.get(entry.path)
+        assert call is None or (call.weight, call.out_dim) not in cut, entry
+
+
 def check_onnx(name: str, kept: Kept, feeds: dict[str, Tensor]) -> None:
     made, graph = single(name)
     assert relative_gap(by_onnx(made, graph, kept, feeds), inert(made, kept, feeds)) < IN_ONNX
