@@ -201,7 +201,7 @@ def repeats(dim: Sequence[Atom]) -> bool:
         ids = [id(leaf) for atom in segment for leaf in {id(x): x for x in leaves([atom])}.values()]
         if len(ids) != len(set(ids)):
             return True
-    return False
+    return any(repeats(part) for atom in flatten(dim) for part in atom.segments or ())
 
 
 def product(dim: Sequence[Atom]) -> int:

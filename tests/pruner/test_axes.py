@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from zipc.pruner.graph.axes import (
@@ -322,8 +322,15 @@ def run(made: Steps) -> Program:
     return program
 
 
+WITHIN_A_FACTOR: Steps = [  # an outer product in a concatenation that is itself an inner factor
+    *(("merge", 0, 0, 2), ("pad", 0, 0, 4), ("carve", 0, 0, 2)),
+    *(("carve", 2, 0, 3), ("carve", 0, 0, 3), ("merge", 5, 4, 2)),
+]
+
+
 @settings(max_examples=400, deadline=None)
 @given(steps)
+@example(WITHIN_A_FACTOR)
 def test_owners_are_those_of_the_enumeration(made: Steps) -> None:
     for dim in run(made).dims:
         labels = positions(dim)
