@@ -51,6 +51,11 @@ class Candidates:
     notes: list[str]
     key: str
 
+    @property
+    def weights_key(self) -> str:
+        """What the weights of a level depend on: the evidence, and what may be evened out."""
+        return fingerprint(self.key, [p.producer for p in self.levels.passages])
+
 
 def gather(
     prepared: Prepared,

@@ -110,8 +110,7 @@ def make_problem(
     offered = {n: [str(r.level) for r in ld.rungs] for n, ld in candidates.ladders.items()}
     rounding = weight_limit(prices.table.fingerprint)
     asked = [request.effort, request.metric, request.evaluator, rounding]
-    moved = [p.producer for p in candidates.levels.passages]
-    key = fingerprint(candidates.key, sorted(offered.items()), asked, moved)
+    key = fingerprint(candidates.weights_key, sorted(offered.items()), asked)
     folder = cache.get(JUDGED, key)
     if folder is not None:
         held = json.loads((folder / LOSSES).read_text())
@@ -305,8 +304,7 @@ class ClosedLoop:
         table, asked = self.prices.table.model_dump(mode="json"), self.request
         goal = [asked.speedup, asked.latency_ms, asked.prune, asked.numerics, asked.pattern]
         how = [asked.effort, asked.metric, asked.evaluator, asked.quantizer, asked.by_default]
-        moved = [p.producer for p in self.candidates.levels.passages]
-        return fingerprint(self.candidates.key, table, goal, *how, moved)
+        return fingerprint(self.candidates.weights_key, table, goal, *how)
 
     def find(self, target: float | None) -> Found:
         """The best allocation that measures at least `target`, with its final weights.
