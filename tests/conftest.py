@@ -7,6 +7,7 @@ import gc
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from tests import loopback
 from tests.command_line import Run, command_line
@@ -35,6 +36,12 @@ def _imports_are_not_collected() -> None:
     """A compile collects garbage after every stage: 0.3 s each, were it over all that is loaded."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def _random_numbers_are_the_same_in_every_run() -> None:
+    """Whatever ran before in the process, and in whichever order."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture

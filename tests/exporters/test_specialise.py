@@ -325,12 +325,12 @@ def test_int4_products_have_their_kernel_whatever_follows(
         node(after, ["sum" if bias else "product", *ends], ["after"]),
         node("Tanh", ["after"], ["y"]),
     ]
-    x, y = (
+    ports = [
         onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, axes)
         for name, axes in (("x", shape), ("y", [*shape[:-1], 12]))
-    )
+    ]
     header = onnx.helper.make_model(
-        onnx.helper.make_graph(nodes, "g", [x], [y]),
+        onnx.helper.make_graph(nodes, "g", ports[:1], ports[1:]),
         opset_imports=[onnx.helper.make_opsetid("", 20)],
     )
     graph = OnnxGraph.of(header)
@@ -345,9 +345,11 @@ def test_int4_products_have_their_kernel_whatever_follows(
     floats = Edit(tensors={"map.weight": rounded.dequantized().numpy()})
     model = specialise(graph, Edit(int8={"map": integers})).to_bytes()
     assert integer_kernels(model) == 1
-    feeds = {"x": torch.randn(*(3 if isinstance(n, str) else n for n in shape))}
+    x = generator.standard_normal([100 if isinstance(n, str) else n for n in shape])
+    feeds = {"x": torch.from_numpy(x.astype(np.float32))}
     want = onnx_output(specialise(graph, floats).to_bytes(), feeds)
-    np.testing.assert_allclose(onnx_output(model, feeds), want, atol=0.1)
+    error = np.linalg.norm(onnx_output(model, feeds) - want) / np.linalg.norm(want)
+    assert error < 0.05  # the kernel rounds the inputs to INT8
 
 
 @families
