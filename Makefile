@@ -12,7 +12,8 @@ demo: .venv/demo
 	$(BIN)/zipc compile minilm --target cpu --speedup 2x --data examples/stsb -o out/minilm-2x
 
 test: .venv/dev
-	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadgroup -m "not gpu and not ssh and not slow"
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadgroup -m "not gpu and not ssh and not slow" \
+		--hypothesis-profile=ci
 
 lint: .venv/dev
 	$(BIN)/ruff check .
