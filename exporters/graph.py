@@ -103,6 +103,15 @@ class OnnxGraph:
             return None
         return int(weight.shape[0 if attribute(at, "transB", 0) else 1])
 
+    def take_product_(self, call: NodeProto) -> str:
+        """Remove a MatMul or Gemm, but not the bias it adds; returns the name for its product."""
+        self.nodes.remove(call)
+        out: str = call.output[0]
+        if call.op_type != "Gemm" or len(call.input) < 3:
+            return out
+        self.nodes.append(node("Add", [out + "_product", call.input[2]], [out]))
+        return out + "_product"
+
     def can_raise_opset(self, version: int) -> bool:
         """Whether all operators mean the same in the standard opset of that version."""
         held = [e.version for e in self.proto.opset_import if e.domain in ("", "ai.onnx")]

@@ -14,7 +14,7 @@ import numpy as np
 from zipc.core.errors import ExportMismatch
 from zipc.exporters.experts import sparse_experts_
 from zipc.exporters.graph import OnnxGraph, node
-from zipc.exporters.specialise import Int8Weights, graph_name, take_product_
+from zipc.exporters.specialise import Int8Weights, graph_name
 
 
 class OpenVino:
@@ -42,7 +42,7 @@ class OpenVino:
                 graph.arrays[stem + "_scale"] = weights.scale.astype(np.float32)
                 pair = [stem + "_values", stem + "_scale"]
                 graph.nodes.append(node("DequantizeLinear", pair, [stem + "_floats"], axis=1))
-                out = take_product_(graph, call)
+                out = graph.take_product_(call)
                 graph.nodes.append(node("MatMul", [rounded[key], stem + "_floats"], [out]))
 
     def finish_(self, graph: OnnxGraph) -> None:

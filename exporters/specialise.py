@@ -10,6 +10,7 @@ import numpy as np
 from onnx import NodeProto, TensorProto, helper
 
 from zipc.core.errors import ExportMismatch
+from zipc.exporters.bfloat16 import bfloat16_
 from zipc.exporters.finish import finish
 from zipc.exporters.graph import OnnxGraph, attribute, node
 from zipc.exporters.shapes import (
@@ -55,7 +56,8 @@ class Edit:
     `tensors`: new float values in torch layout; `removed`: module path of a linear map that loses
     its whole input -> what it outputs, (out,); `int8`: module path -> integer weights; `size_of`:
     the new size of an axis of a traced node's result; `picks`: traced slice of one index -> the
-    index it takes from now on; `silent`: removed maps that leave the sums they stand in.
+    index it takes from now on; `silent`: removed maps that leave the sums they stand in;
+    `bf16`: linear maps that multiply in bf16, whose `tensors` hold such values.
     """
 
     tensors: Mapping[str, FloatArray] = field(default_factory=dict)
@@ -64,6 +66,7 @@ class Edit:
     size_of: SizeOf | None = None
     picks: Mapping[str, int] = field(default_factory=dict)
     silent: Collection[str] = ()
+    bf16: Collection[str] = ()
 
 
 class Emitter(Protocol):
@@ -122,6 +125,7 @@ def specialise(
     for module, constant in edit.removed.items():
         _remove_(graph, module, constant, edit)
     drop_empty_inputs_(graph)
+    bfloat16_(graph, edit.bf16)
     emitter.quantise_(graph, edit.int8, part=part)
     emitter.finish_(graph)
     return graph
@@ -337,7 +341,7 @@ def _quantise_(
     graph.arrays[stem + "_values"] = weights.values.T
     graph.arrays[stem + "_scale"] = weights.scale.astype(np.float32)
     graph.arrays[stem + "_zero"] = np.zeros(len(weights.scale), dtype=np.int8)
-    out = take_product_(graph, call)
+    out = graph.take_product_(call)
     q, scale, zero = rounding.of(source, weights.activation)
     graph.nodes += [
         node("MatMulInteger", [q, stem + "_values", zero, stem + "_zero"], [stem + "_int32"]),
@@ -354,7 +358,7 @@ def _unpack_(graph: OnnxGraph, call: NodeProto, weights: Int8Weights) -> None:
     graph.arrays[stem + "_values"] = weights.values.T.astype(S4)
     graph.arrays[stem + "_scale"] = weights.scale.T
     pair, floats = [stem + "_values", stem + "_scale"], stem + "_floats"
-    out = take_product_(graph, call)
+    out = graph.take_product_(call)
     if _fused_otherwise(graph, call.input[0], out):
         graph.nodes.append(node("Sum", [out + "_alone"], [out]))
         out += "_alone"
@@ -377,16 +381,6 @@ def _fused_otherwise(graph: OnnxGraph, source: str, out: str) -> bool:
             if after.op_type in ("Relu", "Clip") or (flat and biased):
                 return True
     return False
-
-
-def take_product_(graph: OnnxGraph, call: NodeProto) -> str:
-    """Remove a MatMul or Gemm, but not the bias it adds; returns the name for its product."""
-    graph.nodes.remove(call)
-    out: str = call.output[0]
-    if call.op_type != "Gemm" or len(call.input) < 3:
-        return out
-    graph.nodes.append(node("Add", [out + "_product", call.input[2]], [out]))
-    return out + "_product"
 
 
 def graph_name(call: NodeProto) -> str:

@@ -27,6 +27,7 @@ COLOURS = {
     "int8-dynamic": "C1",
     "int8-static": "C3",
     "int4-weights": "C4",
+    "bf16": "C5",
 }
 Z95 = 1.96  # standard errors to either side of a 95 % interval
 

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from zipc.core.types import Allocation, Level, Pattern, Site
+from zipc.numerics import bf16
+from zipc.numerics.bf16 import BF16
 from zipc.numerics.int8 import (
     DYNAMIC,
     STATIC,
@@ -43,7 +45,7 @@ from zipc.pruner.sparse import refusal, to_pattern
 class MapState:
     """One map at a level: float weights, or integer weights with an activation rule."""
 
-    weight: Tensor  # fp32, own layout; what the integer weights stand for, where there are such
+    weight: Tensor  # fp32, own layout: values of bf16 in that, what integer weights stand for
     bias: Tensor | None
     numeric: str = "fp32"
     integer: QuantizedWeight | None = None
@@ -53,12 +55,14 @@ class MapState:
     @property
     def differs(self) -> bool:
         """Whether it is more than its weights cut and fitted: thinned out or rounded."""
-        return self.integer is not None or self.pattern != "dense"
+        return self.numeric != "fp32" or self.pattern != "dense"
 
     def seen(self, x: Tensor) -> Tensor:
         """The input as the product sees it: rounded where the numeric rounds."""
         if self.activation is not None:
             return fake_quantize_static(x, self.activation)
+        if self.numeric == BF16:
+            return bf16.converted(x)
         return fake_quantize_dynamic(x) if self.numeric == DYNAMIC else x
 
 
@@ -376,10 +380,12 @@ class Levels:
         activation: ActivationRange | None,
         gram: Tensor | None,
     ) -> MapState:
-        """A map in INT8 or INT4; static INT8 has a calibrated range of its input.
+        """A map in bf16, INT8 or INT4; static INT8 has a calibrated range of its input.
 
-        Rounding errors are fed back where `gram` (in, in) is given.
+        Rounding errors of integers are fed back where `gram` (in, in) is given.
         """
+        if numeric == BF16:
+            return MapState(bf16.rounded(weight), bias, numeric)
         matrix = matrices(call, weight)[0]
         integer = quantize_weight(matrix, numeric=numeric, gram=gram, limit=self._limit)
         stands_for = own_layout(call, integer.dequantized()[None], weight)
@@ -393,6 +399,7 @@ def divided(call: MapCall, state: MapState, moved: Factors) -> MapState:
     bias = None if state.bias is None else moved.outputs(state.bias)
     if state.integer is None:
         weight = state.weight / moved.rows.unsqueeze(1 - call.out_dim)
+        weight = bf16.rounded(weight) if state.numeric == BF16 else weight
         return replace(state, weight=weight, bias=bias)
     integer = replace(state.integer, scale=moved.outputs(state.integer.scale))
     weight = own_layout(call, integer.dequantized()[None], state.weight)

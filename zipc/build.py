@@ -18,6 +18,7 @@ from zipc.exporters.shapes import SizeOf
 from zipc.exporters.sparse_weights import sparse_weights
 from zipc.exporters.specialise import Edit, Int8Weights
 from zipc.integer_body import IntegerBody
+from zipc.numerics.bf16 import BF16
 from zipc.numerics.int8 import STATIC
 from zipc.prepare import Prepared
 from zipc.pruner.graph.sites import Structure, sizes_at
@@ -74,16 +75,22 @@ def build_floats(
     edit = edit_of(states, sizes_at(prepared.structure, allocation.widths))
     model = prepared.specialise(prepared.dense, edit).to_bytes()
     runtime = prepared.runtime
-    integers = sum(
-        call.module in states.maps and states.maps[call.module].integer is not None
-        for call in prepared.program.maps
-    )
+    held = [states.maps[c.module] for c in prepared.program.maps if c.module in states.maps]
+    integers = sum(state.integer is not None for state in held)
+    halved = sum(state.numeric == BF16 for state in held)
     if integers:
         found = runtime.integer_products(model)
         if found < integers:
             raise ExportMismatch(
                 f"{runtime.title} runs {found} of {integers} integer products of the graph as "
                 "integers: the rest would be slower than fp32. Use --numerics fp32."
+            )
+    if halved:
+        found = runtime.bf16_products(model) if runtime.bf16_products else 0
+        if found < halved:
+            raise ExportMismatch(
+                f"{runtime.title} runs {found} of {halved} products in bf16 of the graph in bf16: "
+                "the rest would be no faster than fp32. Use --numerics int8 or fp32."
             )
     sparse = sum(state.pattern != "dense" for state in states.maps.values())
     if sparse:
@@ -101,7 +108,7 @@ def build_floats(
     parity = check_parity(
         [outputs[name] for _, name in prepared.source.outputs],
         [t.numpy() for t in expected],
-        bound=INT8_BOUND if integers else FP32_BOUND,
+        bound=INT8_BOUND if integers or halved else FP32_BOUND,
         what="the compiled ONNX graph against its torch simulation",
     )
     return Built(allocation, states, model, parity, integers, sparse)
@@ -185,7 +192,7 @@ def shrunk(
         program,
         structure,
         widths=allocation.widths,
-        numerics={m: s.numeric for m, s in states.maps.items() if s.integer is not None},
+        numerics={m: s.numeric for m, s in states.maps.items() if s.numeric != "fp32"},
         biased=[m for m, s in states.maps.items() if s.bias is not None and not calls[m].bias],
         dropped=states.dropped,
     )
@@ -217,6 +224,7 @@ def edit_of(states: States, size_of: SizeOf) -> Edit:
     """The changes of the dense graph that give it these weights."""
     tensors = {p: t.numpy() for p, t in states.tensors.items()}
     integers: dict[str, Int8Weights] = {}
+    narrow = [m for m, s in states.maps.items() if s.numeric == BF16]
     for module, state in states.maps.items():
         if state.bias is not None:
             tensors[module + ".bias"] = state.bias.numpy()
@@ -231,7 +239,7 @@ def edit_of(states: States, size_of: SizeOf) -> Edit:
             None if at is None else (at.scale, at.zero_point),
         )
     removed = {m: c.numpy() for m, c in states.constants.items()}
-    return Edit(tensors, removed, integers, size_of, states.picks, states.silent)
+    return Edit(tensors, removed, integers, size_of, states.picks, states.silent, narrow)
 
 
 def _map_tensors(path: str, state: MapState) -> dict[str, Tensor]:
@@ -239,7 +247,8 @@ def _map_tensors(path: str, state: MapState) -> dict[str, Tensor]:
     if state.bias is not None:
         found[f"{path}.bias"] = state.bias
     if state.integer is None:
-        found[f"{path}.weight"] = state.weight
+        narrow = state.numeric == BF16
+        found[f"{path}.weight"] = state.weight.to(torch.bfloat16) if narrow else state.weight
         return found
     found[f"{path}.weight"] = state.integer.values
     found[f"{path}.weight_scale"] = state.integer.scale

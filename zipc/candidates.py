@@ -17,8 +17,9 @@ from zipc.core.errors import UsageError
 from zipc.core.figures import three_digits
 from zipc.core.files import fingerprint
 from zipc.core.request import Request
-from zipc.core.types import Difference, Ladder, Level, Progress, Rung, Site, Target
+from zipc.core.types import NARROW, Difference, Ladder, Level, Progress, Rung, Site, Target
 from zipc.effort import Effort
+from zipc.numerics.bf16 import BF16
 from zipc.numerics.int4 import INT4
 from zipc.numerics.int8 import DYNAMIC, FULL, REDUCED, STATIC
 from zipc.offered import suits
@@ -261,7 +262,7 @@ def _numerics(
         UsageError: the request names a numeric the target does not run.
     """
     wanted, sites = request.numerics, prepared.sites
-    known = (DYNAMIC, STATIC, INT4) if request.quantizer == "zipc" else (STATIC,)
+    known = (BF16, DYNAMIC, STATIC, INT4) if request.quantizer == "zipc" else (STATIC,)
     schemes = tuple(n for n in known if n in target.numerics)
     if prepared.body is not None:
         ms = prices.add.fixed_ms + sum(prices.ms(n, Level(s.units)) for n, s in sites.items())
@@ -277,7 +278,9 @@ def _numerics(
             f"{', '.join(target.numerics)}."
         )
     asked = request.speedup is not None or request.latency_ms is not None
-    if wanted == "int8" or not asked:  # the fastest, whatever it loses, is not what that means
+    if wanted == "int8":
+        schemes = tuple(n for n in schemes if n in (DYNAMIC, STATIC))
+    elif not asked:  # the fastest, whatever it loses, is not what that means
         schemes = tuple(n for n in schemes if n != INT4)
     integers = [n for n, s in sites.items() if prepared.on_integers(s)]
     if not schemes or not integers:
@@ -306,7 +309,7 @@ def _ladder(
     if offers_sparse(target, request):
         sparse = (sparse_level(prepared, site, lv) for lv in levels)
         levels += [lv for lv in sparse if lv is not None]
-    asked: list[Difference] = ["int8"] if request.numerics != "auto" else []
+    asked: list[Difference] = list(NARROW) if request.numerics != "auto" else []
     asked += ["2:4"] if request.pattern != "auto" else []
     levels = [
         level

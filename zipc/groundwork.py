@@ -34,7 +34,7 @@ from zipc.runtimes import runtime_of
 from zipc.samples import Samples, inputs_of_rows, kind_of, open_samples
 from zipc.sources.common import BATCH
 from zipc.stage_cache import StageCache
-from zipc.targets import AUTO, ON_CPU, on_runtime, requested_target
+from zipc.targets import AUTO, ON_CPU, on_device, on_runtime, requested_target
 from zipc.turns import faster_runtime
 from zipc.user_code import split_reference
 
@@ -156,6 +156,8 @@ def open_target(request: Request) -> tuple[Target, Device]:
     if request.engine is not None and target.sheet is not None:
         choose_builder(request.engine, target.sheet.sm)
     device = open_device(target, request.host, python=request.host_python)
+    target = on_device(target, device.fingerprint())
+    request.check(target)
     if request.runtime == AUTO:
         for name in ON_CPU:  # one that is missing is told before anything is loaded
             open_device(on_runtime(target, name), request.host, python=request.host_python)

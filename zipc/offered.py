@@ -12,7 +12,7 @@ def offered_levels(prepared: Prepared, site: Site, target: Target) -> list[Level
     """Every level the table prices for a site, the dense one included."""
     widths = widths_of(site, step=target.width_step)
     integers = prepared.on_integers(site)
-    numerics = [n for n in target.numerics if integers or not n.startswith("int")]
+    numerics = [n for n in target.numerics if integers or not Level(site.units, n).differs]
     if prepared.body is not None:
         numerics = [prepared.numeric]
     levels = [Level(w, n) for n in numerics for w in widths if w]

@@ -10,6 +10,7 @@ import torch
 
 from zipc.core.types import Level
 from zipc.exporters.specialise import Edit, Int8Weights
+from zipc.numerics.bf16 import BF16
 from zipc.numerics.int8 import STATIC, quantize_weight
 from zipc.prepare import Prepared
 from zipc.pruner.graph.cuts import Cuts
@@ -29,6 +30,7 @@ def plain_edit(
     tensors = {p: cuts.cut(weights[p], p, kept).numpy() for p in cuts.pieces}
     removed: dict[str, np.ndarray[Any, Any]] = {}
     integers: dict[str, Int8Weights] = {}
+    narrow: list[str] = []
     for name, level in levels.items():
         site = prepared.sites[name]
         if level.removed:
@@ -44,6 +46,9 @@ def plain_edit(
                 tensors[name] = halved(call, torch.from_numpy(tensors[name])).numpy()
     for module, level in _numerics_of_maps(prepared, levels).items():
         if level.removed or level.numeric == "fp32":
+            continue
+        if level.numeric == BF16:
+            narrow.append(module)
             continue
         call = calls[module]
         weight = torch.from_numpy(tensors[call.weight])
@@ -61,7 +66,7 @@ def plain_edit(
         )
         removed[module] = np.zeros(shape[calls[module].out_dim], dtype=np.float32)
     size_of = sizes_at(prepared.structure, widths_in(levels))
-    return Edit(tensors, removed, integers, size_of, routes.picks, routes.ends)
+    return Edit(tensors, removed, integers, size_of, routes.picks, routes.ends, narrow)
 
 
 def _numerics_of_maps(prepared: Prepared, levels: Mapping[str, Level]) -> dict[str, Level]:

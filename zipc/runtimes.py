@@ -17,13 +17,17 @@ from zipc.exporters.tensorrt.emit import IN_FLOATS, TensorRt
 from zipc.exporters.tensorrt.qdq import count_rounded_products
 from zipc.profiler.agent import TITLES
 from zipc.profiler.runners.onnxruntime import PROVIDERS, OnnxRuntimeRunner
-from zipc.profiler.runners.openvino import OpenVinoRunner, count_integer_products
+from zipc.profiler.runners.openvino import (
+    OpenVinoRunner,
+    count_bf16_products,
+    count_integer_products,
+)
 from zipc.profiler.runners.session import SessionRunner
 
 
 @dataclass(frozen=True, slots=True)
 class CpuRuntime:
-    """How graphs are written for a runtime, run in it, and asked for their integer products.
+    """How graphs are written for a runtime, run in it, and asked for their narrow products.
 
     `convolutions`: one of them between floats may run on integers too. `timed` writes what a device
     is given to time, where that is not what runs here.
@@ -34,6 +38,7 @@ class CpuRuntime:
     integer_products: Callable[[bytes], int]
     convolutions: bool = False
     timed: Emitter | None = None
+    bf16_products: Callable[[bytes], int] | None = None
 
     @property
     def title(self) -> str:
@@ -62,7 +67,9 @@ def integer_kernels(model: bytes | Path) -> int:
 
 RUNTIMES: Mapping[str, CpuRuntime] = {
     "onnxruntime": CpuRuntime(ONNX_RUNTIME, OnnxRuntimeRunner, integer_kernels),
-    "openvino": CpuRuntime(OPENVINO, OpenVinoRunner, count_integer_products),
+    "openvino": CpuRuntime(
+        OPENVINO, OpenVinoRunner, count_integer_products, bf16_products=count_bf16_products
+    ),
     # ONNX Runtime stands for TensorRT here
     "tensorrt": CpuRuntime(IN_FLOATS, OnnxRuntimeRunner, count_rounded_products, convolutions=True),
 }

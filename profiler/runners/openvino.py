@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +31,9 @@ _TYPES: Mapping[str, str] = {  # as ONNX Runtime spells them
 class OpenVinoRunner(SessionRunner):
     """Times one graph in OpenVINO, its axes as open as in the file.
 
-    Floats stay fp32: left alone, OpenVINO computes in bf16 where the processor can, which would be
-    another network. Threads are not tied to cores, as those of ONNX Runtime are not.
+    Floats stay fp32 but for products that the graph has in bf16: left alone, OpenVINO computes all
+    of them in bf16 where the processor can, which would be another network. Threads are not tied to
+    cores, as those of ONNX Runtime are not.
     """
 
     runtime = "openvino"
@@ -93,7 +95,18 @@ class OpenVinoGraph(OpenVinoSession):
 
 
 def count_integer_products(model: bytes | Path) -> int:
-    """Products of a graph that OpenVINO runs on integers, as its compiled model tells.
+    """Products of a graph that OpenVINO runs on integers; see `products`."""
+    held = products(model)
+    return held["u8"] + held["i8"]
+
+
+def count_bf16_products(model: bytes | Path) -> int:
+    """Products of a graph that OpenVINO runs in bf16; see `products`."""
+    return products(model)["bf16"]
+
+
+def products(model: bytes | Path) -> Counter[str]:
+    """How many products of a graph OpenVINO runs in a precision, as its compiled model tells.
 
     Raises:
         ExportMismatch: OpenVINO cannot load the graph.
@@ -105,10 +118,10 @@ def count_integer_products(model: bytes | Path) -> int:
         name = source if isinstance(source, str) else "the graph"
         raise OpenVinoRunner.cannot_load(name, error) from error
     layers = [node.get_rt_info() for node in graph.compiled.get_runtime_model().get_ordered_ops()]
-    return sum(
-        layer["layerType"].astype(str) in PRODUCTS
-        and layer["runtimePrecision"].astype(str) in ("u8", "i8")
+    return Counter(
+        layer["runtimePrecision"].astype(str)
         for layer in layers
+        if layer["layerType"].astype(str) in PRODUCTS
     )
 
 

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, fx
 
 from zipc.core.types import Site
+from zipc.numerics import bf16
+from zipc.numerics.bf16 import BF16
 from zipc.pruner.graph.rules import CREATED
 from zipc.pruner.graph.sites import Extent, Structure, extent_size
 from zipc.pruner.graph.trace import MapCall, Program, op_name
@@ -25,12 +27,15 @@ Env = dict[str, Any]
 
 
 class MapWeights(Protocol):
-    """What replaces the weights of a map: `seen` is its input as the product reads it."""
+    """What replaces the weights of a map: `seen` is its input as the product reads it, and one in
+    the numeric bf16 rounds the product before the bias is added."""
 
     @property
     def weight(self) -> Tensor: ...
     @property
     def bias(self) -> Tensor | None: ...
+    @property
+    def numeric(self) -> str: ...
     def seen(self, x: Tensor) -> Tensor: ...
 
 
@@ -209,7 +214,11 @@ class Executor:
             if call.bias is not None:
                 bias = variant.tensors.get(call.bias, self._values[call.bias])
         if not call.convolution:
-            return linear(x, weight if call.out_dim == 0 else weight.T, bias)
+            matrix = weight if call.out_dim == 0 else weight.T
+            if held is not None and held.numeric == BF16:
+                product = bf16.rounded(linear(x, matrix, None))
+                return product if bias is None else product + bias
+            return linear(x, matrix, bias)
         args: list[Any] = list(fx.map_arg(node.args[3:], value))
         if call.groups > 1 and variant.widths:
             args[3] = extent_size(self.structure.groups[node.name], variant.widths)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from zipc.core.errors import CorruptFile
 from zipc.core.nodes import module_of
 from zipc.core.types import Site
+from zipc.numerics.bf16 import BF16, Bf16Linear
 from zipc.numerics.int4 import INT4
 from zipc.numerics.int8 import DYNAMIC, STATIC, Int8Linear
 from zipc.pruner.graph.cuts import Cuts
@@ -184,12 +185,16 @@ def apply_structure_(model: nn.Module, document: Mapping[str, Any]) -> None:
             features = getattr(owner, "out_channels", getattr(owner, "out_features", None))
             owner.bias = nn.Parameter(weight.new_zeros(int(features or weight.shape[-1])))
         for path, numeric in document["numerics"].items():
-            if numeric not in (DYNAMIC, STATIC, INT4):
+            if numeric not in (BF16, DYNAMIC, STATIC, INT4):
                 raise ValueError(f"unknown numeric {numeric!r} of {path}")
             old = model.get_submodule(path)
             weight = old.get_parameter("weight")
             shape = list(weight.shape if isinstance(old, nn.Linear) else weight.T.shape)
-            made = Int8Linear(shape[1], shape[0], bias=old.bias is not None, numeric=numeric)
+            biased = old.bias is not None
+            if numeric == BF16:
+                made: nn.Module = Bf16Linear(shape[1], shape[0], bias=biased)
+            else:
+                made = Int8Linear(shape[1], shape[0], bias=biased, numeric=numeric)
             model.set_submodule(path, made)
         for path in document["dropped"]:
             delattr(model.get_submodule(_owner(path)), path.rpartition(".")[2])

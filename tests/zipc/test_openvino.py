@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
 
 import zipc.turns as turns
 from tests.tiny_project import (
     Told,
     request,
 )
+from zipc import load
 from zipc.bench import bench
 from zipc.build import INT8_BOUND
 from zipc.core.errors import CorruptFile, UsageError
@@ -25,14 +27,21 @@ from zipc.core.types import Workload
 from zipc.gate import check
 from zipc.latency_tables.store import TableStore
 from zipc.manifest import Manifest
+from zipc.numerics.bf16 import BF16, Bf16Linear
+from zipc.numerics.int4 import INT4
 from zipc.numerics.int8 import DYNAMIC, STATIC
 from zipc.pipeline import compile_model
 from zipc.predict import onnx_predict
 from zipc.profiler.agent import PRECISION
+from zipc.profiler.facts import fingerprint
 from zipc.profiler.runners.onnxruntime import OnnxRuntimeRunner
-from zipc.profiler.runners.openvino import OpenVinoRunner, count_integer_products
+from zipc.profiler.runners.openvino import (
+    OpenVinoRunner,
+    count_bf16_products,
+    count_integer_products,
+)
 from zipc.profiling import profile_model
-from zipc.targets import load_target, on_runtime, requested_target
+from zipc.targets import load_target, on_device, requested_target
 
 pytest.importorskip("openvino", reason="OpenVINO is not installed")
 
@@ -99,6 +108,38 @@ def test_what_ships_says_the_same_in_both_runtimes(integers: tuple[Path, Manifes
         kept = ids != 0
         gap = np.linalg.norm((mine - theirs)[kept]) / np.linalg.norm(theirs[kept])
         assert gap < bound
+
+
+@pytest.mark.skipif(
+    not any("bf16" in feature for feature in fingerprint("openvino")["isa"]),
+    reason="this processor has no instructions for bf16",
+)
+def test_every_product_of_a_bf16_compile_runs_in_bf16(
+    parts: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    model, data, cache = parts
+    asked = request(
+        *(model, data, tmp_path / "out", cache),
+        runtime="openvino",
+        numerics=BF16,
+        prune=False,
+        speedup=None,
+    )
+    manifest = compile_model(asked, progress=Told())
+    assert {record.level.numeric for record in manifest.allocation} == {BF16}
+    assert count_bf16_products(tmp_path / "out" / "model.onnx") == 2 * 6
+    assert count_bf16_products(tmp_path / "out" / "reference.onnx") == 0
+    loaded = load(tmp_path / "out")
+    assert sum(isinstance(m, Bf16Linear) for m in loaded.modules()) == 2 * 6
+    ids = torch.tensor([[2, 9, 14, 20, 3]])
+    feeds = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    feeds["token_type_ids"] = torch.zeros_like(ids)
+    name = "last_hidden_state"
+    predict = onnx_predict(tmp_path / "out" / "model.onnx", [name], runtime="openvino")
+    mine = predict({k: v.numpy() for k, v in feeds.items()})[name]
+    with torch.no_grad():
+        theirs = loaded(**feeds)[name].numpy()
+    assert np.linalg.norm(mine - theirs) < 0.01 * np.linalg.norm(theirs)
 
 
 def test_bench_and_check_follow_the_manifest(
@@ -181,12 +222,18 @@ def prepared_of(parts: tuple[Path, Path, Path]) -> Any:
 def test_a_runtime_has_the_numerics_it_has_kernels_for() -> None:
     cpu = load_target("cpu")
     decode = {"model": "m", "phase": "decode"}
-    assert requested_target(Request(**decode)) == cpu
+    assert requested_target(Request(**decode)).numerics == ("fp32", DYNAMIC, STATIC, INT4)
     assert requested_target(Request(model="m")).numerics == ("fp32", DYNAMIC, STATIC)
     mine = requested_target(Request(model="m", runtime="openvino"))
-    assert (mine.runtime, mine.numerics) == ("openvino", ("fp32", STATIC))
-    assert on_runtime(cpu, "onnxruntime") == cpu
+    assert (mine.runtime, mine.numerics) == ("openvino", ("fp32", BF16, STATIC))
     assert requested_target(Request(**decode, runtime="auto")) == cpu
+
+
+def test_a_processor_without_bf16_is_not_offered_it() -> None:
+    target = requested_target(Request(model="m", runtime="openvino"))
+    assert on_device(target, {"isa": ["avx2", "avx512_vnni"]}).numerics == ("fp32", STATIC)
+    assert on_device(target, {"isa": ["avx512_bf16"]}) == target
+    assert on_device(target, {}) == target
 
 
 @pytest.mark.parametrize(
@@ -194,6 +241,7 @@ def test_a_runtime_has_the_numerics_it_has_kernels_for() -> None:
     [
         ({"runtime": "openvino", "numerics": "int8-dynamic"}, "int8-static"),
         ({"runtime": "auto", "numerics": "int8-dynamic"}, "under openvino"),
+        ({"numerics": "bf16"}, "under onnxruntime"),
         ({"runtime": "openvino", "target": "a100"}, "--target cpu"),
         ({"runtime": "auto", "target": "a100"}, "--target cpu"),
         ({"runtime": "openvino", "layout": "triton"}, "--runtime onnxruntime"),

@@ -12,6 +12,7 @@ import pytest
 from tests.command_line import Run
 from zipc.core.errors import UsageError
 from zipc.core.request import Request
+from zipc.numerics.bf16 import BF16
 from zipc.numerics.int4 import INT4
 from zipc.numerics.int8 import DYNAMIC, STATIC
 from zipc.targets import SUPPORTED, load_target, requested_target, shipped_files, target_files
@@ -27,7 +28,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_supported_numerics_are_the_implemented_ones() -> None:
-    assert SUPPORTED["numerics"] == ("fp32", "fp16", DYNAMIC, STATIC, INT4)
+    assert SUPPORTED["numerics"] == ("fp32", "fp16", BF16, DYNAMIC, STATIC, INT4)
 
 
 def test_cpu_is_built_in() -> None:
@@ -111,12 +112,8 @@ def test_own_target_is_read_from_its_file(tmp_path: Path) -> None:
         ('runtime = "tensorrt"\nnumerics = ["fp32"]', "sheet"),
         ('runtime = "tvm"\nnumerics = ["fp32"]', "runtime 'tvm'.*onnxruntime, openvino"),
         (
-            'runtime = "openvino"\nnumerics = ["fp32", "int8-dynamic"]',
-            "int8-dynamic is not offered under openvino",
-        ),
-        (
-            'runtime = "openvino"\nnumerics = ["fp32", "int4-weights"]',
-            "int4-weights is not offered under openvino",
+            shipped_files()["a100"].read_text().replace('"fp16", ', '"fp16", "int4-weights", '),
+            "int4-weights is not offered under tensorrt",
         ),
         (f'{OWN}numerics = ["fp32", "int3"]', "numerics 'int3'.*int8-static"),
         (f'{OWN}numerics = ["fp32"]\nconnection = "ssh"', "connection 'ssh'.*local"),

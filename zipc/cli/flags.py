@@ -16,7 +16,9 @@ from zipc.core.errors import UsageError
 from zipc.core.request import Request
 from zipc.core.shapes import parse_input_shapes
 
-Numerics = Literal["auto", "fp32", "fp16", "int8", "int8-dynamic", "int8-static", "int4-weights"]
+Numerics = Literal[
+    "auto", "fp32", "fp16", "bf16", "int8", "int8-dynamic", "int8-static", "int4-weights"
+]
 PatternChoice = Literal["auto", "2:4", "none"]
 Quantizer = Literal["zipc", "modelopt"]
 _WORKLOAD, _SEARCH, _DATA, _RUN = "Workload", "Search", "Reading the data", "Running"
@@ -127,7 +129,7 @@ class ModelFlags:
             "--numerics",
             "--precision",
             help="Which precisions the search may choose from; int4-weights is for --phase decode "
-            "under ONNX Runtime.",
+            "under ONNX Runtime, bf16 for OpenVINO.",
             rich_help_panel=_SEARCH,
         ),
     ] = "auto"

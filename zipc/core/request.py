@@ -27,7 +27,7 @@ class Request:
     host_python: str = "python3"
     speedup: float | None = None
     latency_ms: float | None = None
-    numerics: str = "auto"  # auto | fp32 | int8 | int8-dynamic | int8-static | int4-weights
+    numerics: str = "auto"  # auto, int8, or a numeric of the target
     pattern: str = "auto"  # auto | 2:4 | none
     quantizer: str = "zipc"  # zipc | modelopt: who chooses INT8 ranges and rounds
     prune: bool = True
@@ -82,7 +82,10 @@ class Request:
                 f"--engine {self.engine} is for targets under TensorRT, and '{target.name}' runs "
                 f"{target.runtime}. Leave it out, or choose one of zipc targets list."
             )
-        if self.numerics.startswith(("int8-", "int4-")) and self.numerics not in target.numerics:
+        if (
+            self.numerics.startswith(("int8-", "int4-", "bf16"))
+            and self.numerics not in target.numerics
+        ):
             raise UsageError(
                 f"--numerics {self.numerics} is not offered on target '{target.name}' under "
                 f"{target.runtime}. Choose auto, int8, {', '.join(target.numerics)}."

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
-Numeric = str  # name of a registered scheme: "fp32", "int8-dynamic", "int4-weights"
+Numeric = str  # name of a registered scheme: "fp32", "bf16", "int8-dynamic", "int4-weights"
 Pattern = Literal["dense", "2:4"]
-Difference = Literal["width", "int8", "int4", "2:4"]  # in what two graphs differ
-INTEGERS: tuple[Difference, ...] = ("int8", "int4")  # numerics begin with one of these
+Difference = Literal["width", "bf16", "int8", "int4", "2:4"]  # in what two graphs differ
+NARROW: tuple[Difference, ...] = ("bf16", "int8", "int4")  # numerics of a level begin with one
 TableKind = Literal["measured", "published", "modelled"]
 VerdictName = Literal["validated", "predicted", "missed", "inconclusive"]
 ModelTask = Literal["embedding", "classes", "regression", "causal_lm", "image_classes", "tensors"]
@@ -170,7 +170,7 @@ class Level:
     @property
     def differs(self) -> tuple[Difference, ...]:
         """In what, beside its width, it differs from plain floats."""
-        numeric = tuple(kind for kind in INTEGERS if self.numeric.startswith(kind))
+        numeric = tuple(kind for kind in NARROW if self.numeric.startswith(kind))
         return (*numeric, "2:4") if self.pattern == "2:4" else numeric
 
     def without(self, kind: Difference) -> Level:

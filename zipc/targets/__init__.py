@@ -8,7 +8,7 @@ import math
 import os
 import re
 import tomllib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,12 @@ SUPPORTED = {  # a target that asks for more would be measured as something it i
     "connection": ("local", "remote"),
     "reference_numeric": ("fp32", "fp16"),
     # here: `numerics` needs torch
-    "numerics": ("fp32", "fp16", "int8-dynamic", "int8-static", "int4-weights"),
+    "numerics": ("fp32", "fp16", "bf16", "int8-dynamic", "int8-static", "int4-weights"),
 }
 NO_KERNELS = {  # numerics that run there in floats, slower than fp32, or that zipc does not write
+    "onnxruntime": ("bf16",),
     "openvino": ("int8-dynamic", "int4-weights"),
-    "tensorrt": ("int4-weights",),
+    "tensorrt": ("int4-weights", "bf16"),
 }
 ON_CPU = ("onnxruntime", "openvino")
 AUTO = "auto"  # the faster of those on this device
@@ -48,7 +49,8 @@ def load_target(name: str) -> Target:
 def requested_target(request: Request) -> Target:
     """The target of a request, under the runtime it names; `auto` leaves that of the target.
 
-    Its numerics are those that its phase may have.
+    Its numerics are those that its phase may have and, where the runtime is known, that have
+    kernels there.
 
     Raises:
         UsageError: see `load_target`, `on_runtime` and `Request.check`.
@@ -57,8 +59,8 @@ def requested_target(request: Request) -> Target:
     if request.runtime == AUTO:
         for name in ON_CPU:
             request.check(on_runtime(target, name))
-    elif request.runtime is not None:
-        target = on_runtime(target, request.runtime)
+    else:
+        target = on_runtime(target, request.runtime or target.runtime)
     request.check(target)
     absent = () if request.phase == "decode" else DECODING
     return _without(target, absent)
@@ -77,7 +79,14 @@ def on_runtime(target: Target, runtime: str) -> Target:
             if runtime in ON_CPU
             else f"--runtime {runtime} is not known. Choose from: {', '.join((*ON_CPU, AUTO))}."
         )
-    return _without(dataclasses.replace(target, runtime=runtime), NO_KERNELS.get(runtime, ()))
+    return _without(dataclasses.replace(target, runtime=runtime), NO_KERNELS[runtime])
+
+
+def on_device(target: Target, fingerprint: Mapping[str, Any]) -> Target:
+    """The same without numerics that its processor has no instructions for, where it is known."""
+    isa = fingerprint.get("isa")
+    able = isa is None or any("bf16" in feature for feature in isa)
+    return _without(target, () if able else ("bf16",))
 
 
 def _without(target: Target, absent: Collection[str]) -> Target:
@@ -202,7 +211,8 @@ def _parse(text: str, *, where: str, default_name: str, mode: str) -> Target:
             f"{where}: a [sheet] with the figures of the device belongs to the runtime tensorrt, "
             "and to no other. `zipc targets show a100` names the file to begin from."
         )
-    absent = set(NO_KERNELS.get(target.runtime, ())).intersection(target.numerics)
+    runtimes = ON_CPU if target.runtime in ON_CPU else (target.runtime,)  # --runtime may change it
+    absent = set(target.numerics).intersection(*(NO_KERNELS.get(name, ()) for name in runtimes))
     if absent:
         raise UsageError(
             f"{where}: {', '.join(absent)} is not offered under {target.runtime}. Leave it out of "
