@@ -52,8 +52,9 @@ from zipc.pruner.compensate.propagate import propagate
 from zipc.pruner.evidence import collect
 from zipc.pruner.graph.passages import passages
 from zipc.pruner.graph.sites import sizes_at
-from zipc.pruner.levels import Levels, States
+from zipc.pruner.levels import Levels
 from zipc.pruner.on_grid import on_grid
+from zipc.pruner.states import States
 from zipc.quantizer import by_modelopt, quantised, unpadded
 from zipc.runtimes import integer_kernels
 from zipc.samples import Feeds, open_samples

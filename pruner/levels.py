@@ -9,24 +9,15 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from zipc.core.types import Allocation, Level, Pattern, Site
+from zipc.core.types import Allocation, Level, Site
 from zipc.numerics import bf16
 from zipc.numerics.bf16 import BF16
-from zipc.numerics.int8 import (
-    DYNAMIC,
-    STATIC,
-    ActivationRange,
-    QuantizedWeight,
-    calibrate,
-    fake_quantize_dynamic,
-    fake_quantize_static,
-    quantize_weight,
-)
+from zipc.numerics.int8 import STATIC, ActivationRange, calibrate, quantize_weight
 from zipc.pruner.balance import Balance, Factors
 from zipc.pruner.compensate import COMPENSATORS
 from zipc.pruner.compensate.least_squares import INT8_NOISE, center
@@ -39,52 +30,10 @@ from zipc.pruner.graph.trace import MapCall
 from zipc.pruner.maps import bias_of_rows, matrices, own_layout
 from zipc.pruner.obs import Sweep
 from zipc.pruner.sparse import refusal, to_pattern
-
-
-@dataclass(frozen=True, slots=True)
-class MapState:
-    """One map at a level: float weights, or integer weights with an activation rule."""
-
-    weight: Tensor  # fp32, own layout: values of bf16 in that, what integer weights stand for
-    bias: Tensor | None
-    numeric: str = "fp32"
-    integer: QuantizedWeight | None = None
-    activation: ActivationRange | None = None
-    pattern: Pattern = "dense"
-
-    @property
-    def differs(self) -> bool:
-        """Whether it is more than its weights cut and fitted: thinned out or rounded."""
-        return self.numeric != "fp32" or self.pattern != "dense"
-
-    def seen(self, x: Tensor) -> Tensor:
-        """The input as the product sees it: rounded where the numeric rounds."""
-        if self.activation is not None:
-            return fake_quantize_static(x, self.activation)
-        if self.numeric == BF16:
-            return bf16.converted(x)
-        return fake_quantize_dynamic(x) if self.numeric == DYNAMIC else x
-
-
-@dataclass(slots=True)
-class States:
-    """All tensors of an allocation that are not those of the dense model."""
-
-    maps: dict[str, MapState] = field(default_factory=dict)
-    constants: dict[str, Tensor] = field(default_factory=dict)  # consumer -> bias when removed
-    tensors: dict[str, Tensor] = field(default_factory=dict)  # cut tensors of other modules
-    picks: Mapping[str, int] = field(default_factory=dict)  # see `Variant`
-    dropped: tuple[str, ...] = ()  # paths of modules that are gone, and
-    silent: tuple[str, ...] = ()  # their maps whose zeros are added to the rest
-
+from zipc.pruner.states import MapState, States, divided, variant_of
 
 CACHE_BYTES = 2 << 26  # levels kept in memory: at least this, and
 CACHE_MODELS = 3  # this many times the dense weights of all sites, so that a search never thrashes
-
-
-def variant_of(allocation: Allocation, states: States) -> Variant:
-    """What the executor needs to run the model with these weights."""
-    return Variant(states.maps, states.constants, allocation.widths, states.tensors, states.picks)
 
 
 Key = tuple[str, tuple[tuple[str, Level], ...], bool]
@@ -390,20 +339,6 @@ class Levels:
         integer = quantize_weight(matrix, numeric=numeric, gram=gram, limit=self._limit)
         stands_for = own_layout(call, integer.dequantized()[None], weight)
         return MapState(stands_for, bias, numeric, integer, activation)
-
-
-def divided(call: MapCall, state: MapState, moved: Factors) -> MapState:
-    """A map whose rows are divided by what others make up for; its integers stay as they are."""
-    if moved.rows is None:
-        return state
-    bias = None if state.bias is None else moved.outputs(state.bias)
-    if state.integer is None:
-        weight = state.weight / moved.rows.unsqueeze(1 - call.out_dim)
-        weight = bf16.rounded(weight) if state.numeric == BF16 else weight
-        return replace(state, weight=weight, bias=bias)
-    integer = replace(state.integer, scale=moved.outputs(state.integer.scale))
-    weight = own_layout(call, integer.dequantized()[None], state.weight)
-    return replace(state, weight=weight, bias=bias, integer=integer)
 
 
 def _columns(call: MapCall, inputs: Tensor) -> Tensor:

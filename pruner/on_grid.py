@@ -12,8 +12,9 @@ import torch
 
 from zipc.core.types import Allocation
 from zipc.numerics.int8 import quantize_weight
-from zipc.pruner.levels import Levels, States
+from zipc.pruner.levels import Levels
 from zipc.pruner.maps import matrices, own_layout
+from zipc.pruner.states import States
 
 
 def on_grid(levels: Levels, allocation: Allocation, states: States, *, limit: int) -> States:

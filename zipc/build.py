@@ -24,7 +24,7 @@ from zipc.prepare import Prepared
 from zipc.pruner.graph.sites import Structure, sizes_at
 from zipc.pruner.graph.surgery import apply_structure_, describe
 from zipc.pruner.graph.trace import Program
-from zipc.pruner.levels import MapState, States, variant_of
+from zipc.pruner.states import MapState, States, variant_of
 
 FP32_BOUND = 1e-4  # norm of ONNX minus torch, relative to torch
 # Where activations are rounded, single ties fall the other way, and after a few layers two correct

@@ -391,22 +391,29 @@ class ClosedLoop:
                 state=self.state,
             )
             self.searched += self.state.trials
-            for allocation, loss in finalists[:LOOKS]:
-                attempt = self.attempt(allocation, loss, worth=self.least(target))
-                over = attempt.speedup / self.needed(target)
-                close = over < self.accept[0] <= over * (1 + TABLE_ERROR)
-                if attempt.repriced or not close:
-                    break
+            attempt = self.best_of(finalists, target)
             if attempt.repriced:
                 continue
+            over = attempt.speedup / self.needed(target)
             if self.accept[0] <= over <= self.accept[1]:
                 break
-            if over > self.accept[1] and allocation.undiminished(self.prepared.sites):
+            if over > self.accept[1] and attempt.allocation.undiminished(self.prepared.sites):
                 break  # nothing is left to give back
         good = [a for a in self.attempts if a.speedup >= self.least(target)]
         fastest = max(self.attempts, key=lambda a: a.speedup)
         best = min(good, key=lambda a: a.loss, default=fastest)
         return self.solution(best)
+
+    def best_of(self, finalists: Sequence[tuple[Allocation, float]], target: float) -> _Attempt:
+        """The first of some finalists that is not too slow by as little as prices are off; of more
+        than `LOOKS` the last one that is looked at."""
+        for allocation, loss in finalists[:LOOKS]:
+            attempt = self.attempt(allocation, loss, worth=self.least(target))
+            over = attempt.speedup / self.needed(target)
+            close = over < self.accept[0] <= over * (1 + TABLE_ERROR)
+            if attempt.repriced or not close:
+                break
+        return attempt
 
     def needed(self, target: float) -> float:
         """The speedup by which a promise of `target` holds under the default options as well."""

@@ -15,7 +15,7 @@ from zipc.core.quiet import hush
 from zipc.core.types import Allocation
 from zipc.numerics.int8 import FULL, STATIC, ActivationRange, QuantizedWeight
 from zipc.prepare import Prepared
-from zipc.pruner.levels import MapState, States
+from zipc.pruner.states import MapState, States
 from zipc.samples import Feeds
 
 

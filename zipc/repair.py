@@ -14,8 +14,8 @@ from zipc.core.request import Request
 from zipc.core.types import Allocation, Progress
 from zipc.prepare import Prepared
 from zipc.pruner.compensate.propagate import RIDGE, propagate
-from zipc.pruner.levels import States, variant_of
 from zipc.pruner.on_grid import on_grid
+from zipc.pruner.states import States, variant_of
 from zipc.quantizer import by_modelopt, in_floats
 
 RIDGES = (RIDGE, 10 * RIDGE)  # the next where few calibration rows make the one before it hurt

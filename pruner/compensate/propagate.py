@@ -22,10 +22,11 @@ from zipc.pruner.compensate.least_squares import center, damped_cholesky
 from zipc.pruner.evidence import data_rows
 from zipc.pruner.graph.interpret import Env, Executor, Variant
 from zipc.pruner.graph.trace import MapCall, Program, op_name
-from zipc.pruner.levels import Levels, MapState, States, divided, variant_of
+from zipc.pruner.levels import Levels
 from zipc.pruner.maps import bias_of_rows, input_rows, matrices, output_rows, own_layout
 from zipc.pruner.products import cross_moment, linear, second_moment
 from zipc.pruner.sparse import to_pattern
+from zipc.pruner.states import MapState, States, divided, variant_of
 from zipc.pruner.workers import side_by_side
 
 T = TypeVar("T")

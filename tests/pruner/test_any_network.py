@@ -39,7 +39,8 @@ from zipc.pruner.experts import sweep_experts
 from zipc.pruner.graph.interpret import Variant
 from zipc.pruner.graph.sites import sizes_at
 from zipc.pruner.ladder import sweep_site
-from zipc.pruner.levels import Levels, variant_of
+from zipc.pruner.levels import Levels
+from zipc.pruner.states import variant_of
 
 pytestmark = pytest.mark.xdist_group("zoo")
 families = pytest.mark.parametrize("name", ZOO)

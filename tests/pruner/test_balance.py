@@ -27,8 +27,9 @@ from zipc.pruner.graph.interpret import Variant
 from zipc.pruner.graph.passages import passages
 from zipc.pruner.graph.sites import sizes_at
 from zipc.pruner.ladder import sweep_site
-from zipc.pruner.levels import Levels, States, variant_of
+from zipc.pruner.levels import Levels
 from zipc.pruner.obs import Sweep
+from zipc.pruner.states import States, variant_of
 
 pytestmark = pytest.mark.xdist_group("zoo")
 families = pytest.mark.parametrize("name", ["bert", "llama", "gpt2", "opt", "albert"])

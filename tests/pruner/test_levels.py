@@ -16,8 +16,9 @@ from zipc.numerics.int4 import INT4
 from zipc.numerics.int8 import DYNAMIC, STATIC
 from zipc.pruner.evidence import InputStats, collect
 from zipc.pruner.ladder import sweep_site, widths_of
-from zipc.pruner.levels import Levels, MapState, States
+from zipc.pruner.levels import Levels
 from zipc.pruner.obs import Sweep
+from zipc.pruner.states import MapState, States
 
 FAMILY_NAMES = ["bert", "bert-classifier", "distilbert", "albert", "mpnet"]
 pytestmark = pytest.mark.xdist_group("encoders")

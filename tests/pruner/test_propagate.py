@@ -15,7 +15,8 @@ from zipc.pruner.compensate.propagate import _Moments, propagate
 from zipc.pruner.evidence import collect
 from zipc.pruner.graph.interpret import Variant
 from zipc.pruner.ladder import sweep_site
-from zipc.pruner.levels import Levels, MapState, variant_of
+from zipc.pruner.levels import Levels
+from zipc.pruner.states import MapState, variant_of
 
 pytestmark = pytest.mark.xdist_group("encoders")
 RIDGE = 0.03

@@ -19,9 +19,10 @@ from zipc.pruner.evidence import collect
 from zipc.pruner.graph.interpret import Variant
 from zipc.pruner.graph.trace import MapCall
 from zipc.pruner.ladder import sweep_site
-from zipc.pruner.levels import Levels, MapState, variant_of
+from zipc.pruner.levels import Levels
 from zipc.pruner.maps import matrices
 from zipc.pruner.sparse import halved, refusal, to_pattern
+from zipc.pruner.states import MapState, variant_of
 
 LINEAR = MapCall("n", "m", "m.weight", "m.bias", "x")
 

@@ -20,7 +20,7 @@ from zipc.core.types import Allocation, Level, Silent, Site
 from zipc.effort import EFFORTS
 from zipc.engines import engine_of, passed_over
 from zipc.profiler.remote import EngineRunner
-from zipc.pruner.levels import MapState, States
+from zipc.pruner.states import MapState, States
 from zipc.shipped import Shipped
 
 PLACES = {"mm_0": "linear of first", "mm_1": "linear_1 of second"}

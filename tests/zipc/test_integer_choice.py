@@ -26,9 +26,10 @@ from zipc.prepare import Prepared, prepare
 from zipc.profiler.runners.onnxruntime import OnnxRuntimeRunner
 from zipc.pruner.evidence import collect
 from zipc.pruner.graph.sites import sizes_at
-from zipc.pruner.levels import Levels, States
+from zipc.pruner.levels import Levels
 from zipc.pruner.maps import matrices
 from zipc.pruner.on_grid import on_grid
+from zipc.pruner.states import States
 from zipc.stage_cache import StageCache
 
 IMAGES = np.random.default_rng(0).standard_normal((64, 3, 16, 16), dtype=np.float32)
