@@ -13,6 +13,7 @@ from zipc.build import dense_model
 from zipc.candidates import Candidates, gather, weight_limit
 from zipc.clock import Clock, one_thread
 from zipc.core.beside import beside
+from zipc.core.engine_options import EngineOptions
 from zipc.core.errors import UsageError, ZipcError
 from zipc.core.request import Request
 from zipc.core.types import Progress, Target
@@ -154,7 +155,7 @@ def open_target(request: Request) -> tuple[Target, Device]:
     """
     target = requested_target(request)
     if request.engine is not None and target.sheet is not None:
-        choose_builder(request.engine, target.sheet.sm)
+        choose_builder(request.engine, target.sheet.sm, EngineOptions.parse(request.engine_options))
     device = open_device(target, request.host, python=request.host_python)
     target = on_device(target, device.fingerprint())
     request.check(target)

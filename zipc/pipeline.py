@@ -12,6 +12,7 @@ import numpy as np
 from zipc.build import checkpoint, dense_model
 from zipc.clock import Clock, one_thread
 from zipc.closed_loop import FINALISTS, ClosedLoop, Found, choose, make_problem
+from zipc.core.engine_options import EngineOptions
 from zipc.core.errors import UsageError
 from zipc.core.figures import three_digits
 from zipc.core.request import Request
@@ -193,6 +194,7 @@ def _script(setup: Setup, shipped: Shipped, proof: _Proof, request: Request) -> 
         timing=timing,
         ms=float(np.median(timing.candidate_ms)) if timing.candidate_ms else ms,
         known="Predicted" if host is None else f"Measured on {host}",
+        options=EngineOptions.parse(request.engine_options),
     )
 
 
@@ -201,12 +203,14 @@ def _engine(target: Target, shipped: Shipped, request: Request, clock: Clock) ->
     if request.engine is None:
         return None
     assert target.sheet is not None
+    options = EngineOptions.parse(request.engine_options)
     clock.stage("engine")
     built = build_engine(
         shipped.model,
-        builder=choose_builder(request.engine, target.sheet.sm),
+        builder=choose_builder(request.engine, target.sheet.sm, options),
         compute_capability=target.sheet.sm,
         workload=request.workload,
+        options=options,
         places=shipped.places,
         cache=cache_root(request) / "tensorrt",
     )

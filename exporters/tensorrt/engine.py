@@ -25,6 +25,7 @@ from typing import Any
 
 import onnx
 
+from zipc.core.engine_options import BY_DEFAULT, EngineOptions
 from zipc.core.errors import EngineFailed, UsageError
 from zipc.core.files import write_atomic
 from zipc.core.types import Workload
@@ -60,16 +61,16 @@ class Engine:
         return f"engine by {self.builder} for {self.compute_capability}, never run: {told}{tail}"
 
 
-def choose_builder(asked: str, compute_capability: str) -> str:
+def choose_builder(asked: str, compute_capability: str, options: EngineOptions = BY_DEFAULT) -> str:
     """The builder that was asked for, or with "auto" the first that is here and builds for the GPU.
 
     Raises:
-        UsageError: it is not installed or does not build for the GPU.
+        UsageError: it is not installed, or does not build for the GPU or with these options.
     """
     names = BUILDERS if asked == "auto" else (asked,)
     reasons = []
     for name in names:
-        reason = _missing(name, compute_capability)
+        reason = _missing(name, compute_capability, options)
         if reason is None:
             return name
         reasons.append(reason)
@@ -78,12 +79,17 @@ def choose_builder(asked: str, compute_capability: str) -> str:
     )
 
 
-def _missing(name: str, compute_capability: str) -> str | None:
+def _missing(name: str, compute_capability: str, options: EngineOptions) -> str | None:
     """Why a builder cannot build for a GPU; None where it can."""
     if name == "rtx":
         if compute_capability not in COMPUTE_CAPABILITIES:
             known = ", ".join(COMPUTE_CAPABILITIES)
             return f"TensorRT-RTX does not build for {compute_capability}, only for {known}."
+        if options.refit or options.version_compatible:
+            return (
+                "TensorRT-RTX builds no engine to be refitted without a GPU, and its package lacks "
+                "the runtime for those of several versions."
+            )
         if importlib.util.find_spec("tensorrt_rtx") is None:
             return "TensorRT-RTX is not installed: pip install 'zipc[tensorrt-rtx]'."
         return None
@@ -105,6 +111,7 @@ def build_engine(
     builder: str,
     compute_capability: str,
     workload: Workload,
+    options: EngineOptions = BY_DEFAULT,
     places: Mapping[str, str] | None = None,
     cache: Path | None = None,
     timeout_s: float = 600.0,
@@ -123,7 +130,7 @@ def build_engine(
         EngineFailed: the parser refuses the graph, or the builder fails, crashes, or goes over a
             limit, or the engine lost precision; names the node where TensorRT does.
     """
-    choose_builder(builder, compute_capability)
+    choose_builder(builder, compute_capability, options)
     proto = onnx.load_from_string(model)
     found = profiles(proto, workload)
     limits = Limits(timeout_s, memory_mb)
@@ -134,9 +141,9 @@ def build_engine(
         if timings is not None and timings.exists():
             shutil.copyfile(timings, folder / "timing.cache")
         if builder == "trtexec":
-            answer = _by_trtexec(folder, found, limits)
+            answer = _by_trtexec(folder, found, limits, options)
         else:
-            answer = _by_package(folder, builder, compute_capability, found, limits)
+            answer = _by_package(folder, builder, compute_capability, found, limits, options)
         plan, layers = folder / "plan", folder / "layers.json"
         if not plan.exists():
             raise EngineFailed(_refusal(answer, proto, places or {}))
@@ -172,11 +179,15 @@ def _by_package(
     compute_capability: str,
     found: Mapping[str, Profile],
     limits: Limits,
+    options: EngineOptions,
 ) -> dict[str, Any]:
+    flags = {"REFIT": options.refit, "VERSION_COMPATIBLE": options.version_compatible}
     request = {
         "package": PACKAGES[builder],
         "compute_capability": compute_capability,
         "profiles": {n: (p.least, p.most) for n, p in found.items()},
+        "flags": [name for name, asked in flags.items() if asked],
+        "level": options.level,
     }
     (folder / "request.json").write_text(json.dumps(request))
     command = [sys.executable, str(WORKER), str(folder)]
@@ -190,7 +201,9 @@ def _by_package(
     return answer | {"name": f"{product} {answer['version']}"}
 
 
-def _by_trtexec(folder: Path, found: Mapping[str, Profile], limits: Limits) -> dict[str, Any]:
+def _by_trtexec(
+    folder: Path, found: Mapping[str, Profile], limits: Limits, options: EngineOptions
+) -> dict[str, Any]:
     version = trtexec_version()
     flags = TYPING.get(version.partition(".")[0])
     if flags is None:
@@ -204,6 +217,7 @@ def _by_trtexec(folder: Path, found: Mapping[str, Profile], limits: Limits) -> d
         *flags,
         SPARSE,
         *shape_flags(found),
+        *options.flags,
         "--profilingVerbosity=detailed",
         "--verbose",
         "--skipInference",

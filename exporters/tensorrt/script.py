@@ -7,6 +7,7 @@ from typing import Any
 
 import onnx
 
+from zipc.core.engine_options import BY_DEFAULT, EngineOptions
 from zipc.core.types import PairedTiming, Target, Workload
 from zipc.exporters.tensorrt.profiles import Profile, profile_texts, profiles, sizes
 
@@ -52,7 +53,7 @@ build() {{
     echo "building $name.engine ($name.log)"
     trtexec --onnx="$name.onnx" --saveEngine="$name.engine.new" $typing $cache{shapes} \\
         {sparse} --profilingVerbosity=detailed --exportLayerInfo="$name.layers.json" \\
-        --verbose --skipInference "$@" >"$name.log" 2>&1 ||
+        --verbose --skipInference{options} "$@" >"$name.log" 2>&1 ||
         {{ tail -n 20 "$name.log" >&2; exit 1; }}
     mv "$name.engine.new" "$name.engine"
     sed -n 's/.*\\((Sparsity) [A-Z][a-z]* [0-9]* layer(s)[a-z ]*\\).*/\\1/p' "$name.log" | tail -n 2
@@ -102,10 +103,12 @@ def build_script(
     timing: PairedTiming,
     ms: float,
     known: str,
+    options: EngineOptions = BY_DEFAULT,
 ) -> str:
     """The text of build.sh for an emitted graph and its reference.
 
-    `ms` is what the graph takes, and `known` says how that and the speedup are known.
+    `ms` is what the graph takes, and `known` says how that and the speedup are known; `options` are
+    of both engines.
 
     Raises:
         UsageError: the workload does not say how large an input is.
@@ -123,6 +126,7 @@ def build_script(
         jetson=_jetson(target),
         majors="\n".join(majors),
         sparse=SPARSE,
+        options="".join(f" {flag}" for flag in options.flags),
         warm_up=WARM_UP,
         shapes="".join(f" \\\n        {flag}" for flag in shape_flags(found)),
         run_shapes="" if best is None else f" --shapes={best}",

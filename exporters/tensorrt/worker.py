@@ -32,7 +32,9 @@ def main(folder: Path) -> None:
     if plan is not None:
         (folder / "plan").write_bytes(bytes(plan))
         if request["package"] == "tensorrt":
-            engine = trt.Runtime(log).deserialize_cuda_engine(bytes(plan))
+            runtime = trt.Runtime(log)
+            runtime.engine_host_code_allowed = True  # which version-compatible engines bring along
+            engine = runtime.deserialize_cuda_engine(bytes(plan))
             if engine is not None:
                 json_format = trt.LayerInformationFormat.JSON
                 layers = engine.create_engine_inspector().get_engine_information(json_format)
@@ -55,6 +57,10 @@ def _build(
         return None
     config = builder.create_builder_config()
     config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)  # where weights are 2:4; elsewhere idle
+    for flag in request["flags"]:
+        config.set_flag(getattr(trt.BuilderFlag, flag))
+    if request["level"] is not None:
+        config.builder_optimization_level = request["level"]
     profile = builder.create_optimization_profile()
     for name, (least, most) in request["profiles"].items():
         profile.set_shape(name, least, most, most)

@@ -9,6 +9,7 @@ from pathlib import Path
 import onnx.parser
 import pytest
 
+from zipc.core.engine_options import EngineOptions
 from zipc.core.types import PairedTiming, Workload
 from zipc.exporters.tensorrt.script import build_script
 from zipc.targets import load_target
@@ -59,6 +60,7 @@ def call(
     reference: bool = True,
     target: str = "a100",
     builds: str = "1",
+    options: str = "",
 ) -> Ended:
     tool, called = folder / "trtexec", folder / "called"
     tool.write_text(TRTEXEC.format(version=version.removeprefix("v"), also=also))
@@ -72,6 +74,7 @@ def call(
         timing=PairedTiming((), (), 2.0, (1.5, 2.5)),
         ms=1.234,
         known="Predicted",
+        options=EngineOptions.parse(options),
     )
     (folder / "build.sh").write_text(text)
     ended = subprocess.run(
@@ -118,6 +121,15 @@ def test_each_tensorrt_is_told_what_it_needs(tmp_path: Path, version: str, told:
     assert ("--stronglyTyped" in build) == told
     assert ("--noDataTransfers" in run) == told
     assert "--shapes=x:8x16" in run
+
+
+def test_options_of_the_engine_are_those_of_both(tmp_path: Path) -> None:
+    ended = call(tmp_path, options="refit,level=2")
+    for built in ended.called[:2]:
+        assert "--refit" in built
+        flags = [f for f in built if f.startswith("--builderOptimizationLevel")]
+        assert flags == ["--builderOptimizationLevel=2", "--builderOptimizationLevel=5"]
+    assert not any("--refit" in c for c in ended.called[2:])
 
 
 def test_builds_that_are_to_differ_share_no_timing_cache(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from zipc.core.engine_options import EngineOptions
 from zipc.core.errors import EngineFailed, UsageError
 from zipc.core.types import Workload
 from zipc.exporters.tensorrt import driver, engine
@@ -254,7 +255,9 @@ class NetworkDefinitionCreationFlag(enum.IntEnum):
     STRONGLY_TYPED = 1
 
 class BuilderFlag(enum.IntEnum):
+    REFIT = 3
     SPARSE_WEIGHTS = 8
+    VERSION_COMPATIBLE = 11
 
 class ProfilingVerbosity(enum.IntEnum):
     DETAILED = 2
@@ -279,7 +282,9 @@ class Cache:
 
 class Config:
     profiling_verbosity = None
-    def set_flag(self, flag): assert flag == BuilderFlag.SPARSE_WEIGHTS
+    builder_optimization_level = None
+    def __init__(self): self.flags = set()
+    def set_flag(self, flag): self.flags.add(flag.name)
     def add_optimization_profile(self, profile): assert profile.shapes["x"][0] == [1, 4, 2, 2]
     def create_timing_cache(self, held): return Cache(held)
     def set_timing_cache(self, cache, ignore_mismatch):
@@ -301,6 +306,8 @@ class Builder:
     def create_optimization_profile(self): return Profile()
     def build_serialized_network(self, network, config):
         assert config.profiling_verbosity == ProfilingVerbosity.DETAILED
+        asked = {"flags": sorted(config.flags), "level": config.builder_optimization_level}
+        pathlib.Path(__file__).with_name("asked.json").write_text(json.dumps(asked))
         for line in PLAY["log"]:
             self.log.log("verbose", line)
         if PLAY.get("fails"):
@@ -356,7 +363,7 @@ def builder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp
     return str(request.param)
 
 
-def build(builder: str, folder: Path, **play: Any) -> Engine:
+def build(builder: str, folder: Path, options: str = "", **play: Any) -> Engine:
     plays = {"log": LOG, "layers": layer_info()} | play
     (folder / "site/play.json").write_text(json.dumps(plays))
     return build_engine(
@@ -364,6 +371,7 @@ def build(builder: str, folder: Path, **play: Any) -> Engine:
         builder=builder,
         compute_capability="sm86",
         workload=Workload(input_shapes={"x": (8, 4, 2, 2)}),
+        options=EngineOptions.parse(options),
         places={"second": "mlp of net"},
         cache=folder / "cache",
     )
@@ -375,6 +383,24 @@ def test_an_engine_of_the_gpu_here_is_read_back(builder: str, tmp_path: Path) ->
     assert "TensorRT 10.16.2 for sm86" in str(built)
     assert "1 products in int8, 2 products in fp16" in str(built)
     assert "sparse kernels chosen for 2 layers of 2" in str(built)
+
+
+def test_an_engine_is_built_to_be_what_was_asked_for(builder: str, tmp_path: Path) -> None:
+    build(builder, tmp_path, "refit,version-compatible,level=5")
+    if builder == "trt":
+        asked = json.loads((tmp_path / "site/asked.json").read_text())
+        flags = ["REFIT", "SPARSE_WEIGHTS", "VERSION_COMPATIBLE"]
+        assert asked == {"flags": flags, "level": 5}
+        build(builder, tmp_path)
+        asked = json.loads((tmp_path / "site/asked.json").read_text())
+        assert asked == {"flags": ["SPARSE_WEIGHTS"], "level": None}
+    else:
+        called = json.loads((tmp_path / "site/called.json").read_text())
+        assert {"refit", "versionCompatible", "sparsity"} <= set(called)
+        assert called["builderOptimizationLevel"] == "5"
+        build(builder, tmp_path)
+        called = json.loads((tmp_path / "site/called.json").read_text())
+        assert not {"refit", "versionCompatible", "builderOptimizationLevel"} & set(called)
 
 
 def test_timings_of_kernels_are_kept_for_the_next_build(builder: str, tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from onnx import NodeProto, helper
 from torch import Tensor, nn
 
 from tests.zoo import ZOO
-from zipc.core.errors import EngineFailed, ExportMismatch
+from zipc.core.engine_options import EngineOptions
+from zipc.core.errors import EngineFailed, ExportMismatch, UsageError
 from zipc.core.types import Workload
 from zipc.exporters.graph import OnnxGraph, attribute
 from zipc.exporters.onnx_export import check_parity, export_dense
@@ -89,6 +90,21 @@ def test_tensorrt_builds_for_other_gpus(capability: str) -> None:
             graph.to_bytes(), builder="rtx", compute_capability=capability, workload=workload
         )
         assert "not read back" in str(built)
+
+
+@needs_rtx
+def test_the_level_of_an_engine_is_for_every_builder_and_the_rest_is_not() -> None:
+    build = functools.partial(
+        build_engine,
+        emit(made("bert")[1], Edit(), maxima={}).to_bytes(),
+        builder="rtx",
+        compute_capability="sm80",
+        workload=shapes_of("bert"),
+    )
+    assert build(options=EngineOptions(level=1)).plan
+    for options in (EngineOptions(refit=True), EngineOptions(version_compatible=True)):
+        with pytest.raises(UsageError, match=r"TensorRT-RTX builds no .*OUT/build\.sh"):
+            build(options=options)
 
 
 def shapes_of(family: str) -> Workload:

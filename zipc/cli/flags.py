@@ -367,6 +367,15 @@ class CompileFlags(SearchFlags):
             "OUT/build.sh builds and times one on the device.",
         ),
     ] = None
+    engine_options: Annotated[
+        str,
+        typer.Option(
+            "--engine-options",
+            help="What that engine, and those of OUT/build.sh, are built to be: refit, "
+            "version-compatible, level=0 to level=5, with commas.",
+            show_default=False,
+        ),
+    ] = ""
     layout: Annotated[
         Literal["triton"] | None,
         typer.Option("--layout", help="Also write a model repository for Triton."),
@@ -381,6 +390,7 @@ class CompileFlags(SearchFlags):
             "output": self.output,
             "keep_reference": not self.no_reference,
             "engine": self.engine,
+            "engine_options": self.engine_options,
             "layout": self.layout,
             "require": self.require,
         }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from zipc.core.engine_options import EngineOptions
 from zipc.core.errors import UsageError
 from zipc.core.types import InputSpec, Target, Workload
 
@@ -50,6 +51,7 @@ class Request:
     keep_reference: bool = True
     allow_table_mismatch: bool = False
     engine: str | None = None  # auto | trt | trtexec | rtx: what builds one for the target's GPU
+    engine_options: str = ""  # refit, version-compatible, level=0 to level=5, with commas
     layout: str | None = None  # "triton": a model repository for that server beside the rest
     require: str | None = None  # "validated": a predicted verdict is a failure too
 
@@ -82,10 +84,10 @@ class Request:
                 f"--engine {self.engine} is for targets under TensorRT, and '{target.name}' runs "
                 f"{target.runtime}. Leave it out, or choose one of zipc targets list."
             )
-        if (
-            self.numerics.startswith(("int8-", "int4-", "bf16"))
-            and self.numerics not in target.numerics
-        ):
+        if self.engine_options:
+            self._check_engine_options(target)
+        narrow = self.numerics.startswith(("int8-", "int4-", "bf16"))
+        if narrow and self.numerics not in target.numerics:
             raise UsageError(
                 f"--numerics {self.numerics} is not offered on target '{target.name}' under "
                 f"{target.runtime}. Choose auto, int8, {', '.join(target.numerics)}."
@@ -135,3 +137,16 @@ class Request:
         return Workload(
             self.batch_size, self.sequence_length, self.threads or 1, shapes, self.past_length
         )
+
+    def _check_engine_options(self, target: Target) -> None:
+        EngineOptions.parse(self.engine_options)
+        if not target.signed:
+            raise UsageError(
+                f"--engine-options is for targets under TensorRT, and '{target.name}' runs "
+                f"{target.runtime}. Leave it out, or choose one of zipc targets list."
+            )
+        if self.host is not None:
+            raise UsageError(
+                "--engine-options is for OUT/build.sh and --engine, and engines are measured on "
+                f"{self.host} without. Leave out one of --engine-options and --host."
+            )
