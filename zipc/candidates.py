@@ -277,7 +277,7 @@ def _numerics(
             f"--numerics {wanted} is not known on target '{target.name}'. Choose auto, int8, "
             f"{', '.join(target.numerics)}."
         )
-    asked = request.speedup is not None or request.latency_ms is not None
+    asked = any(g is not None for g in (request.speedup, request.latency_ms, request.max_drop))
     if wanted == "int8":
         schemes = tuple(n for n in schemes if n in (DYNAMIC, STATIC))
     elif not asked:  # the fastest, whatever it loses, is not what that means

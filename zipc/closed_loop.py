@@ -298,11 +298,11 @@ class ClosedLoop:
             self.progress,
         )
 
-    @property
-    def key(self) -> str:
+    def key(self, target: float | None) -> str:
         """What a solution depends on: the evidence, the table and the goal."""
         table, asked = self.prices.table.model_dump(mode="json"), self.request
         goal = [asked.speedup, asked.latency_ms, asked.prune, asked.numerics, asked.pattern]
+        goal += [] if asked.max_drop is None else [target]
         how = [asked.effort, asked.metric, asked.evaluator, asked.quantizer, asked.by_default]
         return fingerprint(self.candidates.weights_key, table, goal, *how)
 
@@ -313,14 +313,14 @@ class ClosedLoop:
         with exact sums where those lose less). A solution found by an earlier run of
         the same request is taken from the cache.
         """
-        folder = self.cache.get(STAGE, self.key)
+        folder = self.cache.get(STAGE, self.key(target))
         if folder is not None:
             self.progress.stage("search")
             solution = Solution.of_json(json.loads((folder / FILE).read_text()))
             self.progress.done("reused")
         else:
             solution = self.solve(target)
-            self.cache.put(STAGE, self.key, {FILE: json.dumps(solution.to_json()).encode()})
+            self.cache.put(STAGE, self.key(target), {FILE: json.dumps(solution.to_json()).encode()})
         built = repaired(
             self.prepared, self.candidates, solution.allocation, self.request, self.progress
         )
@@ -346,9 +346,9 @@ class ClosedLoop:
             timings.append(self.by_default(model))
         return all(t is None or t.speedup >= target * self.accept[0] for t in timings)
 
-    def forget(self) -> None:
+    def forget(self, target: float | None) -> None:
         """Search anew next time: the verdict on this solution was not what was asked for."""
-        self.cache.drop(STAGE, self.key)
+        self.cache.drop(STAGE, self.key(target))
 
     def solve(self, target: float | None) -> Solution:
         """The best allocation at a speedup; where it cannot be had, or none is asked for, the

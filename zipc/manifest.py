@@ -49,6 +49,7 @@ class RequestRecord(BaseModel):
     model: str
     speedup: Positive | None = None
     latency_ms: Positive | None = None
+    max_drop: NotNegative | None = None
 
     @classmethod
     def of(cls, request: Request) -> Self:

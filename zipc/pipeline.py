@@ -30,6 +30,7 @@ from zipc.profiler.timing import warm_up
 from zipc.proof import default_pairs, paired_speedup
 from zipc.record import make_manifest, read_quality, samples_of
 from zipc.shipped import Shipped, layout, reference, ship
+from zipc.within_drop import fastest_within
 
 LEAST_MORE, MOST_MORE = 1.01, 1.05  # asked for where the first artifact missed by little
 
@@ -70,11 +71,21 @@ def compile_model(request: Request, *, progress: Progress) -> Manifest:
             cache=cache,
             progress=clock,
         )
-        goal = target_speedup(request, loop.reference)
-        proof = _proved(loop, goal)
+        goal = target = target_speedup(request, loop.reference)
+        if request.max_drop is not None:
+            within = fastest_within(
+                loop,
+                shipping,
+                setup.samples,
+                request.max_drop,
+                runtime=setup.target.runtime,
+            )
+            target = within.speedup
+            setup.candidates.notes.append(f"--max-drop: {within.told}")
+        proof = _proved(loop, target)
         short = measured and goal is not None and proof.lacks(goal, request) > 1
         if goal is not None and short and not proof.found.solution.unreachable:
-            loop.forget()
+            loop.forget(goal)
             more = min(max(proof.lacks(goal, request), LEAST_MORE), MOST_MORE)
             told = (
                 f"a first artifact measured {proof.timing.speedup:.3f}x: "
@@ -145,7 +156,7 @@ def compile_model(request: Request, *, progress: Progress) -> Manifest:
             )
             manifest.write(folder)
         if manifest.verdict == "missed":
-            loop.forget()
+            loop.forget(target)
     return manifest
 
 
@@ -322,10 +333,11 @@ def target_speedup(request: Request, reference: Runner) -> float | None:
         if not request.speedup > 1:
             raise UsageError(f"--speedup must be more than 1, not {request.speedup:g}.")
         return request.speedup
-    if not request.prune:
+    if request.max_drop is not None or not request.prune:
         return None
     raise UsageError(
-        "Give a goal: --speedup 2x or --latency 5ms (or --no-prune for numerics only)."
+        "Give a goal: --speedup 2x, --latency 5ms or --max-drop 0.5 (or --no-prune for numerics "
+        "only)."
     )
 
 

@@ -325,9 +325,10 @@ class SearchFlags(ModelFlags):
     ] = False
 
     def _fields(self) -> dict[str, Any]:
-        if self.speedup is not None and self.latency is not None:
-            raise UsageError("--speedup and --latency are two ways to say one thing: give one.")
-        if self.speedup is None and self.latency is None and not self.no_prune:
+        goals = self._goals()
+        if len(goals) > 1:
+            raise UsageError(f"{' and '.join(goals)} are goals of their own: give one of them.")
+        if not goals and not self.no_prune:
             raise UsageError(
                 "How fast should it be? Give --speedup 2x, or --latency 5ms "
                 "(--no-prune alone needs neither)."
@@ -347,11 +348,25 @@ class SearchFlags(ModelFlags):
             "allow_table_mismatch": self.allow_table_mismatch,
         }
 
+    def _goals(self) -> list[str]:
+        """The flags that say how fast it should be."""
+        given = {"--speedup": self.speedup, "--latency": self.latency}
+        return [flag for flag, value in given.items() if value is not None]
+
 
 @dataclass(frozen=True, kw_only=True)
 class CompileFlags(SearchFlags):
     """What is written, and when the result counts as a success."""
 
+    max_drop: Annotated[
+        float | None,
+        typer.Option(
+            "--max-drop",
+            help="Instead of --speedup: as fast as can be while the metric is at most so many points "
+            "worse on held-out rows, e.g. 0.5.",
+            show_default=False,
+        ),
+    ] = None
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Folder the result is written to.")
     ] = None
@@ -387,6 +402,7 @@ class CompileFlags(SearchFlags):
 
     def _fields(self) -> dict[str, Any]:
         return super()._fields() | {
+            "max_drop": self.max_drop,
             "output": self.output,
             "keep_reference": not self.no_reference,
             "engine": self.engine,
@@ -394,6 +410,9 @@ class CompileFlags(SearchFlags):
             "layout": self.layout,
             "require": self.require,
         }
+
+    def _goals(self) -> list[str]:
+        return super()._goals() + ([] if self.max_drop is None else ["--max-drop"])
 
 
 def one_host(hosts: list[str] | None) -> str | None:

@@ -146,6 +146,8 @@ def _asked(manifest: Manifest) -> str:
             got += f" (95 % interval {low:.{places}f} to {high:.{places}f}, {how})"
     if request.speedup is not None:
         return f"{got}, asked {request.speedup:g}x"
+    if request.max_drop is not None:
+        return f"{got}, the fastest found that loses at most {request.max_drop:g} on dev"
     return f"{got}, asked {request.latency_ms:g} ms" if request.latency_ms is not None else got
 
 

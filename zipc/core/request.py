@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +29,7 @@ class Request:
     host_python: str = "python3"
     speedup: float | None = None
     latency_ms: float | None = None
+    max_drop: float | None = None  # points of the metric that the fastest artifact may lose on dev
     numerics: str = "auto"  # auto, int8, or a numeric of the target
     pattern: str = "auto"  # auto | 2:4 | none
     quantizer: str = "zipc"  # zipc | modelopt: who chooses INT8 ranges and rounds
@@ -83,6 +85,11 @@ class Request:
             raise UsageError(
                 f"--engine {self.engine} is for targets under TensorRT, and '{target.name}' runs "
                 f"{target.runtime}. Leave it out, or choose one of zipc targets list."
+            )
+        if self.max_drop is not None and not 0 <= self.max_drop < math.inf:
+            raise UsageError(
+                f"--max-drop {self.max_drop:g} is no loss that can be allowed: give points of the "
+                "metric, 0 or more, e.g. 0.5."
             )
         if self.engine_options:
             self._check_engine_options(target)
