@@ -362,8 +362,8 @@ class CompileFlags(SearchFlags):
         float | None,
         typer.Option(
             "--max-drop",
-            help="Instead of --speedup: as fast as can be while the metric is at most so many points "
-            "worse on held-out rows, e.g. 0.5.",
+            help="Instead of --speedup: as fast as can be while the metric is at most so many "
+            "points worse on held-out rows, e.g. 0.5.",
             show_default=False,
         ),
     ] = None
