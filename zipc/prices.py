@@ -13,7 +13,7 @@ from zipc.core.types import Difference, Level
 from zipc.latency_tables.modelled import Doubt
 from zipc.latency_tables.table import LatencyTable
 
-BELIEVED = 0.5  # what a level saves in place may well differ so much from what it saves alone
+BELIEVED = 0.5  # a surplus in place may well be so much of what is taken alone
 MIN_SHARE = 0.05
 SURE = 0.002  # no ratio of two whole models is believed to be known better
 
@@ -64,26 +64,37 @@ def with_savings_in_place(
 ) -> SitePrices:
     """The prices with what the whole model says of them.
 
-    What was measured is believed by how sure it is beside how far it may well be off.
+    In place a site takes a surplus over what it takes alone. What a level saves there beyond what
+    it saves alone is the surplus of the dense site less its own. That of the dense site shows at
+    every level of a signature, so that all of them are asked for it, each by how sure it is beside
+    how large its own surplus may well be; what is then left of a measurement is its own surplus,
+    or noise, by the same measure.
     """
-    found: dict[str, dict[Kind | None, list[tuple[int, float]]]] = {}
-    for entry in sites.table.in_place:
-        alike = cut_together(sites.signatures, entry.signature, entry.level)
-        if not alike:
-            continue
-        own = found.setdefault(entry.signature, {})
-        count, level = sum(calls[n] for n in alike), entry.level
-        alone = sites.saved_ms(alike[0], level)
-        ms = (1 - entry.ratio) * whole_ms / count - alone
-        error = max(entry.noise, SURE) * entry.ratio * whole_ms / count
-        likely = BELIEVED * abs(alone)
-        believed = likely**2 / (likely**2 + error**2) if likely else 0.0
-        dense = sites.dense[alike[0]].within(sites.numeric)
-        points = own.setdefault(_kind(level), [])
-        if _kind(level) == _kind(dense) and not points:
-            points.append((dense.width, 0.0))
-        points.append((level.width, believed * ms))
-        points.sort()
+    found: dict[str, dict[Kind | None, Sequence[tuple[int, float]]]] = {}
+    for signature in dict.fromkeys(e.signature for e in sites.table.in_place):
+        seen: list[tuple[Level, float, float, float]] = []
+        for entry in sites.table.in_place:
+            alike = cut_together(sites.signatures, signature, entry.level)
+            if entry.signature != signature or not alike:
+                continue
+            each = whole_ms / sum(calls[n] for n in alike)
+            beyond = (1 - entry.ratio) * each - sites.saved_ms(alike[0], entry.level)
+            error = max(entry.noise, SURE) * entry.ratio * each
+            own = BELIEVED * sites.alone_ms(alike[0], entry.level)
+            seen.append((entry.level, beyond, own**2, own**2 + error**2))
+        if seen:
+            site = next(n for n, s in sites.signatures.items() if s == signature)
+            dense = sites.dense[site]
+            likely = (BELIEVED * sites.alone_ms(site, dense)) ** 2
+            surplus = sum(b / v for _, b, _, v in seen)
+            surplus /= 1 / likely + sum(1 / v for *_, v in seen)
+            lines: dict[Kind | None, list[tuple[int, float]]] = {
+                _kind(dense.within(sites.numeric)): [(dense.width, 0.0)]
+            }
+            for level, beyond, own, variance in seen:
+                believed = surplus - (surplus - beyond) * own / variance
+                lines.setdefault(_kind(level), []).append((level.width, believed))
+            found[signature] = {kind: sorted(points) for kind, points in lines.items()}
     return replace(sites, beyond=found)
 
 

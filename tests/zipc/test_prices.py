@@ -82,9 +82,21 @@ def test_without_measurements_in_place_a_level_saves_what_it_saves_alone() -> No
 
 
 def test_noise_in_place_is_not_taken_for_a_saving() -> None:
-    made = prices(table(spread=0.5))
+    made = prices(table(spread=0.9))
     alone = prices(table(), in_place=False)
-    assert total(made, Level(2)) == pytest.approx(total(alone, Level(2)), rel=0.01)
+    assert total(made, Level(2)) == pytest.approx(total(alone, Level(2)), rel=0.012)
+
+
+@pytest.mark.parametrize("away", [-2.0, 2.0])
+def test_a_noisy_measurement_is_held_against_the_others_of_its_kind(away: float) -> None:
+    held, level = table(), Level(2, "int8-static")
+    others = [e for e in held.in_place if e.level != level]
+    (own,) = (e for e in held.in_place if e.level == level)
+    ms = own.samples_ms[1] + away
+    noisy = own.model_copy(update={"samples_ms": (ms - 2, ms, ms + 2)})
+    made = prices(held.model_copy(update={"in_place": (*others, noisy)}))
+    truth = total(prices(held), level)
+    assert abs(total(made, level) - truth) < 0.2 * abs(away)
 
 
 def test_no_level_takes_less_than_nothing() -> None:
