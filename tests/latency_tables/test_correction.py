@@ -73,14 +73,14 @@ def test_any_correction_is_sane_monotone_positive_and_invertible(
 ) -> None:
     correction = fit(points)
     assert 0.5 <= correction.slope <= 2.0
-    assert abs(correction.intercept + correction.slope - 1) <= 0.02 + 1e-9
+    assert abs(correction.intercept + correction.slope - 1) <= 0.08 + 1e-9
     low, high = sorted((a, b))
     assert 0 < correction.apply(low) <= correction.apply(high)
     assert correction.invert(correction.apply(a)) == pytest.approx(a)
 
 
 @settings(max_examples=100, deadline=None)
-@given(clouds, st.floats(0.5, 2.0), st.floats(-0.02, 0.02))
+@given(clouds, st.floats(0.5, 2.0), st.floats(-0.08, 0.08))
 def test_no_legal_line_deviates_less(
     points: list[tuple[float, float]], slope: float, miss: float
 ) -> None:
