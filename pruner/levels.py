@@ -224,6 +224,9 @@ class Levels:
         numeric = level.numeric if call.plain else "fp32"  # a depthwise one is passed through
         if numeric == "fp32":
             return divided(call, MapState(weight, bias, pattern=pattern), moved)
+        if numeric == BF16:
+            made = self.rounded(call, weight, bias, numeric, activation=None, gram=None)
+            return divided(call, replace(made, pattern=pattern), moved)
         held, columns = self.stats[module], _columns(call, inputs)
         activation = None
         if numeric == STATIC and call.convolution:

@@ -23,7 +23,8 @@ from zipc.numerics.int8 import STATIC
 from zipc.prepare import Prepared
 from zipc.pruner.graph.sites import Structure, sizes_at
 from zipc.pruner.graph.surgery import apply_structure_, describe
-from zipc.pruner.graph.trace import Program
+from zipc.pruner.graph.trace import MapCall, Program
+from zipc.pruner.maps import matrices
 from zipc.pruner.states import MapState, States, variant_of
 
 FP32_BOUND = 1e-4  # norm of ONNX minus torch, relative to torch
@@ -205,7 +206,7 @@ def shrunk(
         if path in states.constants:
             tensors[f"{path}.bias"] = states.constants[path]
     for path, state in states.maps.items():
-        tensors |= _map_tensors(path, state)
+        tensors |= _map_tensors(calls[path], state)
     gone = tuple(f"{path}." for path in states.dropped)
     return document, {n: t for n, t in tensors.items() if not n.startswith(gone)}
 
@@ -242,13 +243,16 @@ def edit_of(states: States, size_of: SizeOf) -> Edit:
     return Edit(tensors, removed, integers, size_of, states.picks, states.silent, narrow)
 
 
-def _map_tensors(path: str, state: MapState) -> dict[str, Tensor]:
+def _map_tensors(call: MapCall, state: MapState) -> dict[str, Tensor]:
+    """The tensors of a map in a checkpoint; those of a narrow one lie (out, in)."""
     found: dict[str, Tensor] = {}
+    path = call.module
     if state.bias is not None:
         found[f"{path}.bias"] = state.bias
     if state.integer is None:
-        narrow = state.numeric == BF16
-        found[f"{path}.weight"] = state.weight.to(torch.bfloat16) if narrow else state.weight
+        found[f"{path}.weight"] = state.weight
+        if state.numeric == BF16:
+            found[f"{path}.weight"] = matrices(call, state.weight)[0].to(torch.bfloat16)
         return found
     found[f"{path}.weight"] = state.integer.values
     found[f"{path}.weight_scale"] = state.integer.scale

@@ -270,6 +270,12 @@ def _numerics(
         return ("fp32",)
     if wanted == prepared.floats:
         return ("fp32",)
+    integers = [n for n, s in sites.items() if prepared.on_integers(s)]
+    if (wanted in schemes or wanted == "int8") and not integers:
+        raise UsageError(
+            f"--numerics {wanted} is for linear maps, and no site of {request.model} has such "
+            "alone. Use --numerics auto or fp32."
+        )
     if wanted in schemes:
         return (wanted,)
     if wanted not in ("auto", "int8"):
@@ -282,7 +288,6 @@ def _numerics(
         schemes = tuple(n for n in schemes if n in (DYNAMIC, STATIC))
     elif not asked:  # the fastest, whatever it loses, is not what that means
         schemes = tuple(n for n in schemes if n != INT4)
-    integers = [n for n, s in sites.items() if prepared.on_integers(s)]
     if not schemes or not integers:
         return ("fp32",)
     for scheme in schemes:

@@ -77,10 +77,11 @@ def fastest_within(
         if high - low < math.log(LEAST) / 2:
             break
     if best is None:
+        told = f"the least was {least:.2g}" if least < math.inf else "none could be made"
         raise TargetUnreachable(
-            f"Nothing of {math.exp(high):.2f}x or more loses as little as {max_drop:g} of "
-            f"{samples.metric} on dev; the least was {least:.2g}. Allow more with --max-drop, or "
-            "search longer with --effort extensive.",
+            f"Nothing of {LEAST:g}x or more was found that loses as little as {max_drop:g} of "
+            f"{samples.metric} on dev; {told}. Allow more with --max-drop, or search longer with "
+            "--effort extensive.",
             best_speedup=1.0,
         )
     return best

@@ -12,11 +12,20 @@ from safetensors.torch import save_file
 
 import zipc
 from tests.tiny_folders import save_family
+from zipc.build import checkpoint
 from zipc.core.errors import CorruptFile, UsageError
+from zipc.core.request import Request
 from zipc.core.shapes import parse_input_shapes
-from zipc.model_source import SourceModel, load_source
+from zipc.core.types import Allocation, Level, Silent
+from zipc.model_source import SourceModel, load_source, settle
+from zipc.numerics.bf16 import BF16
 from zipc.output import _copy_texts
+from zipc.prepare import prepare
+from zipc.pruner.graph.interpret import Variant
 from zipc.pruner.graph.surgery import SCHEMA_VERSION
+from zipc.pruner.levels import Levels
+from zipc.pruner.states import variant_of
+from zipc.stage_cache import StageCache
 
 NETS = """
 import torch
@@ -129,6 +138,28 @@ def test_hugging_face_model_comes_back_as_it_was_traced(family: str, tmp_path: P
     shapes: Any = parse_input_shapes("pixel_values:1x3x16x16") if family == "resnet" else ()
     source = load_source(str(save_family(family, tmp_path / "model")), input_shapes=shapes)
     assert equal(source, zipc.load(written(source, tmp_path / "OUT")))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bert"])
+def test_maps_in_bf16_come_back_whichever_way_their_weights_lie(
+    family: str, tmp_path: Path
+) -> None:
+    path = save_family(family, tmp_path / "model")
+    source = load_source(str(path))
+    asked = settle(Request(model=str(path)), source)
+    made = prepare(source, asked, cache=StageCache(tmp_path / "cache"), progress=Silent())
+    at = Allocation({n: Level(s.units, BF16) for n, s in made.sites.items()}, 0.0, 0.0)
+    states = Levels(made.sites, made.calls, made.weights, {}, {}).states(at)
+    document, tensors, module = checkpoint(made, at, states)
+    assert set(document["numerics"].values()) == {BF16}
+    assert all(tensors[f"{m}.weight"].dtype == torch.bfloat16 for m in document["numerics"])
+    example = made.example(batch=1, length=6)
+    (expected, *_), _ = made.executor.run(example, variant_of(at, states))
+    with torch.no_grad():
+        found = source.chosen(module(**example))[0]
+    assert (found - expected).norm() < 2e-3 * expected.norm()
+    exact = made.executor.run(example, Variant())[0][0]
+    assert 1e-4 * exact.norm() < (exact - expected).norm() < 0.05 * exact.norm()
 
 
 def test_factory_for_a_hugging_face_model_is_refused(nets: Path, tmp_path: Path) -> None:

@@ -13,11 +13,12 @@ import pytest
 import torch
 
 import zipc
+import zipc.groundwork as groundwork
 from tests.three_ways import single
 from tests.tiny_project import Told, fake_clock, keep_timing_here, request, small_effort
 from tests.zoo import ZOO
 from zipc.build import FP32_BOUND, INT8_BOUND
-from zipc.core.errors import ExportMismatch
+from zipc.core.errors import ExportMismatch, UsageError
 from zipc.core.types import Workload
 from zipc.exporters.specialise import Edit, specialise
 from zipc.integer_body import IntegerBody
@@ -96,6 +97,21 @@ def compiled(project: Path) -> Path:
         small_effort(patch)
         compile_model(asked(project, "whole", speedup=1.5), progress=Told())
     return project / "whole"
+
+
+@pytest.mark.parametrize(
+    ("numerics", "runtime"), [("int8-dynamic", "onnxruntime"), ("bf16", "openvino")]
+)
+def test_what_is_for_linear_maps_is_refused_where_there_are_none(
+    project: Path, numerics: str, runtime: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_clock(monkeypatch)
+    small_effort(monkeypatch)
+    monkeypatch.setattr(groundwork, "on_device", lambda target, _: target)
+    wanted = replace(asked(project, numerics, speedup=1.5), numerics=numerics, runtime=runtime)
+    with pytest.raises(UsageError, match=f"{numerics} is for linear maps"):
+        compile_model(wanted, progress=Told())
+    assert not (project / numerics).exists()
 
 
 def test_where_int8_alone_is_fast_enough_nothing_is_removed(compiled: Path) -> None:
