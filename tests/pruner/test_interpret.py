@@ -42,6 +42,7 @@ class Held:
     weight: Tensor
     bias: Tensor | None
     on_seen: Callable[[Tensor], object] = lambda _: None
+    numeric: str = "fp32"
 
     def seen(self, x: Tensor) -> Tensor:
         self.on_seen(x)

@@ -137,7 +137,7 @@ def test_a_builder_that_fails_leaves_the_output_as_it_was(
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
     monkeypatch.setattr(pipeline, "build_engine", fail)
     for module in (pipeline, groundwork):
-        monkeypatch.setattr(module, "choose_builder", lambda asked, _: asked)
+        monkeypatch.setattr(module, "choose_builder", lambda asked, *_: asked)
     asked = request(project.model, project.data, out, project.cache, target="a100", speedup=1.5)
     with pytest.raises(EngineFailed, match="more than 1 MB"):
         compile_model(replace(asked, engine="trt"), progress=Told())
