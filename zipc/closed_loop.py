@@ -39,6 +39,8 @@ ACCEPT = (1.02, 1.042)  # measured speedup over target at which the loop stops
 EXACT_AIM, EXACT_ACCEPT = 1.01, (1.0, 1.02)  # the same of modelled speedups, which have no noise
 STAGE, FILE = "solution", "solution.json"
 JUDGED, LOSSES = "sensitivity", "losses.json"
+NEAR = 0.9  # of a speedup that nobody was promised: a build below it is taken, before a far faster
+# one that loses more
 FILLED = 0.98  # finalists that leave more of the budget unused overshoot the speedup asked for
 LOOKS = 3  # finalists that are built, best first, while they are too slow by no more than prices
 # usually are off: for each in its own way
@@ -64,6 +66,7 @@ class Solution:
     unreachable: str | None
     looks: tuple[tuple[float, float], ...]  # (predicted, measured) speedup of each build
     searched: int  # candidates scored
+    measured: float | None = None  # the speedup it was seen at
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -399,7 +402,8 @@ class ClosedLoop:
                 break
             if over > self.accept[1] and attempt.allocation.undiminished(self.prepared.sites):
                 break  # nothing is left to give back
-        good = [a for a in self.attempts if a.speedup >= self.least(target)]
+        least = self.least(target) * (1.0 if self.request.max_drop is None else NEAR)
+        good = [a for a in self.attempts if a.speedup >= least]
         fastest = max(self.attempts, key=lambda a: a.speedup)
         best = min(good, key=lambda a: a.loss, default=fastest)
         return self.solution(best)
@@ -483,4 +487,5 @@ class ClosedLoop:
             unreachable,
             tuple(self.looks),
             self.searched,
+            attempt.speedup,
         )

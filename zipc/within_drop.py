@@ -64,9 +64,10 @@ def fastest_within(
         dense, compiled = samples.compare(shipped.reference, shipped.model, "dev", runtime=runtime)
         drop = dense.value - compiled.value
         drop = -drop if lower_is_better(samples.metric) else drop
+        measured = found.solution.measured or target
         told = (
             f"{samples.metric} on dev ({rows} rows): dense {dense.value:.4g}, {compiled.value:.4g} "
-            f"at {target:.2f}x, {max(drop, 0.0):.2g} lost of {max_drop:g} allowed"
+            f"at {measured:.2f}x, {max(drop, 0.0):.2g} lost of {max_drop:g} allowed"
         )
         loop.progress.done(told)
         least = min(least, drop)

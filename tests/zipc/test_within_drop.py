@@ -12,8 +12,11 @@ import pytest
 import zipc.pipeline as pipeline
 from tests.command_line import Run
 from tests.tiny_project import Told, request
+from zipc.closed_loop import ACCEPT, ClosedLoop, _Attempt
 from zipc.core.errors import TargetUnreachable, UsageError
 from zipc.core.request import Request
+from zipc.core.types import Allocation
+from zipc.effort import EFFORTS
 from zipc.metrics import EvalResult
 from zipc.pipeline import compile_model
 from zipc.samples.text import TextSamples
@@ -88,6 +91,22 @@ def test_without_rows_of_dev_a_speedup_is_asked_for(
     monkeypatch.setattr(pipeline, "set_up", without)
     with pytest.raises(UsageError, match="0 rows with labels"):
         compile_model(replace(asked, max_drop=1.0), progress=Told())
+
+
+@pytest.mark.parametrize(("max_drop", "taken"), [(None, 7.3), (0.5, 2.65)])
+def test_a_build_near_the_speedup_is_taken_before_a_far_faster_one(
+    max_drop: float | None, taken: float
+) -> None:
+    """What a speedup costs is not to be read from a build of another one."""
+    loop = ClosedLoop.__new__(ClosedLoop)
+    loop.effort, loop.accept = replace(EFFORTS["quick"], rounds=0), ACCEPT
+    loop.request = Request(model="m", max_drop=max_drop)
+    loop.looks, loop.searched = [], 0
+    loop.attempts = [
+        _Attempt(Allocation({}, 1.0, 0.0), speedup, 0.01, 1 / speedup, loss)
+        for speedup, loss in ((7.3, 0.1), (2.65, 0.002), (1.6, 0.0))
+    ]
+    assert loop.run(2.71).measured == taken
 
 
 @pytest.mark.parametrize("drop", [-0.5, float("nan"), float("inf")])

@@ -42,7 +42,7 @@ def dry_run(request: Request) -> Outcome:
     def show(console: Console) -> None:
         table = Table(box=None, show_header=False, pad_edge=False)
         for name, value in asked.items():
-            if value not in (None, [], False):
+            if value is not False and value not in (None, [], ""):
                 table.add_row(name, escape(str(value)))
         if request.runtime is None:
             table.add_row("runtime", target.runtime)

@@ -95,9 +95,10 @@ class Request:
             self._check_engine_options(target)
         narrow = self.numerics.startswith(("int8-", "int4-", "bf16"))
         if narrow and self.numerics not in target.numerics:
+            hint = " For bf16 give --runtime openvino." if self.numerics == "bf16" else ""
             raise UsageError(
                 f"--numerics {self.numerics} is not offered on target '{target.name}' under "
-                f"{target.runtime}. Choose auto, int8, {', '.join(target.numerics)}."
+                f"{target.runtime}. Choose auto, int8, {', '.join(target.numerics)}.{hint}"
             )
         if self.numerics in DECODING and self.phase != "decode":
             others = ", ".join(n for n in target.numerics if n not in DECODING)
