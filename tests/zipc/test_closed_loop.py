@@ -11,6 +11,7 @@ import pytest
 
 from zipc import closed_loop
 from zipc.closed_loop import SLACK, ClosedLoop, _Attempt, _bias, _toll
+from zipc.core.request import Request
 from zipc.core.types import Allocation, Level, Silent
 from zipc.effort import EFFORTS
 from zipc.pruner.allocate.search import SearchState
@@ -68,6 +69,7 @@ def test_the_next_finalist_is_built_where_the_best_is_too_slow(
     loop.attempts, loop.state, loop.searched, loop.looks = [], None, 0, []
     loop.effort, loop.accept, loop.aim = EFFORTS["default"], (1.02, 1.042), 1.03
     loop.progress, loop.rng = Silent(), np.random.default_rng(0)
+    loop.request = Request(model="m")
     loop.problem = loop.prices = loop.candidates = None  # type: ignore[assignment]
     searches: list[float] = []
 

@@ -16,6 +16,7 @@ from zipc import closed_loop
 from zipc.build import Built
 from zipc.closed_loop import ClosedLoop
 from zipc.core.errors import EngineFailed
+from zipc.core.request import Request
 from zipc.core.types import Allocation, Level, Silent, Site
 from zipc.effort import EFFORTS
 from zipc.engines import engine_of, passed_over
@@ -97,6 +98,7 @@ def test_the_search_goes_on_without_what_an_engine_passed_over(
     loop.attempts, loop.state, loop.searched, loop.looks = [], None, 0, []
     loop.effort, loop.accept, loop.aim = EFFORTS["default"], (1.02, 1.042), 1.03
     loop.progress, loop.rng = Silent(), np.random.default_rng(0)
+    loop.request = Request(model="m")
     loop.problem = loop.prices = loop.candidates = None  # type: ignore[assignment]
     state = type("State", (), {"trials": 1})()
     monkeypatch.setattr(
