@@ -19,10 +19,9 @@ LEAST = 1.05  # less than this is not worth an artifact of its own
 
 @dataclass(frozen=True, slots=True)
 class Within:
-    """A speedup and what its artifact loses on the rows of dev, in points of the metric."""
+    """A speedup, and what is told of the loss of its artifact on the rows of dev."""
 
     speedup: float
-    drop: float
     told: str
 
 
@@ -72,7 +71,7 @@ def fastest_within(
         loop.progress.done(told)
         least = min(least, drop)
         if drop <= max_drop:
-            best, low = Within(target, drop, told), math.log(target)
+            best, low = Within(target, told), math.log(target)
         else:
             high = math.log(target)
         if high - low < math.log(LEAST) / 2:
