@@ -225,7 +225,8 @@ class TestCompile:
     @pytest.mark.parametrize(
         ("arguments", "said"),
         [
-            (("compile", "m", "--data", "d", "-o", "o"), "How fast should it be?"),
+            (("compile", "m", "--data", "d", "-o", "o"), "--latency 5ms or --max-drop 0.5"),
+            (("plan", "m", "--data", "d"), "Give --speedup 2x or --latency 5ms (--no-prune"),
             ((*COMPILE, "--latency", "5ms"), "give one"),
             (("compile", "m", "--speedup", "2x", "--data", "d"), "Give a folder: -o OUT"),
             (("compile", "m", "--speedup", "two", "--data", "d", "-o", "o"), "Did you mean 2x?"),

@@ -263,6 +263,18 @@ def test_without_labels_classes_are_read_by_agreement(tmp_path: Path) -> None:
     assert after.value == pytest.approx(100 * same.mean())
 
 
+def test_a_class_that_is_nan_is_none(tmp_path: Path) -> None:
+    pictures = images(90)
+    labels = logits_of(pictures, WEIGHT).argmax(1).astype(np.float64)
+    labels[::9] = np.nan
+    data = save(tmp_path / "a.npz", pixel_values=pictures, labels=labels, mean=MEAN, std=STD)
+    samples = opened(picture_source(), data)
+    assert samples.metric == "accuracy"
+    assert samples.sizes["test"] < opened(picture_source(), data, label_column="none").sizes["test"]
+    dense = mean_colour_onnx(WEIGHT)
+    assert samples.compare(dense, dense, "test")[0].value == 100
+
+
 def test_labels_that_are_names_follow_the_model(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()

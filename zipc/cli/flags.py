@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, get_type_hints
 
 import typer
 
@@ -234,6 +234,8 @@ class ModelFlags:
 class SearchFlags(ModelFlags):
     """What is asked for, and how quality is read: all that `plan` needs."""
 
+    GOALS: ClassVar[str] = "--speedup 2x or --latency 5ms"
+
     speedup: Annotated[
         str | None,
         typer.Option("--speedup", help="How many times faster than the dense model, e.g. 2x."),
@@ -330,8 +332,7 @@ class SearchFlags(ModelFlags):
             raise UsageError(f"{' and '.join(goals)} are goals of their own: give one of them.")
         if not goals and not self.no_prune:
             raise UsageError(
-                "How fast should it be? Give --speedup 2x, or --latency 5ms "
-                "(--no-prune alone needs neither)."
+                f"How fast should it be? Give {self.GOALS} (--no-prune alone needs none)."
             )
         return super()._fields() | {
             "speedup": None if self.speedup is None else parse_speedup(self.speedup),
@@ -357,6 +358,8 @@ class SearchFlags(ModelFlags):
 @dataclass(frozen=True, kw_only=True)
 class CompileFlags(SearchFlags):
     """What is written, and when the result counts as a success."""
+
+    GOALS: ClassVar[str] = "--speedup 2x, --latency 5ms or --max-drop 0.5"
 
     max_drop: Annotated[
         float | None,

@@ -28,7 +28,7 @@ class EngineOptions:
             UsageError: there is no such option, or it is given twice.
         """
         found: dict[str, str] = {}
-        for part in filter(None, text.split(",")):
+        for part in text.split(",") if text else ():
             name, _, value = part.strip().partition("=")
             known = name in (REFIT, VERSION_COMPATIBLE) and not value
             level = name == LEVEL and value.isdecimal() and int(value) in LEVELS

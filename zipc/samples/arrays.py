@@ -277,13 +277,22 @@ def _labels(
         _same_rows({**held[role], LABELS: labels}, files[role])
         if labels.ndim == 2 and labels.shape[1] == 1:
             labels = labels[:, 0]
-        whole = labels.dtype.kind == "f" and bool((labels == np.round(labels)).all())
-        found[role] = labels.astype(np.int64) if whole or labels.dtype.kind in "iub" else labels
+        found[role] = _numbers(labels)
     if len({values.dtype.kind for values in found.values()}) > 1:
         raise UsageError(
             f"The files have '{LABELS}' of different kinds: numbers, words, fractions."
         )
     return found
+
+
+def _numbers(labels: Array) -> Array:
+    """Whole numbers as such, none of them where a float is NaN; other labels as they are."""
+    if labels.dtype.kind != "f":
+        return labels.astype(np.int64) if labels.dtype.kind in "iub" else labels
+    none = np.isnan(labels)
+    if none.all() or (labels[~none] != np.round(labels[~none])).any():
+        return labels
+    return np.where(none, IGNORED, labels).astype(np.int64)
 
 
 def _cut(
