@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from zipc.core.errors import ExportMismatch
-from zipc.core.types import Allocation, Workload
+from zipc.core.types import Allocation, Difference, Workload
 from zipc.exporters.onnx_export import check_parity
 from zipc.exporters.shapes import SizeOf
 from zipc.exporters.sparse_weights import sparse_weights
@@ -79,28 +79,22 @@ def build_floats(
     held = [states.maps[c.module] for c in prepared.program.maps if c.module in states.maps]
     integers = sum(state.integer is not None for state in held)
     halved = sum(state.numeric == BF16 for state in held)
-    if integers:
-        found = runtime.integer_products(model)
-        if found < integers:
+    narrow: dict[Difference, int] = {"int8": integers, "bf16": halved}
+    found = runtime.narrow_products(model) if any(narrow.values()) else {}
+    for numeric, count in narrow.items():
+        if found.get(numeric, 0) < count:
             raise ExportMismatch(
-                f"{runtime.title} runs {found} of {integers} integer products of the graph as "
-                "integers: the rest would be slower than fp32. Use --numerics fp32."
-            )
-    if halved:
-        found = runtime.bf16_products(model) if runtime.bf16_products else 0
-        if found < halved:
-            raise ExportMismatch(
-                f"{runtime.title} runs {found} of {halved} products in bf16 of the graph in bf16: "
-                "the rest would be no faster than fp32. Use --numerics int8 or fp32."
+                f"{runtime.title} runs {found.get(numeric, 0)} of {count} products of the graph in "
+                f"{numeric}: the rest would be no faster than fp32. Use --numerics fp32."
             )
     sparse = sum(state.pattern != "dense" for state in states.maps.values())
     if sparse:
         weights = sparse_weights(onnx.load_from_string(model), folder=Path())
-        found = sum(weight.conforms for weight in weights)
-        if found < sparse:
+        conforming = sum(weight.conforms for weight in weights)
+        if conforming < sparse:
             raise ExportMismatch(
-                f"{found} of {sparse} weights are in the 2:4 pattern in the graph: sparse kernels "
-                "would not take the rest. Use --pattern none."
+                f"{conforming} of {sparse} weights are in the 2:4 pattern in the graph: sparse "
+                "kernels would not take the rest. Use --pattern none."
             )
     example = prepared.example(batch=1, length=32, widths=allocation.widths)
     expected, _ = prepared.executor.run(example, variant_of(allocation, states))
@@ -125,7 +119,7 @@ def in_integers(
     """
     integer = body.emit(floats.model)
     runtime = prepared.runtime
-    integers = runtime.integer_products(integer)
+    integers = runtime.narrow_products(integer)["int8"]
     if not integers:
         raise ExportMismatch(
             f"{runtime.title} runs no product of the graph as integers. Use --numerics fp32."

@@ -70,32 +70,56 @@ def with_savings_in_place(
     how large its own surplus may well be; what is then left of a measurement is its own surplus,
     or noise, by the same measure.
     """
-    found: dict[str, dict[Kind | None, Sequence[tuple[int, float]]]] = {}
+    found = {}
     for signature in dict.fromkeys(e.signature for e in sites.table.in_place):
-        seen: list[tuple[Level, float, float, float]] = []
-        for entry in sites.table.in_place:
-            alike = cut_together(sites.signatures, signature, entry.level)
-            if entry.signature != signature or not alike:
-                continue
-            each = whole_ms / sum(calls[n] for n in alike)
-            beyond = (1 - entry.ratio) * each - sites.saved_ms(alike[0], entry.level)
-            error = max(entry.noise, SURE) * entry.ratio * each
-            own = BELIEVED * sites.alone_ms(alike[0], entry.level)
-            seen.append((entry.level, beyond, own**2, own**2 + error**2))
+        seen = _savings(sites, calls, whole_ms, signature)
         if seen:
-            site = next(n for n, s in sites.signatures.items() if s == signature)
-            dense = sites.dense[site]
-            likely = (BELIEVED * sites.alone_ms(site, dense)) ** 2
-            surplus = sum(b / v for _, b, _, v in seen)
-            surplus /= 1 / likely + sum(1 / v for *_, v in seen)
-            lines: dict[Kind | None, list[tuple[int, float]]] = {
-                _kind(dense.within(sites.numeric)): [(dense.width, 0.0)]
-            }
-            for level, beyond, own, variance in seen:
-                believed = surplus - (surplus - beyond) * own / variance
-                lines.setdefault(_kind(level), []).append((level.width, believed))
-            found[signature] = {kind: sorted(points) for kind, points in lines.items()}
+            found[signature] = _believed(sites, signature, seen)
     return replace(sites, beyond=found)
+
+
+@dataclass(frozen=True, slots=True)
+class _Saving:
+    """What one call saves in place at a level, beyond what it saves alone; in ms."""
+
+    level: Level
+    beyond: float
+    own: float  # variance of the surplus of the level itself, as large as it may well be
+    variance: float  # of `beyond`: that of its surplus and of its measurement
+
+
+def _savings(
+    sites: SitePrices, calls: Mapping[str, int], whole_ms: float, signature: str
+) -> list[_Saving]:
+    found = []
+    for entry in sites.table.in_place:
+        alike = cut_together(sites.signatures, signature, entry.level)
+        if entry.signature != signature or not alike:
+            continue
+        each = whole_ms / sum(calls[n] for n in alike)
+        beyond = (1 - entry.ratio) * each - sites.saved_ms(alike[0], entry.level)
+        error = max(entry.noise, SURE) * entry.ratio * each
+        own = (BELIEVED * sites.alone_ms(alike[0], entry.level)) ** 2
+        found.append(_Saving(entry.level, beyond, own, own + error**2))
+    return found
+
+
+def _believed(
+    sites: SitePrices, signature: str, seen: Sequence[_Saving]
+) -> dict[Kind | None, Sequence[tuple[int, float]]]:
+    """Lines through what is believed of the savings of a signature: numeric -> (width, ms)."""
+    site = next(n for n, s in sites.signatures.items() if s == signature)
+    dense = sites.dense[site]
+    likely = (BELIEVED * sites.alone_ms(site, dense)) ** 2
+    surplus = sum(s.beyond / s.variance for s in seen)
+    surplus /= 1 / likely + sum(1 / s.variance for s in seen)
+    lines: dict[Kind | None, list[tuple[int, float]]] = {
+        _kind(dense.within(sites.numeric)): [(dense.width, 0.0)]
+    }
+    for saving in seen:
+        believed = surplus - (surplus - saving.beyond) * saving.own / saving.variance
+        lines.setdefault(_kind(saving.level), []).append((saving.level.width, believed))
+    return {kind: sorted(points) for kind, points in lines.items()}
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,18 +10,14 @@ from pathlib import Path
 import onnx
 import onnxruntime as ort
 
-from zipc.core.types import TableKind, Target
+from zipc.core.types import Difference, TableKind, Target
 from zipc.exporters.openvino import OPENVINO
 from zipc.exporters.specialise import ONNX_RUNTIME, Emitter, count_integer_kernels
 from zipc.exporters.tensorrt.emit import IN_FLOATS, TensorRt
 from zipc.exporters.tensorrt.qdq import count_rounded_products
 from zipc.profiler.agent import TITLES
 from zipc.profiler.runners.onnxruntime import PROVIDERS, OnnxRuntimeRunner
-from zipc.profiler.runners.openvino import (
-    OpenVinoRunner,
-    count_bf16_products,
-    count_integer_products,
-)
+from zipc.profiler.runners.openvino import OpenVinoRunner, narrow_products
 from zipc.profiler.runners.session import SessionRunner
 
 
@@ -35,10 +31,9 @@ class CpuRuntime:
 
     emitter: Emitter
     runner: type[SessionRunner]
-    integer_products: Callable[[bytes], int]
+    narrow_products: Callable[[bytes], Mapping[Difference, int]]
     convolutions: bool = False
     timed: Emitter | None = None
-    bf16_products: Callable[[bytes], int] | None = None
 
     @property
     def title(self) -> str:
@@ -66,12 +61,16 @@ def integer_kernels(model: bytes | Path) -> int:
 
 
 RUNTIMES: Mapping[str, CpuRuntime] = {
-    "onnxruntime": CpuRuntime(ONNX_RUNTIME, OnnxRuntimeRunner, integer_kernels),
-    "openvino": CpuRuntime(
-        OPENVINO, OpenVinoRunner, count_integer_products, bf16_products=count_bf16_products
+    "onnxruntime": CpuRuntime(
+        ONNX_RUNTIME, OnnxRuntimeRunner, lambda model: {"int8": integer_kernels(model)}
     ),
-    # ONNX Runtime stands for TensorRT here
-    "tensorrt": CpuRuntime(IN_FLOATS, OnnxRuntimeRunner, count_rounded_products, convolutions=True),
+    "openvino": CpuRuntime(OPENVINO, OpenVinoRunner, narrow_products),
+    "tensorrt": CpuRuntime(  # ONNX Runtime stands for TensorRT here
+        IN_FLOATS,
+        OnnxRuntimeRunner,
+        lambda model: {"int8": count_rounded_products(model)},
+        convolutions=True,
+    ),
 }
 
 

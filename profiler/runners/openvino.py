@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from zipc.core.types import Workload
+from zipc.core.types import Difference, Workload
 from zipc.profiler.agent import PRECISION, OpenVinoSession, values
 from zipc.profiler.runners.inputs import graph_inputs
 from zipc.profiler.runners.session import SessionRunner
@@ -94,19 +94,9 @@ class OpenVinoGraph(OpenVinoSession):
         return [np.array(found[name]) for name in names]
 
 
-def count_integer_products(model: bytes | Path) -> int:
-    """Products of a graph that OpenVINO runs on integers; see `products`."""
-    held = products(model)
-    return held["u8"] + held["i8"]
-
-
-def count_bf16_products(model: bytes | Path) -> int:
-    """Products of a graph that OpenVINO runs in bf16; see `products`."""
-    return products(model)["bf16"]
-
-
-def products(model: bytes | Path) -> Counter[str]:
-    """How many products of a graph OpenVINO runs in a precision, as its compiled model tells.
+def narrow_products(model: bytes | Path) -> dict[Difference, int]:
+    """How many products of a graph OpenVINO runs on integers and in bf16, as its compiled model
+    tells.
 
     Raises:
         ExportMismatch: OpenVINO cannot load the graph.
@@ -118,11 +108,12 @@ def products(model: bytes | Path) -> Counter[str]:
         name = source if isinstance(source, str) else "the graph"
         raise OpenVinoRunner.cannot_load(name, error) from error
     layers = [node.get_rt_info() for node in graph.compiled.get_runtime_model().get_ordered_ops()]
-    return Counter(
+    kinds = Counter(
         layer["runtimePrecision"].astype(str)
         for layer in layers
         if layer["layerType"].astype(str) in PRODUCTS
     )
+    return {"int8": kinds["u8"] + kinds["i8"], "bf16": kinds["bf16"]}
 
 
 def _value(name: str, port: Any) -> Value:

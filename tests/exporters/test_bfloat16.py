@@ -21,8 +21,7 @@ from zipc.numerics.int8 import STATIC
 from zipc.profiler.facts import fingerprint
 from zipc.profiler.runners.openvino import (
     OpenVinoRunner,
-    count_bf16_products,
-    count_integer_products,
+    narrow_products,
 )
 
 FAMILY = "bert"
@@ -58,8 +57,8 @@ def test_the_graph_is_standard_and_those_that_read_a_value_share_its_cast() -> N
 @able
 def test_openvino_runs_these_products_in_bf16_and_no_others() -> None:
     made, some = case(FAMILY), maps()[::2]
-    assert count_bf16_products(emitted(some)) == len(some)
-    assert count_bf16_products(emitted([])) == 0
+    assert narrow_products(emitted(some))["bf16"] == len(some)
+    assert narrow_products(emitted([]))["bf16"] == 0
     module = surgered_int8(made, everything(made), dict.fromkeys(some, BF16))
     for path in some:
         weight = made.weights[f"{path}.weight"]
@@ -83,8 +82,8 @@ def test_attention_in_bf16_goes_with_the_rest_in_int8() -> None:
     held = {f"{m}.weight": rounded(made.weights[f"{m}.weight"]).numpy() for m in heads}
     edit = replace(integers, tensors={**integers.tensors, **held}, int8=rest, bf16=heads)
     model = specialise(dense_graph(FAMILY), edit, emitter=OPENVINO).to_bytes()
-    assert count_bf16_products(model) == len(heads)
-    assert count_integer_products(model) == len(rest)
+    assert narrow_products(model)["bf16"] == len(heads)
+    assert narrow_products(model)["int8"] == len(rest)
     feeds = text(FAMILY, batch=2, length=7)
     runner = OpenVinoRunner(model, workload=Workload(batch_size=2, sequence_length=7))
     got = runner.outputs({k: v.numpy() for k, v in feeds.items()})["last_hidden_state"]
@@ -110,7 +109,7 @@ def test_a_gemm_with_its_bias_runs_in_bf16_too(transposed: int) -> None:
     dense.weights = {"l.weight": ("w", not transposed)}
     model = specialise(dense, Edit(bf16=["l"]), emitter=OPENVINO).to_bytes()
     onnx.checker.check_model(model, full_check=True)
-    assert count_bf16_products(model) == 1
+    assert narrow_products(model)["bf16"] == 1
     x = rng.standard_normal((5, 64), np.float32)
     runner = OpenVinoRunner(model, workload=Workload(batch_size=5))
     product = rounded(converted(torch.from_numpy(x)) @ torch.from_numpy(weight.T)).numpy()

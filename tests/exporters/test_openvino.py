@@ -15,7 +15,7 @@ from zipc.exporters.graph import OnnxGraph
 from zipc.exporters.openvino import OPENVINO
 from zipc.exporters.specialise import Edit, Int8Weights, specialise
 from zipc.numerics.int8 import DYNAMIC, STATIC
-from zipc.profiler.runners.openvino import OpenVinoRunner, count_integer_products
+from zipc.profiler.runners.openvino import OpenVinoRunner, narrow_products
 
 FAMILY = "bert"
 LARGEST = 0.25  # see test_specialise: a value may fall on the other side of a rounding boundary
@@ -41,8 +41,8 @@ def test_every_product_runs_on_integers_and_gives_what_onnx_runtime_gives() -> N
     openvino = pytest.importorskip("openvino", reason="OpenVINO is not installed")
     made, model = case(FAMILY), emitted(STATIC)
     _, held = quantised(made, everything(made), STATIC)
-    assert count_integer_products(model) == len(held)
-    assert count_integer_products(specialise(dense_graph(FAMILY), Edit()).to_bytes()) == 0
+    assert narrow_products(model)["int8"] == len(held)
+    assert narrow_products(specialise(dense_graph(FAMILY), Edit()).to_bytes())["int8"] == 0
     feeds = text(FAMILY, batch=2, length=7)
     core = openvino.Core()
     hint = {"INFERENCE_PRECISION_HINT": "f32"}
@@ -75,7 +75,7 @@ def test_a_gemm_with_its_bias_runs_on_integers_too() -> None:
     integers = Int8Weights(values, np.ones(32, np.float32), (0.5, 3))
     model = specialise(dense, Edit(int8={"l": integers}), emitter=OPENVINO).to_bytes()
     onnx.checker.check_model(model, full_check=True)
-    assert count_integer_products(model) == 1
+    assert narrow_products(model)["int8"] == 1
     x = 0.5 * rng.integers(-3, 9, (5, 64)).astype(np.float32)  # in the range, on its grid
     runner = OpenVinoRunner(model, workload=Workload(batch_size=5))
     np.testing.assert_allclose(runner.outputs({"x": x})["y"], x @ values.T + bias, rtol=1e-4)

@@ -19,7 +19,7 @@ from zipc.profiler import agent
 from zipc.profiler.device import LocalDevice
 from zipc.profiler.runners.apart import TimingProcess
 from zipc.profiler.runners.onnxruntime import OnnxRuntimeRunner
-from zipc.profiler.runners.openvino import OpenVinoRunner, count_integer_products
+from zipc.profiler.runners.openvino import OpenVinoRunner, narrow_products
 from zipc.profiler.timing import interleave
 
 openvino = pytest.importorskip("openvino", reason="OpenVINO is not installed")
@@ -129,10 +129,10 @@ def test_two_runtimes_have_two_fingerprints() -> None:
 
 
 def test_integer_products_are_counted_in_the_compiled_model() -> None:
-    assert count_integer_products(graph()) == 0
-    assert count_integer_products(emitted(STATIC)) > 0
+    assert narrow_products(graph())["int8"] == 0
+    assert narrow_products(emitted(STATIC))["int8"] > 0
     with pytest.raises(ExportMismatch, match="cannot load"):
-        count_integer_products(b"no graph")
+        narrow_products(b"no graph")
 
 
 def test_a_timing_process_is_of_one_runtime() -> None:

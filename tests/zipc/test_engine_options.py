@@ -20,7 +20,19 @@ def test_options_are_read_and_told_to_trtexec() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["fast", "level", "level=6", "level=-1", "level=x", "refit=1", "refit,refit", "level=²", ",", "refit,"]
+    "text",
+    [
+        "fast",
+        "level",
+        "level=6",
+        "level=-1",
+        "level=x",
+        "refit=1",
+        "refit,refit",
+        "level=²",
+        ",",
+        "refit,",
+    ],
 )
 def test_what_is_no_option_is_named(text: str) -> None:
     with pytest.raises(UsageError, match=r"--engine-options.*version-compatible.*level=5"):

@@ -35,11 +35,7 @@ from zipc.predict import onnx_predict
 from zipc.profiler.agent import PRECISION
 from zipc.profiler.facts import fingerprint
 from zipc.profiler.runners.onnxruntime import OnnxRuntimeRunner
-from zipc.profiler.runners.openvino import (
-    OpenVinoRunner,
-    count_bf16_products,
-    count_integer_products,
-)
+from zipc.profiler.runners.openvino import OpenVinoRunner, narrow_products
 from zipc.profiling import profile_model
 from zipc.targets import load_target, on_device, requested_target
 
@@ -74,8 +70,8 @@ def test_every_product_of_an_int8_compile_runs_on_integers(
     out, manifest = integers
     assert {record.level.numeric for record in manifest.allocation} == {STATIC}
     linear = 2 * 6  # query, key, value, output and the two of the FFN, in two layers
-    assert count_integer_products(out / "model.onnx") >= linear
-    assert count_integer_products(out / "reference.onnx") == 0
+    assert narrow_products(out / "model.onnx")["int8"] >= linear
+    assert narrow_products(out / "reference.onnx")["int8"] == 0
     ops = {node.op_type for node in onnx.load(out / "model.onnx").graph.node}
     assert {"QuantizeLinear", "DequantizeLinear"} <= ops
     assert not {"MatMulInteger", "Attention"} & ops
@@ -127,8 +123,8 @@ def test_every_product_of_a_bf16_compile_runs_in_bf16(
     )
     manifest = compile_model(asked, progress=Told())
     assert {record.level.numeric for record in manifest.allocation} == {BF16}
-    assert count_bf16_products(tmp_path / "out" / "model.onnx") == 2 * 6
-    assert count_bf16_products(tmp_path / "out" / "reference.onnx") == 0
+    assert narrow_products(tmp_path / "out" / "model.onnx")["bf16"] == 2 * 6
+    assert narrow_products(tmp_path / "out" / "reference.onnx")["bf16"] == 0
     loaded = load(tmp_path / "out")
     assert sum(isinstance(m, Bf16Linear) for m in loaded.modules()) == 2 * 6
     ids = torch.tensor([[2, 9, 14, 20, 3]])
