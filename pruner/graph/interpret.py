@@ -19,7 +19,7 @@ from zipc.core.types import Site
 from zipc.numerics import bf16
 from zipc.numerics.bf16 import BF16
 from zipc.pruner.graph.rules import CREATED
-from zipc.pruner.graph.sites import Extent, Structure, extent_size
+from zipc.pruner.graph.sites import Extent, Structure, extent_size, known_size
 from zipc.pruner.graph.trace import MapCall, Program, op_name
 from zipc.pruner.products import linear
 
@@ -234,8 +234,7 @@ class Executor:
         """The shape of a node's result at the widths of a candidate."""
         sizes = [_concrete(s, symbols) for s in _val(node)]
         for i, extent in enumerate(self.structure.shapes.get(node.name, ())):
-            kept = extent_size(extent, variant.widths)
-            sizes[i] = sizes[i] if kept is None else kept
+            sizes[i] = _resized(sizes[i], extent, variant.widths)
         return sizes
 
     def _constant(
@@ -256,9 +255,10 @@ class Executor:
         for i, extent in enumerate(self.structure.shapes[node.name]):
             if not _has_site(extent):
                 continue
-            size = extent_size(extent, widths)
-            if shape[i] != -1 or sum(1 for s in shape if s == -1) > 1:
-                shape[i] = size
+            if shape[i] != -1:
+                shape[i] = _resized(shape[i], extent, widths)
+            elif shape.count(-1) > 1:
+                shape[i] = extent_size(extent, widths)
         return shape
 
     def _plan(
@@ -295,6 +295,14 @@ class Executor:
                 self._plans.clear()
             plan = self._plans[removed, given] = order, last
         return plan
+
+
+def _resized(size: int, extent: Extent, widths: Mapping[str, int]) -> int:
+    """What a dense size becomes; that of a batch times channels, say, goes down in proportion."""
+    kept = extent_size(extent, widths)
+    if kept is not None:
+        return kept
+    return size * known_size(extent, widths) // known_size(extent, {})
 
 
 def _has_site(extent: Extent) -> bool:

@@ -33,14 +33,19 @@ Extent = tuple[Factor, ...]
 
 def extent_size(extent: Extent, widths: Mapping[str, int]) -> int | None:
     """Size of a dimension at the given widths (units kept by site); None if it is symbolic."""
+    if any(factor.size is None and not factor.segments for factor in extent):
+        return None
+    return known_size(extent, widths)
+
+
+def known_size(extent: Extent, widths: Mapping[str, int]) -> int:
+    """Product of those factors of a dimension that are not symbolic."""
     total = 1
     for factor in extent:
         if factor.segments:
             parts = [extent_size(s, widths) for s in factor.segments]
             total *= sum(p for p in parts if p is not None)
-        elif factor.size is None:
-            return None
-        else:
+        elif factor.size is not None:
             total *= factor.size if factor.site is None else widths.get(factor.site, factor.size)
     return total
 

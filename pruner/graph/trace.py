@@ -69,6 +69,7 @@ class Program:
     fixed: dict[str, str] = field(default_factory=dict)  # tensor that must keep its size -> why
     caches: frozenset[str] = frozenset()  # inputs that follow what is pruned, and may be missing
     kept: list[fx.Node] = field(default_factory=list)  # what goes into a cache: no output
+    kinds: dict[str, str] = field(default_factory=dict)  # path -> class that a module's code is of
     refused: str = ""  # why torch.export did not follow the code; torch.fx then did
 
     def tensor_of(self, node: Any) -> tuple[str, Tensor] | None:
@@ -127,6 +128,7 @@ def trace(
     program = program_of(exported)
     program.refused = refused
     program.fixed |= _tied(model)
+    program.kinds = {path: _code_of(module) for path, module in model.named_modules()}
     return program
 
 
@@ -177,6 +179,11 @@ def _place(error: Exception) -> str:
 def _in_place(node: fx.Node) -> bool:
     name = op_name(node)
     return name.endswith("_") and not name.startswith("_")
+
+
+def _code_of(module: nn.Module) -> str:
+    """Name of the class whose `forward` a module runs: a subclass may have none of its own."""
+    return next(c.__name__ for c in type(module).__mro__ if "forward" in vars(c))
 
 
 def _tied(model: nn.Module) -> dict[str, str]:

@@ -89,6 +89,12 @@ SITES: dict[str, str] = {
     "swin": "w8 h2+ f12+ h2+ f12+ w16 h4+ f24+ h4+ f24+",
     "convnext": "w8 f32+ f32+ w12 f48+ f48+",
     "resnet": "c6+ c3+ c3+ w12 c3+ c3+ c4+ c4+ w16 c4+ c4+",
+    "mobilevit": (
+        "w4 c8+ c8+ w6 c16+ c16+ c16+ c8 c8+ h2+ f12+ h2+ f12+ c8 w8 "
+        "c16+ c8+ h2+ f18+ h2+ f18+ h2+ f18+ h2+ f18+ c8 w8 c16+ c8+ h2+ f24+ h2+ f24+ h2+ f24+ "
+        "c8 c8 c12"
+    ),
+    "efficientnet": "c2+ c4+ c8+ c2+ w6 c12+ c3+ c12+ c3+ c8+ c80",
 }
 
 

@@ -46,6 +46,7 @@ COUNTS = {
     "deit": (2, 0, 4),
     "swin": (4, 0, 5),
     "convnext": (0, 0, 4),
+    "mobilevit": (9, 0, 18),
 }
 
 

@@ -57,3 +57,31 @@ def test_a_weight_that_torch_parametrizes_is_named_with_how_to_undo_it(how) -> N
     reasons = {entry.path: entry.reason for entry in structure.left_alone}
     assert "the weight of second comes from a parametrization" in reasons["first"]
     assert "remove_parametrizations(second, 'weight')" in reasons["first"]
+
+
+class Renamed(nn.Conv2d):
+    """A convolution by another name, as EfficientNet's depthwise ones are."""
+
+
+class Doubled(nn.Conv2d):
+    """One that does more than its weights say: nothing can be put in its place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize(("kind", "found"), [(Renamed, True), (Doubled, False)])
+def test_a_subclass_is_the_map_whose_code_it_runs(kind: type[nn.Conv2d], *, found: bool) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = kind(3, 8, 3), nn.Conv2d(8, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.last(self.first(x).relu())
+            return y
+
+    structure = find_sites(trace(Net().eval(), PICTURE, dynamic={}))
+    assert [site.producers for site in structure.sites] == ([("first",)] if found else [])
+    reasons = {entry.path: entry.reason for entry in structure.left_alone}
+    assert found or "first.weight belongs to a Doubled" in reasons["first"]

@@ -110,5 +110,7 @@ ZOO: dict[str, Family] = {
         _pixels("swin", huggingface.swin),
         _pixels("convnext", huggingface.convnext),
         _pixels("resnet", huggingface.resnet, size=32),
+        _pixels("mobilevit", huggingface.mobilevit, size=32),
+        _pixels("efficientnet", huggingface.efficientnet, size=32),
     )
 }

@@ -265,6 +265,41 @@ def convnext() -> nn.Module:
     return _made("ConvNextForImageClassification", config, feeds=pixels())
 
 
+def mobilevit() -> nn.Module:
+    """Attention over the pixels at one place of every patch: a view joins batch and channels."""
+    config = transformers.MobileViTConfig(
+        image_size=32,
+        output_stride=8,
+        hidden_sizes=[8, 12, 16],
+        neck_hidden_sizes=[4, 4, 6, 8, 8, 8, 12],
+        num_attention_heads=2,
+        expand_ratio=2.0,
+        mlp_ratio=1.5,
+        num_labels=3,
+    )
+    return _made("MobileViTForImageClassification", config, feeds=pixels(size=32), seed=1)
+
+
+def efficientnet() -> nn.Module:
+    """Depthwise convolutions of a class of their own, and squeeze-and-excite."""
+    config = transformers.EfficientNetConfig(
+        image_size=32,
+        width_coefficient=1 / 16,  # of all that follows, and of what the code adds at either end
+        depth_coefficient=1.0,
+        depth_divisor=2,
+        in_channels=[32, 64, 96],
+        out_channels=[64, 96, 128],
+        kernel_sizes=[3, 3, 3],
+        strides=[1, 2, 1],
+        num_block_repeats=[1, 2, 1],
+        expand_ratios=[1, 2, 2],
+        squeeze_expansion_ratio=0.5,
+        hidden_dim=80,
+        num_labels=3,
+    )
+    return _made("EfficientNetForImageClassification", config, feeds=pixels(size=32), seed=19)
+
+
 def resnet() -> nn.Module:
     config = transformers.ResNetConfig(
         embedding_size=6,

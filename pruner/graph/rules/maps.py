@@ -73,7 +73,7 @@ def _foreign(program: Program, node: fx.Node, call: MapCall) -> tuple[str | None
     if any(u.target is not node.target or u.args.index(weight) != place for u in weight.users):
         return f"{call.weight} is used by other operations too", True
     path, kind = module_of(node)
-    kind = kind.rpartition(".")[2]
+    kind = program.kinds.get(path, kind.rpartition(".")[2])
     names = [call.weight] + ([call.bias] if call.bias else [])
     if kind not in MAP_MODULES:
         reason = f"{call.weight} belongs to a {kind}, not to a plain linear map or convolution"
