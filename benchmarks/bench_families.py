@@ -146,6 +146,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     ),
     "mobilenet-v1": ("MobileNetV1ForImageClassification", IMAGE, []),
     "mobilenet-v2": ("MobileNetV2ForImageClassification", IMAGE, []),
+    "efficientnet": (
+        "EfficientNetForImageClassification",
+        IMAGE | {"width_coefficient": 1.0, "depth_coefficient": 1.0, "hidden_dim": 1280},
+        [],
+    ),
+    "mobilevit": ("MobileViTForImageClassification", IMAGE, []),
     "poolformer": (
         "PoolFormerForImageClassification",
         STAGES | {"hidden_sizes": [32, 64, 128, 256]},

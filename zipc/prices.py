@@ -15,6 +15,7 @@ from zipc.latency_tables.table import LatencyTable
 
 BELIEVED = 0.5  # a surplus in place may well be so much of what is taken alone
 MIN_SHARE = 0.05
+LEAST_RATIO = 0.01  # of a sum to the whole: where parts overlap, what they save can add up to more
 SURE = 0.002  # no ratio of two whole models is believed to be known better
 
 Kind = tuple[str, str]  # numeric and pattern
@@ -204,7 +205,7 @@ class Prices:
 
     def ratio(self, allocation_ms: float) -> float:
         """Latency relative to dense that a sum of prices means for the whole model."""
-        raw = allocation_ms / self.whole_ms
+        raw = max(allocation_ms / self.whole_ms, LEAST_RATIO)
         whole = self.table.correction.apply(raw) if self.table.correction else raw
         return whole * self.whole_ms / self.dense_ms
 

@@ -129,6 +129,20 @@ class Executor:
         order, _ = self._plan(frozenset(variant.constants), frozenset())
         return any(n.name == node for n in order)
 
+    def reads_inputs(self, variant: Variant) -> bool:
+        """Whether the outputs still depend on what is in any input: its sizes alone do not count."""
+        stack, seen = list(self.program.outputs), set[str]()
+        while stack:
+            node = stack.pop()
+            if node.name in self.program.inputs:
+                return True
+            call = self.calls.get(node.name)
+            if node.name in seen or (call is not None and call.module in variant.constants):
+                continue
+            seen.add(node.name)
+            stack += [n for n in node.all_input_nodes if not _is_size(n)]
+        return False
+
     def first_effect(self, site: Site, *, also: Collection[str] = ()) -> int:
         """Index of the first node that a change of the tensors of `site` can affect, or `also` of
         others."""
@@ -303,6 +317,10 @@ def _resized(size: int, extent: Extent, widths: Mapping[str, int]) -> int:
     if kept is not None:
         return kept
     return size * known_size(extent, widths) // known_size(extent, {})
+
+
+def _is_size(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), (int, torch.SymInt))
 
 
 def _has_site(extent: Extent) -> bool:

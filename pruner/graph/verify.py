@@ -111,7 +111,7 @@ def _cuts_off(executor: Executor, site: Site) -> bool:
     """Whether no output depends on any input once a site is gone."""
     bias = torch.empty(0)
     without_it = Variant(constants={c.module: bias for c in site.consumers})
-    return not any(executor.needs(name, without_it) for name in executor.program.inputs)
+    return not executor.reads_inputs(without_it)
 
 
 def _one_by_one(trial: _Trial, structure: Structure) -> Structure:

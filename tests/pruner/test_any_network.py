@@ -63,7 +63,7 @@ SITES: dict[str, str] = {
     "unet": "c4 c4 c6+ c6 c8+ c8 c6 c6+ c6 c4 c4 c4",
     "unet-upsample": "c4 c4 c6+ c6 c8+ c8+ c6 c6+ c6+ c4 c4 c4",
     "yolo": (
-        "c4+ c8+ w4 c4+ c4+ c8 c12+ w6 c6+ c12+ c6+ c10 "
+        "c4 c8 w4 c4+ c4+ c8 c12+ w6 c6+ c12+ c6+ c10 "
         "c3 c3+ c3 c6+ c6 c4 c4+ c4 c10+ c6+ c5+ c6+ c5+"
     ),
     "bert": "h4+ w32 f12+ h4+ f12+ f32",
@@ -88,13 +88,13 @@ SITES: dict[str, str] = {
     "deit": "w32 h4+ f12+ h4+ f12+",
     "swin": "w8 h2+ f12+ h2+ f12+ w16 h4+ f24+ h4+ f24+",
     "convnext": "w8 f32+ f32+ w12 f48+ f48+",
-    "resnet": "c6+ c3+ c3+ w12 c3+ c3+ c4+ c4+ w16 c4+ c4+",
+    "resnet": "c6 c3+ c3+ w12 c3+ c3+ c4+ c4+ w16 c4+ c4+",
     "mobilevit": (
-        "w4 c8+ c8+ w6 c16+ c16+ c16+ c8 c8+ h2+ f12+ h2+ f12+ c8 w8 "
+        "w4 c8+ c8 w6 c16+ c16+ c16 c8 c8+ h2+ f12+ h2+ f12+ c8 w8 "
         "c16+ c8+ h2+ f18+ h2+ f18+ h2+ f18+ h2+ f18+ c8 w8 c16+ c8+ h2+ f24+ h2+ f24+ h2+ f24+ "
         "c8 c8 c12"
     ),
-    "efficientnet": "c2+ c4+ c8+ c2+ w6 c12+ c3+ c12+ c3+ c8+ c80",
+    "efficientnet": "c2 c4 c8 c2+ w6 c12+ c3+ c12 c3+ c8 c80",
 }
 
 

@@ -328,3 +328,17 @@ def test_what_the_outputs_hang_on_cannot_be_removed() -> None:
     made = traced(Net().eval().requires_grad_(False), {"x": torch.randn(3, 5, 6)})
     assert {s.name: s.removable for s in made.sites if s.kind != "width"}["up"]
     assert not any(s.removable for s in made.sites if s.name != "up")
+
+
+def test_outputs_that_read_the_size_of_an_input_alone_hang_on_none_of_it() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(F.relu(self.first(x))).reshape(x.shape[0], -1)
+
+    example = {"x": torch.randn(3, 5, 6)}
+    made = traced(Net().eval().requires_grad_(False), example, dynamic={"x": {0: "batch"}})
+    assert [(s.name, s.removable) for s in made.sites] == [("first", False)]

@@ -103,3 +103,8 @@ def test_no_level_takes_less_than_nothing() -> None:
     made = prices(table())
     for name in made.calls:
         assert min(made.ms(name, level) for level in LEVELS) > 0
+
+
+def test_no_sum_of_prices_promises_a_model_that_takes_nothing() -> None:
+    made = prices(table())
+    assert made.ratio(-1.0) == made.ratio(0.0) > 0
