@@ -130,7 +130,7 @@ class Executor:
         return any(n.name == node for n in order)
 
     def reads_inputs(self, variant: Variant) -> bool:
-        """Whether the outputs still depend on what is in any input: its sizes alone do not count."""
+        """Whether the outputs still depend on the values of any input, not on its sizes alone."""
         stack, seen = list(self.program.outputs), set[str]()
         while stack:
             node = stack.pop()
