@@ -240,10 +240,6 @@ def _look(reference: Runner, candidate: Runner) -> PairedTiming:
     return timing
 
 
-def _widest(levels: Sequence[Level]) -> int:
-    return max(range(len(levels)), key=lambda i: levels[i].width)
-
-
 def void(_: object) -> None:
     """Drop a value where a callback must not return one."""
 
@@ -358,12 +354,13 @@ class ClosedLoop:
         fastest one."""
         if target is None:
             return self.solution(self.attempt(self.fastest()))
-        if self.prepared.body is not None:  # that alone may do
-            whole = self.problem.allocation([_widest(levels) for levels in self.problem.levels])
-            if self.prices.ratio(whole.predicted_ms) * target * self.aim <= 1:
-                attempt = self.attempt(whole)
-                if attempt.speedup >= self.least(target):
-                    return self.solution(attempt)
+        whole = self.undiminished()
+        ratio = self.prices.ratio(whole.predicted_ms) * target
+        alone = self.prepared.body is not None  # INT8 alone may do, and nothing loses less
+        if ratio <= 1 and (alone or ratio * self.aim > 1):  # the search aims higher than that
+            attempt = self.attempt(whole)
+            if alone and attempt.speedup >= self.least(target):
+                return self.solution(attempt)
         try:
             return self.run(target)
         except TargetUnreachable as error:
@@ -430,6 +427,17 @@ class ClosedLoop:
     def fastest(self) -> Allocation:
         """The fastest level of every site."""
         return self.problem.allocation([int(t.argmin()) for t in self.problem.times])
+
+    def undiminished(self) -> Allocation:
+        """Every unit of every site, in the fastest numeric; dense where that is offered."""
+
+        def place(levels: Sequence[Level], times: np.ndarray) -> int:
+            whole = max(level.width for level in levels)
+            held = [i for i, level in enumerate(levels) if level.width == whole]
+            return min(held, key=lambda i: (levels[i].pattern != "dense", float(times[i])))
+
+        pairs = zip(self.problem.levels, self.problem.times, strict=True)
+        return self.problem.allocation([place(*pair) for pair in pairs])
 
     def attempt(
         self, allocation: Allocation, loss: float | None = None, *, worth: float = 0.0

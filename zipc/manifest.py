@@ -50,6 +50,7 @@ class RequestRecord(BaseModel):
     speedup: Positive | None = None
     latency_ms: Positive | None = None
     max_drop: NotNegative | None = None
+    numerics: str = "auto"
 
     @classmethod
     def of(cls, request: Request) -> Self:

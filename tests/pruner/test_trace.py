@@ -7,6 +7,7 @@ import inspect
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.utils import parametrizations
 
 from zipc.core.errors import UnsupportedModel
@@ -85,3 +86,14 @@ def test_a_subclass_is_the_map_whose_code_it_runs(kind: type[nn.Conv2d], *, foun
     assert [site.producers for site in structure.sites] == ([("first",)] if found else [])
     reasons = {entry.path: entry.reason for entry in structure.left_alone}
     assert found or "first.weight belongs to a Doubled" in reasons["first"]
+
+
+def test_a_weight_that_code_computes_is_told_with_its_module() -> None:
+    class Scaled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return functional.linear(x, 2 * self.weight, self.bias)
+
+    module = nn.Sequential(nn.Linear(6, 8), Scaled(8, 6))
+    structure = find_sites(trace(module.eval(), {"input": torch.zeros(2, 6)}, dynamic={}))
+    reasons = {entry.path: entry.reason for entry in structure.left_alone}
+    assert "the weight that 1 multiplies by is computed from others" in reasons["0"]

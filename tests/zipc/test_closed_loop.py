@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -59,18 +60,53 @@ def test_a_small_loss_under_default_options_is_covered_by_the_margin() -> None:
     assert loop.needed(2.0) > 2.2
 
 
-def test_the_next_finalist_is_built_where_the_best_is_too_slow(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Predictions are off for each in its own way: a search anew would not know which."""
-    speedups = {"best": 1.98, "second": 2.06, "third": 2.05}
-    finalists = [(Allocation({n: Level(1)}, 1.0, 0.0), 0.1 * i) for i, n in enumerate(speedups)]
+def fresh_loop() -> ClosedLoop:
+    """A loop before its first look, without a model."""
     loop = ClosedLoop.__new__(ClosedLoop)
     loop.attempts, loop.state, loop.searched, loop.looks = [], None, 0, []
     loop.effort, loop.accept, loop.aim = EFFORTS["default"], (1.02, 1.042), 1.03
     loop.progress, loop.rng = Silent(), np.random.default_rng(0)
     loop.request = Request(model="m")
     loop.problem = loop.prices = loop.candidates = None  # type: ignore[assignment]
+    return loop
+
+
+@pytest.mark.parametrize(("predicted", "wins"), [(1.51, True), (1.49, False), (1.6, False)])
+def test_numerics_alone_are_looked_at_where_the_search_aims_a_little_higher(
+    monkeypatch: pytest.MonkeyPatch, *, predicted: float, wins: bool
+) -> None:
+    """What they are predicted at falls short of the aim but not of the request: they may do."""
+    loop = fresh_loop()
+    levels = [Level(4), Level(8), Level(4, "int8-static"), Level(8, "int8-static")]
+    times = np.array([3.0, 4.0, 1.0, 2.0])
+    loop.problem = SimpleNamespace(  # type: ignore[assignment]
+        levels=[levels],
+        times=[times],
+        allocation=lambda c: Allocation({"a": levels[c[0]]}, float(times[c[0]]), 0.0),
+    )
+    loop.prices = SimpleNamespace(ratio=lambda ms: ms / (2.0 * predicted))  # type: ignore[assignment]
+    loop.prepared = SimpleNamespace(body=None, sites={})  # type: ignore[assignment]
+    cut = Allocation({"a": levels[2]}, 1.0, 0.0)
+
+    def attempt(allocation: Allocation, loss: float = 0.01, **_: float) -> _Attempt:
+        found = replace(look(speedup=1.56), allocation=allocation, loss=loss)
+        loop.attempts.append(found)
+        return found
+
+    chosen = ([(cut, 0.1)], SearchState([], 0.0, np.zeros(1), trials=1))
+    monkeypatch.setattr(closed_loop, "choose", lambda *_, **__: chosen)
+    monkeypatch.setattr(loop, "attempt", attempt)
+    found = loop.solve(1.5)
+    assert found.allocation.levels["a"] == (levels[3] if wins else levels[2])
+
+
+def test_the_next_finalist_is_built_where_the_best_is_too_slow(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Predictions are off for each in its own way: a search anew would not know which."""
+    speedups = {"best": 1.98, "second": 2.06, "third": 2.05}
+    finalists = [(Allocation({n: Level(1)}, 1.0, 0.0), 0.1 * i) for i, n in enumerate(speedups)]
+    loop = fresh_loop()
     searches: list[float] = []
 
     def choose(*_: Any, ratio: float, **__: Any) -> Any:

@@ -279,8 +279,9 @@ def _places(manifest: Manifest) -> Iterable[tuple[str, str]]:
 def _next_commands(manifest: Manifest, out: Path) -> Iterable[str]:
     if manifest.verdict == "missed":
         floats = all(a.level.numeric == "fp32" for a in manifest.allocation)
-        more = ", or allow more with --numerics auto" if floats else ""
-        yield f"zipc inspect {out}  (ask for less{more})"
+        more = floats and manifest.request.numerics != "auto"
+        told = ", or allow more with --numerics auto" if more else ""
+        yield f"zipc inspect {out}  (ask for less{told})"
     host = manifest.latency.fingerprint.get("host")
     if manifest.runtime == TENSORRT:
         verb = "validate" if host is None else "bench"

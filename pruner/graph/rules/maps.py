@@ -84,14 +84,19 @@ def _foreign(program: Program, node: fx.Node, call: MapCall) -> tuple[str | None
 
 
 def _parametrized(node: fx.Node) -> str | None:
-    """What to do about a map whose weight is computed from others, as torch's weight_norm does."""
+    """Of a map whose weight is computed from others: that it is, and what to do about it where
+    torch does so, as in its weight_norm."""
     path, kind = module_of(node)
     how = None
     if kind.rpartition(".")[2].startswith("Parametrized"):
         how = f"torch.nn.utils.parametrize.remove_parametrizations({path}, 'weight')"
     elif any(op_name(source) == "_weight_norm" for source in node.all_input_nodes):
         how = f"torch.nn.utils.remove_weight_norm({path})"
-    return how and f"the weight of {path} comes from a parametrization: remove it with {how}"
+    if how is not None:
+        return f"the weight of {path} comes from a parametrization: remove it with {how}"
+    if op_name(node) in ("mm", "addmm", "matmul") or not path:
+        return None
+    return f"the weight that {path} multiplies by is computed from others, or is no parameter"
 
 
 def embedding(axes: Axes, node: fx.Node) -> list[Dim]:
