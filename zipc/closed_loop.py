@@ -354,7 +354,7 @@ class ClosedLoop:
         fastest one."""
         if target is None:
             return self.solution(self.attempt(self.fastest()))
-        whole = self.undiminished()
+        whole = self.numerics_alone()
         ratio = self.prices.ratio(whole.predicted_ms) * target
         alone = self.prepared.body is not None  # INT8 alone may do, and nothing loses less
         if ratio <= 1 and (alone or ratio * self.aim > 1):  # the search aims higher than that
@@ -428,7 +428,7 @@ class ClosedLoop:
         """The fastest level of every site."""
         return self.problem.allocation([int(t.argmin()) for t in self.problem.times])
 
-    def undiminished(self) -> Allocation:
+    def numerics_alone(self) -> Allocation:
         """Every unit of every site, in the fastest numeric; dense where that is offered."""
 
         def place(levels: Sequence[Level], times: np.ndarray) -> int:
