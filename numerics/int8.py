@@ -39,10 +39,10 @@ class QuantizedWeight:
     scale: Tensor  # float32 (out,) or (out, blocks)
 
     def dequantized(self) -> Tensor:
-        return self.values.to(torch.float32) * _by_column(self.scale, self.values.shape[1])
+        return self.values.to(torch.float32) * scale_of_each(self.scale, self.values.shape[1])
 
 
-def _by_column(scale: Tensor, columns: int) -> Tensor:
+def scale_of_each(scale: Tensor, columns: int) -> Tensor:
     """(out,) -> (out, 1), (out, blocks) -> (out, columns)."""
     if scale.dim() == 1:
         return scale[:, None]
@@ -72,7 +72,7 @@ def quantize_weight(
     if gram is None or columns < 2:
         for j in range(0, columns, block):
             scales[:, j // block] = _step(W[:, j : j + block], limit)
-        values = (W / _by_column(scale, columns)).round().clamp(-limit, limit)
+        values = (W / scale_of_each(scale, columns)).round().clamp(-limit, limit)
         return QuantizedWeight(values.to(torch.int8), scale)
     upper = inverse_factor(gram, damp)  # (in, in), U with U'U = H^-1
     zero = W == 0
