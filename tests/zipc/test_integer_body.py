@@ -25,7 +25,7 @@ from zipc.integer_body import IntegerBody
 from zipc.manifest import Manifest
 from zipc.pipeline import compile_model, plan_model
 from zipc.profiler.runners.onnxruntime import OnnxRuntimeRunner
-from zipc.profiler.runners.openvino import OpenVinoRunner, count_integer_products
+from zipc.profiler.runners.openvino import OpenVinoRunner, narrow_products
 from zipc.pruner.graph.interpret import Variant
 from zipc.runtimes import integer_kernels
 
@@ -263,7 +263,7 @@ def test_openvino_runs_such_a_network_on_integers(compiled: Path) -> None:
     model = compiled / "model.onnx"
     products = [n for n in onnx.load(model).graph.node if n.op_type in ("Conv", "Gemm", "MatMul")]
     assert len(products) == 6
-    assert count_integer_products(model) == 5  # all but the one that reads the images
+    assert narrow_products(model)["int8"] == 5  # all but the one that reads the images
     images = np.random.default_rng(1).standard_normal((4, 3, 16, 16), dtype=np.float32)
     mine, theirs = (
         runner(model, workload=Workload(4, None)).outputs({"x": images})["output"]
