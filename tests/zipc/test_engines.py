@@ -11,14 +11,11 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from tests.zipc.test_closed_loop import look
+from tests.zipc.test_closed_loop import fresh_loop, look
 from zipc import closed_loop
 from zipc.build import Built
-from zipc.closed_loop import ClosedLoop
 from zipc.core.errors import EngineFailed
-from zipc.core.request import Request
-from zipc.core.types import Allocation, Level, Silent, Site
-from zipc.effort import EFFORTS
+from zipc.core.types import Allocation, Level, Site
 from zipc.engines import engine_of, passed_over
 from zipc.profiler.remote import EngineRunner
 from zipc.pruner.states import MapState, States
@@ -94,12 +91,7 @@ def test_the_search_goes_on_without_what_an_engine_passed_over(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The first artifact is as fast as asked, but counts on kernels that are not in it."""
-    loop = ClosedLoop.__new__(ClosedLoop)
-    loop.attempts, loop.state, loop.searched, loop.looks = [], None, 0, []
-    loop.effort, loop.accept, loop.aim = EFFORTS["default"], (1.02, 1.042), 1.03
-    loop.progress, loop.rng = Silent(), np.random.default_rng(0)
-    loop.request = Request(model="m")
-    loop.problem = loop.prices = loop.candidates = None  # type: ignore[assignment]
+    loop = fresh_loop()
     state = type("State", (), {"trials": 1})()
     monkeypatch.setattr(
         closed_loop, "choose", lambda *_, **__: ([(Allocation({}, 1.0, 0.0), 0.0)], state)
