@@ -81,11 +81,38 @@ class OnnxGraph:
         return [o.name for o in self.proto.graph.output]
 
     def map_nodes(self, parameter: str) -> list[NodeProto]:
-        """The products and convolutions that use a torch weight."""
+        """The products and convolutions that use a torch weight, or its transpose."""
         held = self.weights.get(parameter)
         if held is None:
             return []
-        return [n for n in self.nodes if n.op_type in MAPS and held[0] in n.input[1:2]]
+        names = {held[0], *self._transposed(parameter)}
+        return [n for n in self.nodes if n.op_type in MAPS and not names.isdisjoint(n.input[1:2])]
+
+    def _transposed(self, parameter: str) -> set[str]:
+        """Values that are a weight transposed, as maps read that of an embedding."""
+        stored = self.weights.get(parameter, ("", False))[0]
+        return {n.output[0] for n in self.nodes if transposes(n) and n.input[0] == stored}
+
+    def write_(self, parameter: str, value: Array) -> None:
+        """Change a torch weight, or the copy of it that its maps read."""
+        stored, _ = self.weights[parameter]
+        if self._transposed(parameter) and not np.array_equal(value, self.arrays[stored]):
+            self.own_(parameter)
+        stored, turned = self.weights[parameter]
+        self.arrays[stored] = value.T if turned else value
+
+    def own_(self, parameter: str) -> None:
+        """Give maps that read the transpose of a weight, since an embedding reads it as it is, a
+        matrix of their own."""
+        if names := self._transposed(parameter):
+            stored, own = self.weights[parameter][0], f"{parameter}.T"
+            for call in self.map_nodes(parameter):
+                call.input[1] = own
+            self.arrays[own] = self.arrays[stored].T
+            self.weights[parameter] = own, True
+            used = {i for n in self.nodes for i in n.input}.union(self.outputs())
+            dead = names - used
+            self.nodes = [n for n in self.nodes if dead.isdisjoint(n.output)]
 
     def linear_width(self, at: NodeProto) -> int | None:
         """How many values a product with a matrix among the initialisers gives per row.
@@ -220,6 +247,11 @@ def _ordered(nodes: list[NodeProto], given: set[str]) -> list[NodeProto]:
                     if i not in given and state[made[i]] == 0
                 ]
     return order
+
+
+def transposes(at: NodeProto) -> bool:
+    """Whether a node swaps the axes of a matrix."""
+    return at.op_type == "Transpose" and attribute(at, "perm", [1, 0]) == [1, 0]
 
 
 def attribute(owner: NodeProto, name: str, default: T) -> T:

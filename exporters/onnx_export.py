@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from onnx import NodeProto
 from torch import Tensor
 
 from zipc.core.errors import ExportMismatch, UnsupportedModel
 from zipc.core.quiet import hush
-from zipc.exporters.graph import Array, OnnxGraph, attribute
+from zipc.exporters.graph import Array, OnnxGraph, transposes
 from zipc.exporters.origin import origin_of
 from zipc.exporters.passes import clean
 from zipc.exporters.translate import repair_, translations
@@ -128,7 +127,7 @@ def _put_back_(graph: OnnxGraph, parameters: Mapping[str, Array], names: Mapping
     consumers = graph.consumers()
     turned: set[str] = set()
     for name, value in parameters.items():
-        if all(_transposes(n) for n in consumers.get(name, [])) and name in consumers:
+        if all(transposes(n) for n in consumers.get(name, [])) and name in consumers:
             turned.add(name)
         graph.arrays[name] = value.T if name in turned else value
     graph.weights = {n: (stored, stored in turned) for n, stored in names.items()}
@@ -144,11 +143,6 @@ def _drop_metadata_(graph: OnnxGraph) -> None:
     model = graph.proto
     for noted in (model, model.graph, *model.graph.input, *model.graph.output, *graph.nodes):
         del noted.metadata_props[:]
-
-
-def _transposes(node: NodeProto) -> bool:
-    """Whether a node swaps the axes of a matrix."""
-    return node.op_type == "Transpose" and attribute(node, "perm", [1, 0]) == [1, 0]
 
 
 def _name_axes(proto: onnx.ModelProto, dynamic: Mapping[str, Mapping[int, str]]) -> None:

@@ -8,7 +8,7 @@ from onnx import TensorProto, helper
 from zipc.core.errors import UnsupportedModel
 from zipc.core.types import Site
 from zipc.exporters.experts import routes
-from zipc.exporters.graph import OnnxGraph
+from zipc.exporters.graph import OnnxGraph, transposes
 
 PASSED = ("Add", "Sum", "BatchNormalization")  # what belongs to a site after its consumer,
 LAST = ("LayerNormalization", "RMSNormalization", "Relu", "Clip", "HardSwish")  # up to one of these
@@ -45,7 +45,9 @@ def extract(graph: OnnxGraph, site: Site) -> OnnxGraph:
             continue
         seen.add(name)
         node = producers.get(name)
-        if node is None or not (name in inside or _is_sizes(graph, name)):
+        if node is None or not (
+            name in inside or _is_sizes(graph, name) or _is_weight(graph, node)
+        ):
             inputs.append(name)
             continue
         held[id(node)] = node
@@ -116,6 +118,11 @@ def _carriers(graph: OnnxGraph, site: Site, *, end: set[str]) -> set[str]:
             found.update(fresh)
             stack += fresh
     return found
+
+
+def _is_weight(graph: OnnxGraph, node: onnx.NodeProto) -> bool:
+    """Whether a node transposes a weight, since an embedding reads it as it is."""
+    return transposes(node) and node.input[0] in graph.arrays
 
 
 def _is_sizes(graph: OnnxGraph, value: str) -> bool:

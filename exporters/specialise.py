@@ -107,10 +107,11 @@ def specialise(
     In a `part`, the graph of one site, what the whole graph computes once for all is an input.
     """
     graph = dense.copy()
+    for module in (*edit.int8, *edit.bf16):
+        graph.own_(f"{module}.weight")
     for name, value in edit.tensors.items():
-        held = graph.weights.get(name)
-        if held is not None:
-            graph.arrays[held[0]] = value.T if held[1] else value
+        if name in graph.weights:
+            graph.write_(name, value)
         elif name.endswith(".bias") and graph.map_nodes(name.removesuffix("bias") + "weight"):
             _add_bias_(graph, name, value)
         else:

@@ -195,6 +195,8 @@ def _evidence(
     def order(site: Site) -> Sweep:
         if site.kind == "experts":
             return sweep_experts(prepared.executor, site, batches)
+        if site.kind == "map":
+            return Sweep((0,), (0.0, 1.0))
         return sweep_site(site, weights, stats, prepared.calls, seed=request.seed)
 
     sweeps = {}

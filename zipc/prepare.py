@@ -29,6 +29,7 @@ from zipc.pruner.graph.interpret import Executor, Variant
 from zipc.pruner.graph.sites import EXCLUDED, Structure, extent_size, find_sites, without
 from zipc.pruner.graph.trace import MapCall, Program
 from zipc.pruner.graph.verify import verify
+from zipc.pruner.graph.whole_maps import with_whole_maps
 from zipc.runtimes import RUNTIMES, CpuRuntime
 from zipc.sources.common import Cache
 from zipc.stage_cache import StageCache
@@ -131,6 +132,10 @@ def prepare(
     example = source.example()
     found = discover(source, program, include=request.include, exclude=request.exclude)
     structure = _searched(found)
+    cut = len(structure.sites)
+    structure = with_whole_maps(
+        program, structure, include=request.include, exclude=request.exclude
+    )
     if not structure.sites:
         names = [a.path for a in structure.left_alone if a.reason == EXCLUDED]
         if names:
@@ -143,7 +148,9 @@ def prepare(
             f"Nothing in {request.model} can be removed{' (' + reasons + ')' if reasons else ''}. "
             f"To see every part with its reason, run: zipc inspect {request.model}"
         )
-    progress.done(f"{len(structure.sites)} sites, {len(structure.left_alone)} left alone")
+    whole = len(structure.sites) - cut
+    told = f", {whole} more maps that are kept whole" if whole else ""
+    progress.done(f"{cut} sites{told}, {len(structure.left_alone)} left alone")
     progress.stage("export")
     key = fingerprint(
         source.sha256,

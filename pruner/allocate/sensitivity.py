@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
-
-import numpy as np
 
 from zipc.core.types import Allocation, Ladder, Level, Numeric, Pattern, Site
 
 Style = tuple[Numeric, Pattern]
 PLAIN: Style = ("fp32", "dense")
+NO_ERROR = 1e-6  # below it errors do not tell widths apart
 PROBES = (0.0, 0.25, 0.5, 0.75)  # widths probed, as shares of the dense width
 
 
@@ -54,9 +54,7 @@ def site_losses(
             if width not in points and width < units:
                 level = Level(width, *reference) if width else Level(0)
                 points[width] = max(probe(level) - base, 0.0)
-        x = np.array([errors[w] for w in sorted(points, reverse=True)])
-        y = np.maximum.accumulate([points[w] for w in sorted(points, reverse=True)])
-        of_width = {w: float(np.interp(error, x, y)) for w, error in errors.items()}
+        of_width = _along(errors, points)
         extra = {
             style: max(probe(Level(width, *style)) - of_width[width], 0.0)
             for style, width in sorted(widest.items())
@@ -65,6 +63,25 @@ def site_losses(
             lv: of_width[lv.width] + (0.0 if lv.removed else extra[lv.numeric, lv.pattern])
             for lv in levels
         }
+    return found
+
+
+def _along(errors: Mapping[int, float], points: Mapping[int, float]) -> dict[int, float]:
+    """The loss of every width: straight lines along the error between the widths in `points`.
+
+    Where fewer rows were seen than there are units, many widths have no error: between two of the
+    same error the line goes by width.
+    """
+    found, worst = dict(points), 0.0
+    probed = sorted(points, reverse=True)
+    for wide, narrow in itertools.pairwise(probed):
+        start, worst = worst, max(worst, points[narrow])
+        rise = errors[narrow] - errors[wide]
+        for width in (w for w in errors if narrow <= w < wide):
+            share = (wide - width) / (wide - narrow)
+            if rise > NO_ERROR:
+                share = min(max((errors[width] - errors[wide]) / rise, 0.0), 1.0)
+            found[width] = start + share * (worst - start)
     return found
 
 

@@ -78,7 +78,7 @@ def passages(program: Program, sites: Sequence[Site]) -> list[Passage]:
                 taken |= set(reached)
     for names, nodes in _scaled(program):
         reached = walk.reached(nodes, set(calls) - taken)
-        around = [s.name for s in sites if reached and reached.keys() <= set(s.producers)]
+        around = [s.name for s in sites if reached and reached.keys() <= set(s.producers or s.maps)]
         if around:
             producer = names[0].rpartition(".")[0]
             found.append(Passage(around[0], producer, dict.fromkeys(names, 0), reached))

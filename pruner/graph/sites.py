@@ -115,7 +115,7 @@ def find_sites(
     calls: dict[str, MapCall] = {call.weight: call for call in reversed(program.maps)}
     sites: list[tuple[int, Site, Atom]] = []
     pinned: dict[str, str] = {}
-    live = _live(program)
+    live = live_nodes(program)
     chosen = {id(leaf) for dim in axes.choices.values() for leaf in leaves(dim)}
     for atom, uses in members:
         produced = [calls[u.parameter] for u in uses if _gives(u, calls, atom, axes)]
@@ -147,7 +147,7 @@ def find_sites(
     kept: list[tuple[Site, Atom]] = []
     for _, site, atom in sites:
         name = _unique(site, [s.name for s, _ in kept])
-        if _wanted(name, include, exclude):
+        if wanted(name, include, exclude):
             kept.append((replace(site, name=name), atom))
         else:
             left.append(LeftAlone(name, EXCLUDED))
@@ -288,7 +288,7 @@ def _unique(site: Site, taken: Sequence[str]) -> str:
     return name
 
 
-def _live(program: Program) -> set[str]:
+def live_nodes(program: Program) -> set[str]:
     """Names of the nodes that the outputs are computed from."""
     found: set[str] = set()
     stack = list(program.outputs)
@@ -300,7 +300,7 @@ def _live(program: Program) -> set[str]:
     return found
 
 
-def _wanted(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
+def wanted(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
     if include and not any(fnmatchcase(name, g) for g in include):
         return False
     return not any(fnmatchcase(name, g) for g in exclude)

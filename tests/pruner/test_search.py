@@ -195,6 +195,25 @@ def test_losses_of_levels_are_probed_alone_and_rise_as_units_go() -> None:
     assert Level(site.units, "fp32", "2:4") not in asked  # it is not offered there
 
 
+def test_widths_that_no_error_tells_apart_lie_on_a_line_between_those_probed() -> None:
+    """As of a site with more units than rows were seen: what is left explains all rows exactly."""
+    from tests.tiny_models import case
+
+    site = case("bert").sites[1]
+    widths = range(site.units + 1)
+    errors = {w: max(1 - w / 3, 0.0) for w in widths}
+    rungs = tuple(Rung(Level(w), 1.0, errors[w]) for w in widths)
+    ladder = Ladder(site.name, tuple(range(site.units)), rungs)
+
+    def score(a: Allocation) -> float:
+        (level,) = a.levels.values()
+        return float(site.units - level.width)
+
+    found = site_losses({site.name: site}, {site.name: ladder}, score=score, on_probe=lambda: None)
+    losses = [found[site.name][Level(w)] for w in reversed(widths)]
+    assert losses == pytest.approx(list(map(float, widths)))
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_what_lies_in_units_that_are_gone_saves_nothing_more(seed: int) -> None:
     """The first site's units hold one of the others each, as experts hold their own widths."""

@@ -252,11 +252,11 @@ def _site(name: str) -> str:
 
 def _cells(row: Row) -> tuple[str, ...]:
     site, level, units, ms, error = row
-    kept = "removed" if level.removed else str(level.width)
+    kept = "removed" if level.removed else "whole" if units == 1 else str(level.width)
     numeric = "" if level.removed else level.numeric
     return (
         _site(site),
-        kept if units is None or level.removed else f"{kept}/{units}",
+        kept if units in (None, 1) or level.removed else f"{kept}/{units}",
         numeric if level.pattern == "dense" else f"{numeric} {level.pattern}",
         "" if ms is None else three_digits(ms),
         "" if error is None else f"{error:.4f}",

@@ -230,12 +230,15 @@ class Expert:
     picks: tuple[str, ...]  # traced nodes that take its share out of those of all experts
 
 
-Kind = Literal["heads", "ffn", "channels", "width", "experts"]
+Kind = Literal["heads", "ffn", "channels", "width", "experts", "map"]
 
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """One decision point: `units` removable groups of coupled slices."""
+    """One decision point: `units` removable groups of coupled slices.
+
+    A "map" is a single unit that stays: only its numeric and pattern are chosen.
+    """
 
     name: str
     kind: Kind

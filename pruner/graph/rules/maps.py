@@ -67,20 +67,35 @@ def _foreign(program: Program, node: fx.Node, call: MapCall) -> tuple[str | None
 
     And whether its rows have to stay too: those of a router go with its experts.
     """
+    if other_readers(node, call):
+        return f"{call.weight} is used by other operations too", True
+    reason = not_its_own(program, node, call)
+    return reason, call.convolution or _kind(program, node) in MAP_MODULES
+
+
+def other_readers(node: fx.Node, call: MapCall) -> list[fx.Node]:
+    """The nodes that read the weight of a map, and not as its weight."""
     place = 1 if op_name(node) in ("linear", "mm", "matmul") or call.convolution else 2
     weight = node.args[place]
     assert isinstance(weight, fx.Node)
-    if any(u.target is not node.target or u.args.index(weight) != place for u in weight.users):
-        return f"{call.weight} is used by other operations too", True
-    path, kind = module_of(node)
-    kind = program.kinds.get(path, kind.rpartition(".")[2])
+    return [u for u in weight.users if u.target is not node.target or u.args.index(weight) != place]
+
+
+def not_its_own(program: Program, node: fx.Node, call: MapCall) -> str | None:
+    """Why a map is not all that the module does which has its weight; None if it is."""
+    path, kind = module_of(node)[0], _kind(program, node)
     names = [call.weight] + ([call.bias] if call.bias else [])
     if kind not in MAP_MODULES:
-        reason = f"{call.weight} belongs to a {kind}, not to a plain linear map or convolution"
-        return reason, call.convolution
+        return f"{call.weight} belongs to a {kind}, not to a plain linear map or convolution"
     if names != [f"{path}.weight", f"{path}.bias"][: len(names)]:
-        return f"{path} computes with the weights of another module ({', '.join(names)})", True
-    return None, False
+        return f"{path} computes with the weights of another module ({', '.join(names)})"
+    return None
+
+
+def _kind(program: Program, node: fx.Node) -> str:
+    """The class whose code computes a node."""
+    path, kind = module_of(node)
+    return program.kinds.get(path, kind.rpartition(".")[2])
 
 
 def _parametrized(node: fx.Node) -> str | None:
