@@ -119,7 +119,8 @@ def prepare(
     """Trace, find sites, export; the export is taken from the cache where it is there.
 
     Raises:
-        UnsupportedModel: it cannot be traced or exported, or nothing in it can be removed.
+        UnsupportedModel: it cannot be traced or exported, or nothing in it can be removed, and
+            no map rounded.
         ExportMismatch: ONNX Runtime does not reproduce the torch module.
     """
     progress.stage("trace")
@@ -132,11 +133,11 @@ def prepare(
     example = source.example()
     found = discover(source, program, include=request.include, exclude=request.exclude)
     structure = _searched(found)
-    cut = len(structure.sites)
+    cut = structure.sites
     structure = with_whole_maps(
         program, structure, include=request.include, exclude=request.exclude
     )
-    if not structure.sites:
+    if not (cut if request.numerics == "fp32" else structure.sites):
         names = [a.path for a in structure.left_alone if a.reason == EXCLUDED]
         if names:
             raise UsageError(
@@ -148,9 +149,9 @@ def prepare(
             f"Nothing in {request.model} can be removed{' (' + reasons + ')' if reasons else ''}. "
             f"To see every part with its reason, run: zipc inspect {request.model}"
         )
-    whole = len(structure.sites) - cut
-    told = f", {whole} more maps that are kept whole" if whole else ""
-    progress.done(f"{cut} sites{told}, {len(structure.left_alone)} left alone")
+    whole = len(structure.sites) - len(cut)
+    told = f"{len(cut)} sites, {len(structure.left_alone)} left alone"
+    progress.done(f"{told}, {whole} maps whose numeric alone is chosen" if whole else told)
     progress.stage("export")
     key = fingerprint(
         source.sha256,

@@ -49,17 +49,22 @@ def convolution(axes: Axes, node: fx.Node) -> list[Dim]:
     unify(x[1], contracted, where=node.name)
     if call.bias is not None:
         unify(out, axes.parameters[call.bias][0], where=node.name)
-    _pin_foreign(axes, node, call, [out, contracted])
+    _pin_foreign(axes, node, call, [out, other if not call.transposed else contracted])
     positions = fresh(node)[2:]
     pin(positions, "it is a position")
     return [x[0], out, *positions]
 
 
 def _pin_foreign(axes: Axes, node: fx.Node, call: MapCall, dims: list[Dim]) -> None:
+    """Let `dims`, what a map gives and what it contracts, be where it must stay as it is.
+
+    A convolution that its module does more around, as pad its input, is cut, but nothing takes its
+    place: no constant, and none with a bias for the inputs that are gone.
+    """
     foreign, whole = _foreign(axes.program, node, call)
     if foreign:
         pin(dims if whole else dims[1:], foreign)
-        tie(dims, foreign)
+        tie(dims if whole or not call.convolution else dims[1:], foreign)
 
 
 def _foreign(program: Program, node: fx.Node, call: MapCall) -> tuple[str | None, bool]:
@@ -70,7 +75,7 @@ def _foreign(program: Program, node: fx.Node, call: MapCall) -> tuple[str | None
     if other_readers(node, call):
         return f"{call.weight} is used by other operations too", True
     reason = not_its_own(program, node, call)
-    return reason, call.convolution or _kind(program, node) in MAP_MODULES
+    return reason, call.transposed or _kind(program, node) in MAP_MODULES
 
 
 def other_readers(node: fx.Node, call: MapCall) -> list[fx.Node]:
