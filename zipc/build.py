@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -189,6 +190,7 @@ def shrunk(
         widths=allocation.widths,
         numerics={m: s.numeric for m, s in states.maps.items() if s.numeric != "fp32"},
         biased=[m for m, s in states.maps.items() if s.bias is not None and not calls[m].bias],
+        untied=_untied(module, calls, states),
         dropped=states.dropped,
     )
     tensors = {n: t.detach() for n, t in module.state_dict().items()}
@@ -203,6 +205,19 @@ def shrunk(
         tensors |= _map_tensors(calls[path], state)
     gone = tuple(f"{path}." for path in states.dropped)
     return document, {n: t for n, t in tensors.items() if not n.startswith(gone)}
+
+
+def _untied(module: nn.Module, calls: Mapping[str, MapCall], states: States) -> list[str]:
+    """Maps with other values in floats than what their weight is tied to."""
+    dense = dict(module.named_parameters(remove_duplicate=False))
+    holders = Counter(id(parameter) for parameter in dense.values())
+    return [
+        path
+        for path, state in states.maps.items()
+        if state.integer is None
+        and holders[id(weight := dense[calls[path].weight])] > 1
+        and not torch.equal(weight, state.weight)
+    ]
 
 
 def rebuild(

@@ -12,8 +12,9 @@ from torch import nn
 from zipc.build import rebuild
 from zipc.core.errors import CorruptFile, UsageError, first_line
 from zipc.core.files import read_json
+from zipc.model_source import traced_module
 from zipc.sources.factory import KIND as FACTORY
-from zipc.sources.factory import PARTED, Factory, find_factory, make_blank
+from zipc.sources.factory import PARTED, TRACED, Factory, find_factory, make_blank
 from zipc.sources.huggingface import build_module, load_config
 
 
@@ -75,7 +76,8 @@ def _blank(
         )
     found = find_factory(factory) if isinstance(factory, str) else Factory.of(factory)
     try:
-        return make_blank(found, parted=recipe.get(PARTED, ())).float()
+        module = make_blank(found, parted=recipe.get(PARTED, ())).float()
+        return traced_module(module, recipe[TRACED]) if TRACED in recipe else module
     except (AttributeError, TypeError) as error:
         raise CorruptFile(
             f"The module of {_name(factory)} does not fit {out} ({first_line(error)}). Give the "

@@ -55,6 +55,7 @@ def inspect_model(
     request = Request(model=model, weights=weights, input_shapes=tuple(input_shapes))
     source = load_source(model, weights=weights, input_shapes=input_shapes)
     request = settle(request, source)
+    architecture = type(source.module).__name__
     program = trace_source(source, batch=request.batch_size)
     structure = discover(source, program, include=include, exclude=exclude)
     progress.done(f"{len(structure.sites)} sites, {len(structure.left_alone)} left alone")
@@ -68,7 +69,7 @@ def inspect_model(
         "model": source.source,
         "sha256": source.sha256,
         "revision": source.revision,
-        "architecture": type(source.module).__name__,
+        "architecture": architecture,
         "parameters": parameters,
         "workload": str(request.workload),
         "latency_ms": dense_ms,

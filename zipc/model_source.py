@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
 
 from zipc.core.errors import UnsupportedModel, UsageError
 from zipc.core.types import InputSpec
+from zipc.pruner.graph.as_traced import AsTraced
+from zipc.pruner.graph.sites import Structure, find_sites
 from zipc.pruner.graph.trace import Program, trace
 from zipc.sources.attention import ATTENTION, register_attention
-from zipc.sources.common import SourceModel
+from zipc.sources.common import BATCH, SourceModel, make_example, open_axes, register_output
 from zipc.sources.decode import with_cache
-from zipc.sources.factory import load_factory
+from zipc.sources.factory import TRACED, load_factory
 from zipc.sources.hub import ALIASES, Alias
 from zipc.sources.huggingface import build_module, load_config, load_folder
 from zipc.sources.sizes import settle
@@ -28,8 +35,10 @@ __all__ = [
     "load_config",
     "load_source",
     "register_attention",
+    "run_as_traced_",
     "settle",
     "trace_source",
+    "traced_module",
     "with_cache",
 ]
 
@@ -57,6 +66,30 @@ def load_source(
             f"--weights belongs to a model given as path/to/file.py:factory; {model} has its own."
         )
     return load_folder(model, input_shapes=input_shapes)
+
+
+def traced_module(module: nn.Module, specs: Sequence[Mapping[str, Any]]) -> nn.Module:
+    """A module of a factory that runs its graph, traced on inputs such as the recipe has.
+
+    Raises:
+        UnsupportedModel: torch.export cannot follow it any more.
+    """
+    inputs = [InputSpec(**{**spec, "shape": tuple(spec["shape"])}) for spec in specs]
+    example = make_example(inputs, {BATCH: 2})
+    module.float()
+    with torch.no_grad():
+        register_output(module(**example))
+    program = trace(module, example, dynamic=open_axes(inputs))
+    return AsTraced(module, program, find_sites(program))
+
+
+def run_as_traced_(source: SourceModel, program: Program, structure: Structure) -> None:
+    """Let the module of a source be its graph from now on, and say so to `zipc.load`."""
+    specs = [asdict(spec) for spec in source.specs]
+    blank = source.blank
+    source.module = AsTraced(source.module, program, structure)
+    source.blank = lambda: traced_module(blank(), specs)
+    source.recipe[TRACED] = specs
 
 
 def trace_source(source: SourceModel, *, batch: int = 1) -> Program:

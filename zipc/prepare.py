@@ -23,8 +23,9 @@ from zipc.exporters.graph import OnnxGraph
 from zipc.exporters.onnx_export import check_parity, export_dense
 from zipc.exporters.specialise import Edit, specialise
 from zipc.integer_body import IntegerBody
-from zipc.model_source import SourceModel, trace_source
+from zipc.model_source import SourceModel, run_as_traced_, trace_source
 from zipc.numerics.int8 import STATIC
+from zipc.pruner.graph.as_traced import AsTraced
 from zipc.pruner.graph.interpret import Executor, Variant
 from zipc.pruner.graph.sites import EXCLUDED, Structure, extent_size, find_sites, without
 from zipc.pruner.graph.trace import MapCall, Program
@@ -32,6 +33,7 @@ from zipc.pruner.graph.verify import verify
 from zipc.pruner.graph.whole_maps import with_whole_maps
 from zipc.runtimes import RUNTIMES, CpuRuntime
 from zipc.sources.common import Cache
+from zipc.sources.factory import KIND as FACTORY
 from zipc.stage_cache import StageCache
 
 PARITY_BOUND = 1e-4  # norm of dense ONNX minus torch, relative to torch
@@ -131,6 +133,7 @@ def prepare(
             f"{source.notes[-1]}. Give {source.max_length} or less."
         )
     example = source.example()
+    told = len(source.notes)
     found = discover(source, program, include=request.include, exclude=request.exclude)
     structure = _searched(found)
     cut = structure.sites
@@ -150,8 +153,10 @@ def prepare(
             f"To see every part with its reason, run: zipc inspect {request.model}"
         )
     whole = len(structure.sites) - len(cut)
-    told = f"{len(cut)} sites, {len(structure.left_alone)} left alone"
-    progress.done(f"{told}, {whole} maps whose numeric alone is chosen" if whole else told)
+    count = f"{len(cut)} sites, {len(structure.left_alone)} left alone"
+    progress.done(f"{count}, {whole} maps whose numeric alone is chosen" if whole else count)
+    for note in source.notes[told:]:
+        progress.info(note)
     progress.stage("export")
     key = fingerprint(
         source.sha256,
@@ -182,9 +187,32 @@ def prepare(
 def discover(
     source: SourceModel, program: Program, *, include: Sequence[str], exclude: Sequence[str]
 ) -> Structure:
-    """The sites of a traced model that its own code follows, the residual width among them."""
+    """The sites of a traced model that its module follows, the residual width among them.
+
+    A module of the user's own whose code follows at fewer of them runs its graph from now on.
+    """
     structure = find_sites(program, include=include, exclude=exclude)
-    return verify(source.module, program, structure, source.example(cached=False))
+    example = source.example(cached=False)
+    found = verify(source.module, program, structure, example)
+    if len(found.sites) == len(structure.sites) or source.recipe["kind"] != FACTORY:
+        return found
+    traced = verify(AsTraced(source.module, program, structure), program, structure, example)
+    if len(traced.sites) <= len(found.sites):
+        return found
+    run_as_traced_(source, program, structure)
+    more = len(traced.sites) - len(found.sites)
+    source.notes.append(
+        f"the code of the model does not follow the width of {more} sites "
+        f"({_examples(found, structure)}): zipc.load gives its traced graph instead"
+    )
+    return traced
+
+
+def _examples(found: Structure, structure: Structure) -> str:
+    """Some sites that are not among those found."""
+    held = {site.name for site in found.sites}
+    names = [s.name.split("+")[0] for s in structure.sites if s.name not in held]
+    return ", ".join(names[:2]) + (", ..." if names[2:] else "")
 
 
 def _searched(structure: Structure) -> Structure:

@@ -45,7 +45,7 @@ class Variant:
 
     `maps` gives the weights of maps by module path; `constants` maps the module path of a removed
     consumer to its bias; `widths` gives units kept per site; `tensors` overrides others; `picks`
-    says where the shares of experts now stand (`mixtures`).
+    says where the shares of experts now stand (`mixtures`); `modules` are called in place of maps.
     """
 
     maps: Mapping[str, MapWeights] = field(default_factory=dict)
@@ -53,6 +53,7 @@ class Variant:
     widths: Mapping[str, int] = field(default_factory=dict)
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     picks: Mapping[str, int] = field(default_factory=dict)
+    modules: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
 
 
 _RESHAPES = frozenset({"view", "reshape", "_unsafe_view", "expand"})
@@ -181,6 +182,8 @@ class Executor:
             x = env[call.source]
             if on_map is not None:
                 on_map(call, x)
+            if call.module in variant.modules:
+                return variant.modules[call.module](x)
             return self._map(node, call, x, variant, value)
         args: list[Any] = list(fx.map_arg(node.args, value))
         kwargs = fx.map_arg(node.kwargs, value)

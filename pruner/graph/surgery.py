@@ -24,7 +24,7 @@ from zipc.pruner.graph.mixtures import within
 from zipc.pruner.graph.sites import Structure, extent_size
 from zipc.pruner.graph.trace import Program, op_name
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 # What modules remember of the shape of a tensor: class -> tensor -> attribute of each dimension.
 # The attributes of the channels that a grouped map holds per group are multiplied by its groups.
@@ -107,11 +107,13 @@ def describe(
     widths: Mapping[str, int],
     numerics: Mapping[str, str] | None = None,
     biased: Sequence[str] = (),
+    untied: Sequence[str] = (),
     dropped: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The structure document of `model` at the given widths and numerics (module -> numeric).
 
-    `biased` are maps that get a bias which the dense model lacks, `dropped` modules that go.
+    `biased` are maps that get a bias which the dense model lacks, `untied` those that have their
+    weight to themselves from now on, `dropped` modules that go.
     """
     numerics = numerics or {}
     modules = dict(model.named_modules())
@@ -154,6 +156,7 @@ def describe(
         "tensors": {n: s for n, s in shapes.items() if _owner(n) not in gone},
         "numerics": {p: n for p, n in numerics.items() if n != "fp32" and p not in held},
         "biased": [p for p in biased if p not in held and modules[p].bias is None],
+        "untied": [p for p in untied if p not in held],
         "stubs": {p: s for p, s in stubs.items() if p not in gone},
         "attributes": {p: a for p, a in attributes.items() if a and p not in gone},
         "dropped": sorted(dropped),
@@ -179,6 +182,9 @@ def apply_structure_(model: nn.Module, document: Mapping[str, Any]) -> None:
             for attribute, value in values.items():
                 getattr(owner, attribute)  # one that is not there is of another architecture
                 setattr(owner, attribute, _typed(value))
+        for path in document["untied"]:
+            owner = model.get_submodule(path)
+            owner.weight = nn.Parameter(owner.get_parameter("weight").clone())
         for path in document["biased"]:
             owner = model.get_submodule(path)
             weight = owner.get_parameter("weight")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from zipc.core.types import Site
+from zipc.pruner.graph.as_traced import AsTraced, units_of
 from zipc.pruner.graph.cuts import Cuts, Kept
 from zipc.pruner.graph.interpret import Executor, Variant
 from zipc.pruner.graph.mixtures import Rerouted, rerouted
@@ -138,6 +139,8 @@ def _every_second(sites: Sequence[Site]) -> Kept:
 def _with_attributes(
     model: nn.Module, structure: Structure, site: Site, *, every: bool
 ) -> Structure:
+    if isinstance(model, AsTraced):
+        return replace(structure, attributes=(Rewrite("", units_of(site.name), site.name, 1),))
     rewrites = tuple(
         Rewrite(module, attribute, site.name, factor)
         for module, attribute, factor in attribute_candidates(model, site, every=every)

@@ -52,6 +52,7 @@ def written(source: SourceModel, out: Path) -> Path:
         "tensors": {},
         "numerics": {},
         "biased": [],
+        "untied": [],
         "stubs": {},
         "dropped": [],
     }

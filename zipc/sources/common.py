@@ -74,10 +74,7 @@ class SourceModel:
     @property
     def dynamic(self) -> dict[str, dict[int, str]]:
         """The axes whose size is not fixed, by input."""
-        return {
-            spec.name: {i: size for i, size in enumerate(spec.shape) if isinstance(size, str)}
-            for spec in self.all_specs
-        }
+        return open_axes(self.all_specs)
 
     @property
     def limits(self) -> dict[str, int]:
@@ -113,6 +110,14 @@ class SourceModel:
         self.specs = _at_batch(self.specs, batch)
         if self.cache is not None:
             self.cache = replace(self.cache, specs=_at_batch(self.cache.specs, batch))
+
+
+def open_axes(specs: Sequence[InputSpec]) -> dict[str, dict[int, str]]:
+    """The axes whose size is not fixed, by input."""
+    return {
+        spec.name: {i: size for i, size in enumerate(spec.shape) if isinstance(size, str)}
+        for spec in specs
+    }
 
 
 def _at_batch(specs: tuple[InputSpec, ...], batch: int) -> tuple[InputSpec, ...]:
