@@ -45,7 +45,8 @@ class Causal(nn.Module):
     def forward(self, x):
         batch, length, channels = x.size()
         q, k, v = self.qkv(x).split(channels, dim=2)
-        q, k, v = (t.view(batch, length, HEADS, channels // HEADS).transpose(1, 2) for t in (q, k, v))
+        shape = batch, length, HEADS, channels // HEADS
+        q, k, v = (t.view(shape).transpose(1, 2) for t in (q, k, v))
         scores = q @ k.transpose(-2, -1) / math.sqrt(k.size(-1))
         scores = scores.masked_fill(self.mask[:length, :length], float("-inf")).softmax(-1)
         return self.out((scores @ v).transpose(1, 2).contiguous().view(batch, length, channels))
@@ -174,14 +175,13 @@ def test_what_ships_and_what_is_loaded_are_what_was_simulated(
     build(made, allocation, states, workload=Request(model="m", sequence_length=16).workload)
     document, tensors, module = checkpoint(made, allocation, states)
     (tmp_path / "structure.json").write_text(json.dumps(document))
-    save_file(
-        {n: t.contiguous().clone() for n, t in tensors.items()}, tmp_path / "model.safetensors"
-    )
+    held = {n: t.contiguous().clone() for n, t in tensors.items()}
+    save_file(held, tmp_path / "model.safetensors")
     loaded = zipc.load(tmp_path, factory=made.source.source)
     example = made.example(batch=3, length=12)
     with torch.no_grad():
-        pairs = zip(made.source.chosen(loaded(**example)), made.source.chosen(module(**example)))
-        assert all(torch.equal(a, b) for a, b in pairs)
+        found, expected = (made.source.chosen(m(**example)) for m in (loaded, module))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_the_dense_module_is_what_it_was(made: Prepared) -> None:
@@ -196,7 +196,7 @@ def test_the_dense_module_is_what_it_was(made: Prepared) -> None:
         assert set(rest) == {"states", "nothing"}
         assert rest["nothing"] is None
         found = logits
-    assert torch.equal(found, expected[0])
+    torch.testing.assert_close(found, expected[0], rtol=1e-4, atol=1e-5)
 
 
 def test_a_copy_of_it_is_trained_alone(made: Prepared) -> None:
