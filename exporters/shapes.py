@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import onnx
@@ -13,7 +13,9 @@ from zipc.exporters.graph import Array, OnnxGraph, attribute, live
 from zipc.exporters.graph import node as new_node
 
 Entry = int | str  # of a target shape: a number, or the value (one element) that holds it
-SizeOf = Callable[[str, int], int | None]  # (traced node, axis) -> its new size, None: as it was
+Share = tuple[int, int]  # what is left, and what there was
+# (traced node, axis) -> its new size, or the share of a symbolic one; None: as it was
+SizeOf = Callable[[str, int], int | Share | None]
 
 
 def resize_(graph: OnnxGraph, size_of: SizeOf) -> None:
@@ -30,19 +32,23 @@ def resize_(graph: OnnxGraph, size_of: SizeOf) -> None:
 
     def new_size(value: str, axis: int, old: int) -> int:
         size = size_of(names[value], axis) if value in names else None
-        return old if size is None else size
+        return size if isinstance(size, int) else old
+
+    def new_entry(value: str, axis: int, old: Entry) -> Entry:
+        if isinstance(old, int):
+            return new_size(value, axis, old) if old > 1 else old
+        share = size_of(names[value], axis) if value in names else None
+        return _share_of_(graph, old, share) if isinstance(share, tuple) else old
 
     _resize_ends_(graph, new_size)
+    spread = {n.output[0]: read_target(graph, n) for n in graph.nodes if n.op_type == "Expand"}
     for node in list(graph.nodes):
         if node.op_type in ("Reshape", "Expand", "ConstantOfShape"):
             target = read_target(graph, node)
             if target is None:
                 continue
             lead = len(graph.shapes.get(node.output[0], target)) - len(target)
-            new = [
-                new_size(node.output[0], lead + i, t) if isinstance(t, int) and t > 1 else t
-                for i, t in enumerate(target)
-            ]
+            new = [new_entry(node.output[0], lead + i, t) for i, t in enumerate(target)]
             if new != target:
                 write_target_(graph, node, new)
         elif node.op_type == "Split" and len(node.input) > 1 and node.input[1] in graph.arrays:
@@ -56,6 +62,48 @@ def resize_(graph: OnnxGraph, size_of: SizeOf) -> None:
             _regroup_(graph, node, new_size)
         elif node.op_type == "InstanceNormalization":
             _regroup_norm_(graph, node, new_size)
+        elif node.op_type == "GatherElements":
+            _respread_(graph, node, spread, new_entry)
+
+
+def _share_of_(graph: OnnxGraph, size: str, share: Share) -> str:
+    """A value that is a share of a computed size."""
+    left, before = share
+    name = f"{size}_{left}_of_{before}"
+    if all(name not in n.output for n in graph.nodes):
+        scaled = f"{name}_times"
+        graph.nodes += [
+            new_node("Mul", [size, constant_(graph, [left])], [scaled]),
+            new_node("Div", [scaled, constant_(graph, [before])], [name]),
+        ]
+        for made in (scaled, name):
+            graph.shapes[made], graph.types[made] = [1], TensorProto.INT64
+    return name
+
+
+def _respread_(
+    graph: OnnxGraph,
+    node: NodeProto,
+    spread: Mapping[str, list[Entry] | None],
+    new_entry: Callable[[str, int, Entry], Entry],
+) -> None:
+    """Indices spread as far as the values they are for: those of all layers may be the same ones,
+    and the layers of different sizes from now on."""
+    target, axis = spread.get(node.input[1]), attribute(node, "axis", 0)
+    if target is None:
+        return
+    new = [
+        t if i == axis % len(target) else new_entry(node.input[0], i, t)
+        for i, t in enumerate(target)
+    ]
+    name = f"{node.input[1]}_at_{'_'.join(map(str, new))}"
+    if all(name not in n.output for n in graph.nodes):
+        source = next(n.input[0] for n in graph.nodes if node.input[1] in n.output)
+        made = new_node("Expand", [source, ""], [name])
+        graph.nodes.append(made)
+        graph.types[name] = graph.types[node.input[1]]
+        write_target_(graph, made, new)
+    node.input[1] = name
 
 
 def _resize_ends_(graph: OnnxGraph, new_size: Callable[[str, int, int], int]) -> None:

@@ -234,7 +234,7 @@ def _expand_(
     target[axis] = len(graph.arrays[constant])
     for place in range(len(target)):
         new = size_of(traced, place) if size_of is not None and traced is not None else None
-        if new is not None and place != axis:
+        if isinstance(new, int) and place != axis:
             target[place] = new
     known = [t for t in target if t is not None]
     if len(known) == len(target):

@@ -265,7 +265,7 @@ def _unify(left: Dim, right: Dim, where: str) -> bool:
             _link(x, y)
             a, b = flatten(a[1:]), flatten(b[1:])
         elif not isinstance(x.size, int) or not isinstance(y.size, int):
-            return False
+            return _is_product(a, b) or _is_product(b, a)
         elif x.size != y.size and split(*_big_and_small(x, y)):
             a, b = flatten(a), flatten(b)
         elif x.segments is not None or y.segments is not None:
@@ -289,6 +289,22 @@ def _link(x: Atom, y: Atom) -> None:
         leaf.pins += gone.pins
         leaf.ties += gone.ties
         leaf.roles |= gone.roles
+
+
+def _is_product(one: Dim, factors: Dim) -> bool:
+    """Whether a single symbolic atom is as large as several together, which it stands for then: a
+    batch times its heads."""
+    (atom, *rest) = one
+    if rest or isinstance(atom.size, int) or atom in factors:
+        return False
+    if sympy.sympify(atom.size) != size_of(factors):
+        return False
+    atom.parts = list(factors)
+    for leaf in leaves(factors):
+        leaf.pins += atom.pins
+        leaf.ties += atom.ties
+        leaf.roles |= atom.roles
+    return True
 
 
 def _align(a: Dim, b: Dim, where: str) -> bool:

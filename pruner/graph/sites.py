@@ -29,6 +29,7 @@ class Factor:
 
 
 Extent = tuple[Factor, ...]
+Share = tuple[int, int]  # what is left, and what there was, of the known factors of a size
 
 
 def extent_size(extent: Extent, widths: Mapping[str, int]) -> int | None:
@@ -77,12 +78,23 @@ class Structure:
     attributes: tuple[Rewrite, ...] = ()  # of modules, see `verify`
 
 
-def sizes_at(structure: Structure, widths: Mapping[str, int]) -> Callable[[str, int], int | None]:
-    """The size of any axis of a traced node's result at the given widths; None: as it was."""
+def sizes_at(
+    structure: Structure, widths: Mapping[str, int]
+) -> Callable[[str, int], int | Share | None]:
+    """The size of any axis of a traced node's result at the given widths; None: as it was.
 
-    def size_of(node: str, axis: int) -> int | None:
+    Of a symbolic one, a batch times heads say, it is the share that is left.
+    """
+
+    def size_of(node: str, axis: int) -> int | Share | None:
         extents = structure.shapes.get(node)
-        return None if extents is None else extent_size(extents[axis], widths)
+        if extents is None:
+            return None
+        size = extent_size(extents[axis], widths)
+        if size is not None:
+            return size
+        left, before = known_size(extents[axis], widths), known_size(extents[axis], {})
+        return None if left == before else (left, before)
 
     return size_of
 

@@ -14,6 +14,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from zipc.core.errors import UnsupportedModel
 from zipc.core.quiet import hush
+from zipc.pruner.graph.decompose import TABLE, decomposes
 
 # What stands on the stack of an error beside the code of the model.
 _PYTHON = Path(traceback.__file__).parent
@@ -139,8 +140,9 @@ def _export(
         exported = torch.export.export(
             model, (), kwargs=dict(example), dynamic_shapes=shapes, strict=False
         )
-        if any(_in_place(node) for node in exported.graph.nodes):
-            exported = exported.run_decompositions({})  # the same operations, none in place
+        if any(_in_place(node) or decomposes(node) for node in exported.graph.nodes):
+            # the same operations, none in place, but for those that the rules follow as others
+            exported = exported.run_decompositions(dict(TABLE))
     return exported
 
 

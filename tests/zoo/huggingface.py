@@ -124,6 +124,14 @@ def mpnet() -> nn.Module:
     return _made("MPNetForSequenceClassification", config, attention="eager")
 
 
+def deberta() -> nn.Module:
+    """Attention by content and position apart, looked up by distance; heads beside the batch."""
+    config = transformers.DebertaV2Config(
+        **_ENCODER, relative_attention=True, pos_att_type=["p2c", "c2p"]
+    )
+    return _made("DebertaV2ForSequenceClassification", config, attention="eager")
+
+
 # ---------------------------------------------------------------- decoders
 
 

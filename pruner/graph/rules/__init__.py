@@ -54,6 +54,7 @@ RULES: dict[str, Rule] = {
     "batch_norm": norms.batch_norm,
     "group_norm": norms.group_norm,
     "embedding": maps.embedding,
+    "gather": layout.gather,
     "scatter": layout.scatter,
     "index": layout.index_,
     "select": layout.select,

@@ -294,6 +294,22 @@ def scatter(axes: Axes, node: fx.Node) -> list[Dim]:
     return dims
 
 
+def gather(axes: Axes, node: fx.Node) -> list[Dim]:
+    """Values at indices along one dimension, row by row of all others."""
+    source, at, index = node.args[0], node.args[1], node.args[2]
+    assert isinstance(source, fx.Node)
+    x, rows = axes.dims(source), axes.dims(index)
+    at %= len(x)  # type: ignore[operator]
+    pin([x[at]], f"its values are read by index ({node.name})")  # type: ignore[index]
+    sizes = zip(shape_of(source), shape_of(node), strict=True)
+    for i, (size, taken) in enumerate(sizes):
+        if i != at and size == taken:
+            unify(x[i], rows[i], where=node.name)
+        elif i != at:
+            pin([x[i], rows[i]], f"some of it is read by index ({node.name})")
+    return rows
+
+
 def unbind(axes: Axes, node: fx.Node) -> list[list[Dim]]:
     dims = list(axes.dims(node.args[0]))
     gone = dims.pop(int(argument(node, 1, "dim", 0)))
