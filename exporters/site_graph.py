@@ -33,6 +33,8 @@ def extract(graph: OnnxGraph, site: Site) -> OnnxGraph:
     tails = [_tail(graph, node.output[0]) for node in consumed]
     inside = _carriers(graph, site, end={node.output[0] for node in consumed}).union(*tails)
     inside |= routes(graph, consumed)
+    # Indices are spread as far as the values they are for, and have the sizes of the site then.
+    inside |= {n.input[1] for n in graph.nodes if n.op_type == "GatherElements"}
     stops = list(dict.fromkeys(tail[-1] for tail in tails))
     producers = graph.producers()
     held: dict[int, onnx.NodeProto] = {}

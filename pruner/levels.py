@@ -221,7 +221,7 @@ class Levels:
             assert bias is not None
             return moved.outputs(bias)
         weight = moved.weight(call, weight.index_select(call.out_dim, outputs))
-        numeric = level.numeric if call.plain else "fp32"  # a depthwise one is passed through
+        numeric = level.numeric if call.rounds else "fp32"  # a depthwise one is passed through
         if numeric == "fp32":
             return divided(call, MapState(weight, bias, pattern=pattern), moved)
         if numeric == BF16:

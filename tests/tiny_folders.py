@@ -59,6 +59,10 @@ FOLDERS: dict[str, tuple[str, dict[str, Any]]] = {
     "electra": ("ElectraForSequenceClassification", _ENCODER | {"embedding_size": 16}),
     "albert": ("AlbertForSequenceClassification", _ENCODER | {"embedding_size": 16}),
     "mpnet": ("MPNetModel", _ENCODER),
+    "deberta": (
+        "DebertaV2Model",
+        _ENCODER | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
+    ),
     "gpt2": (
         "GPT2LMHeadModel",
         {"vocab_size": 60, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}

@@ -45,7 +45,7 @@ def plain_edit(
             if refusal(call, tensors[name].shape, integer=integer) is None:
                 tensors[name] = halved(call, torch.from_numpy(tensors[name])).numpy()
     for module, level in _numerics_of_maps(prepared, levels).items():
-        if level.removed or level.numeric == "fp32":
+        if level.removed or level.numeric == "fp32" or not calls[module].rounds:
             continue
         if level.numeric == BF16:
             narrow.append(module)

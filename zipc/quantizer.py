@@ -59,7 +59,7 @@ def by_modelopt(
         if not allocation.levels[site.name].numeric.startswith("int8"):
             continue
         for path in site.maps:
-            if path in floats.maps:
+            if path in floats.maps and prepared.calls[path].rounds:
                 found.maps[path] = _state(path, floats.maps[path], module)
     return found
 

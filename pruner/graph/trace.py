@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,14 @@ class MapCall:
     transposed: bool = False  # a transposed convolution
     window: tuple[tuple[int, int, int, int], ...] | None = ()
     # (kernel, stride, padding, dilation) of each axis; None where they do not say the output size
+    fixed: bool = (
+        False  # it reads the same whatever the model reads: computed when a graph is loaded
+    )
+
+    @property
+    def rounds(self) -> bool:
+        """Whether a product in fewer bits saves anything."""
+        return self.plain and not self.fixed
 
     @property
     def plain(self) -> bool:
@@ -216,8 +224,23 @@ def program_of(exported: torch.export.ExportedProgram) -> Program:
     inputs = [n for n in signature.user_inputs if isinstance(n, str)]
     by_name = {n.name: n for n in nodes}
     outputs = [by_name[n] for n in signature.user_outputs if isinstance(n, str) and n in by_name]
-    maps = [call for node in nodes if (call := _map_call(node, tensors)) is not None]
+    moving = _moving(nodes, tensors)
+    maps = [
+        replace(call, fixed=call.source not in moving)
+        for node in nodes
+        if (call := _map_call(node, tensors)) is not None
+    ]
     return Program(exported, nodes, tensors, inputs, outputs, maps, fixed)
+
+
+def _moving(nodes: Sequence[fx.Node], tensors: Collection[str]) -> set[str]:
+    """Names of the nodes that depend on an input, or its size."""
+    found: set[str] = set()
+    for node in nodes:
+        given = node.op == "placeholder" and node.name not in tensors
+        if given or any(source.name in found for source in node.all_input_nodes):
+            found.add(node.name)
+    return found
 
 
 def op_name(node: fx.Node) -> str:

@@ -52,7 +52,7 @@ def _plain(program: Program, node: fx.Node, call: MapCall) -> bool:
 
     An embedding that has the same weight keeps its own.
     """
-    if call.convolution or not_its_own(program, node, call) is not None:
+    if call.convolution or not call.rounds or not_its_own(program, node, call) is not None:
         return False
     return call.weight in program.exported.graph_signature.parameters and all(
         op_name(reader) == "embedding" and f"{module_of(reader)[0]}.weight" in program.fixed

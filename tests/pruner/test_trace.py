@@ -97,3 +97,17 @@ def test_a_weight_that_code_computes_is_told_with_its_module() -> None:
     structure = find_sites(trace(module.eval(), {"input": torch.zeros(2, 6)}, dynamic={}))
     reasons = {entry.path: entry.reason for entry in structure.left_alone}
     assert "the weight that 1 multiplies by is computed from others" in reasons["0"]
+
+
+def test_a_map_that_reads_nothing_of_the_input_is_computed_when_a_graph_is_loaded() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(torch.randn(4, 6))
+            self.place, self.read = nn.Linear(6, 8), nn.Linear(6, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.read(x) @ self.place(2 * self.table).T
+
+    program = trace(Net().eval(), {"x": torch.zeros(2, 6)}, dynamic={"x": {0: "batch"}})
+    assert {c.module: c.rounds for c in program.maps} == {"place": False, "read": True}

@@ -18,6 +18,7 @@ from zipc.exporters.site_graph import extract
 from zipc.exporters.specialise import Edit, Int8Weights, specialise
 from zipc.model_source import load_source, settle
 from zipc.numerics.int8 import DYNAMIC, STATIC, quantize_weight
+from zipc.plain_edits import plain_edit
 from zipc.prepare import Prepared, prepare
 from zipc.pruner.evidence import collect
 from zipc.pruner.graph import whole_maps
@@ -158,3 +159,31 @@ def test_the_reference_keeps_one_copy_of_a_tied_weight(tmp_path: Path) -> None:
     sizes = [sorted(t.dims) for t in held.graph.initializer]
     assert sizes.count([32, VOCABULARY]) == 1
     assert isinstance(made.dense, OnnxGraph)
+
+
+def test_maps_of_constants_stay_in_floats(tmp_path: Path) -> None:
+    """As those of the distances of a DeBERTa, which no runtime computes more than once."""
+    path = save_family("deberta", tmp_path / "deberta")
+    source = load_source(str(path))
+    request = settle(Request(model=str(path)), source)
+    made = prepare(source, request, cache=StageCache(tmp_path / "cache"), progress=Silent())
+    fixed = {call.module for call in made.calls.values() if call.fixed}
+    assert {path.rpartition(".")[2] for path in fixed} == {"pos_key_proj", "pos_query_proj"}
+    batches = [made.example(batch=4, length=12)]
+    modules = [m for site in made.structure.sites for m in site.maps]
+    stats = collect(made.executor, batches, modules=modules)
+    sweeps = {
+        s.name: Sweep(tuple(range(s.units)), tuple(float(i) for i in range(s.units + 1)))
+        for s in made.structure.sites
+    }
+    levels = Levels(made.sites, made.calls, made.weights, stats, sweeps)
+    heads = {n: Level(s.units - 1, DYNAMIC) for n, s in made.sites.items() if s.kind == "heads"}
+    allocation = Allocation(heads, 1.0, 0.0)
+    states = levels.states(allocation)
+    numerics = {m: state.numeric for m, state in states.maps.items() if m not in fixed}
+    assert set(numerics.values()) == {DYNAMIC}
+    assert {states.maps[m].numeric for m in fixed} == {"fp32"}
+    built = build(made, allocation, states, workload=WORKLOAD)
+    assert built.integer_products == len(numerics)
+    edit = plain_edit(made, heads, {n: tuple(range(lv.width)) for n, lv in heads.items()})
+    assert set(edit.int8) == set(numerics)

@@ -34,6 +34,7 @@ TASKS: dict[str, tuple[list[str], list[str], str]] = {
     "electra": (TEXT, ["logits"], "classes"),
     "albert": (TEXT, ["logits"], "classes"),
     "mpnet": (TEXT, ["last_hidden_state"], "embedding"),
+    "deberta": (TEXT, ["last_hidden_state"], "embedding"),
     "gpt2": (TEXT, ["logits"], "causal_lm"),
     "opt": (TEXT, ["logits"], "causal_lm"),
     "llama": (TEXT, ["logits"], "causal_lm"),
