@@ -71,7 +71,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "electra": ("ElectraForSequenceClassification", CLASSIFIER | {"embedding_size": 128}, []),
     "albert": ("AlbertForSequenceClassification", CLASSIFIER | {"embedding_size": 128}, []),
     "mpnet": ("MPNetForSequenceClassification", CLASSIFIER, []),
-    "deberta-v2": ("DebertaV2ForSequenceClassification", CLASSIFIER, []),
+    "deberta-v2": (
+        "DebertaV2ForSequenceClassification",
+        CLASSIFIER | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
+        [],
+    ),
     "modernbert": ("ModernBertForSequenceClassification", CLASSIFIER | {"cls_token_id": 3}, []),
     "gpt2": (
         "GPT2LMHeadModel",
@@ -172,6 +176,7 @@ PLAIN: dict[str, tuple[str, str, str]] = {
     "mobilenet-v3": ("vision", "MobileNetV3", "scale=8"),
     "unet": ("dense_prediction", "UNet", "scale=8"),
     "yolo": ("dense_prediction", "Yolo", "scale=8"),
+    "vit-by-hand": ("by_hand", "Vit", "192, 6, 4, patch=8, size=64"),
 }
 FACTORY = """import torch
 from tests.zoo.{module} import {network}

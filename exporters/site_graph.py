@@ -33,8 +33,7 @@ def extract(graph: OnnxGraph, site: Site) -> OnnxGraph:
     tails = [_tail(graph, node.output[0]) for node in consumed]
     inside = _carriers(graph, site, end={node.output[0] for node in consumed}).union(*tails)
     inside |= routes(graph, consumed)
-    # Indices are spread as far as the values they are for, and have the sizes of the site then.
-    inside |= {n.input[1] for n in graph.nodes if n.op_type == "GatherElements"}
+    inside |= _spread_indices(graph)
     stops = list(dict.fromkeys(tail[-1] for tail in tails))
     producers = graph.producers()
     held: dict[int, onnx.NodeProto] = {}
@@ -120,6 +119,12 @@ def _carriers(graph: OnnxGraph, site: Site, *, end: set[str]) -> set[str]:
             found.update(fresh)
             stack += fresh
     return found
+
+
+def _spread_indices(graph: OnnxGraph) -> set[str]:
+    """Indices that are spread as far as the values they are for: they have the sizes of a site."""
+    indices = {n.input[1] for n in graph.nodes if n.op_type == "GatherElements"}
+    return {n.output[0] for n in graph.nodes if n.op_type == "Expand"} & indices
 
 
 def _is_weight(graph: OnnxGraph, node: onnx.NodeProto) -> bool:

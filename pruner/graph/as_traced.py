@@ -34,14 +34,14 @@ class AsTraced(nn.Module):
         state = module.state_dict(keep_vars=True)
         for name, buffer in module.named_buffers(recurse=False):
             self.register_buffer(name, buffer, persistent=name in state)
-        self.traced = _Traced(program, structure)
+        self._traced = _Traced(program, structure)
         for site in structure.sites:
             setattr(self, units_of(site.name), site.units)
         self.train(module.training)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the module gave, in the same containers. Inputs as it took them."""
-        return self.traced.run(self, dict(zip(self.traced.inputs, args, strict=False)) | kwargs)
+        return self._traced.run(self, dict(zip(self._traced.inputs, args, strict=False)) | kwargs)
 
 
 def units_of(site: str) -> str:

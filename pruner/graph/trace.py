@@ -46,9 +46,7 @@ class MapCall:
     transposed: bool = False  # a transposed convolution
     window: tuple[tuple[int, int, int, int], ...] | None = ()
     # (kernel, stride, padding, dilation) of each axis; None where they do not say the output size
-    fixed: bool = (
-        False  # it reads the same whatever the model reads: computed when a graph is loaded
-    )
+    fixed: bool = False  # it reads the same whatever the model reads: runtimes compute it once
 
     @property
     def rounds(self) -> bool:

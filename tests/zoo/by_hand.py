@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from tests.zoo import Family
 from tests.zoo.huggingface import deberta
-from tests.zoo.values import ready, tokens
+from tests.zoo.values import images, ready, tokens
 
 WIDTH, HEADS, SIZE, LENGTH, FEATURES = 24, 4, 6, 9, 5
 
@@ -124,6 +124,56 @@ class Encoder(nn.Module):
         return logits
 
 
+class Attention(nn.Module):
+    """What most vision transformers have."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, c = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
+        scores = q @ k.transpose(-2, -1) * (c // self.heads) ** -0.5
+        return self.proj((scores.softmax(-1) @ v).transpose(1, 2).reshape(b, n, c))
+
+
+class Vit(nn.Module):
+    """Patches, a token that stands for the image, blocks, and a head on that token."""
+
+    def __init__(
+        self, width: int = 24, heads: int = 4, depth: int = 2, *, patch: int = 4, size: int = 16
+    ) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, width, patch, patch)
+        self.image = nn.Parameter(torch.zeros(1, 1, width))
+        self.places = nn.Parameter(torch.randn(1, 1 + (size // patch) ** 2, width) * 0.02)
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict(
+                {
+                    "norm1": nn.LayerNorm(width),
+                    "attention": Attention(width, heads),
+                    "norm2": nn.LayerNorm(width),
+                    "mlp": nn.Sequential(
+                        nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+                    ),
+                }
+            )
+            for _ in range(depth)
+        )
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.image.expand(x.shape[0], -1, -1), x], 1) + self.places
+        for block in self.blocks:
+            x = x + block["attention"](block["norm1"](x))
+            x = x + block["mlp"](block["norm2"](x))
+        logits: Tensor = self.head(self.norm(x)[:, 0])
+        return logits
+
+
 class Latents(nn.Module):
     """A few learnt vectors, the same for each row of the batch, that read the input."""
 
@@ -166,6 +216,13 @@ BY_HAND: dict[str, Family] = {
         _family("biased", partial(Encoder, Biased)),
         _family("normalised", partial(Encoder, Normalised)),
         _family("latents", Latents),
+        Family(
+            "vit",
+            lambda: ready(Vit(), images(size=16)),
+            partial(images, size=16),
+            {"x": {0: "batch"}},
+            "image",
+        ),
         Family("deberta", deberta, tokens, dict.fromkeys(tokens(), _TEXT), "text", float64=False),
     )
 }
