@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from zipc.core.errors import ExportMismatch, UnsupportedModel
+from zipc.core.nodes import editable
 from zipc.core.quiet import hush
 from zipc.exporters.graph import Array, OnnxGraph, transposes
 from zipc.exporters.origin import origin_of
@@ -77,7 +78,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _editable(exported: torch.export.ExportedProgram) -> list[list[str]]:
-    """Names of the tensors that pruning may edit, the floating-point state of a checkpoint.
+    """Names of the tensors that pruning may edit.
 
     Those of one tensor (a tied weight) come together.
     """
@@ -85,7 +86,7 @@ def _editable(exported: torch.export.ExportedProgram) -> list[list[str]]:
     named = {*signature.inputs_to_parameters.values(), *signature.inputs_to_buffers.values()}
     groups: dict[tuple[Any, ...], list[str]] = {}
     for name, tensor in exported.state_dict.items():
-        if name in named and tensor.is_floating_point():
+        if name in named and editable(tensor):
             place = tensor.data_ptr() or id(tensor)  # meta tensors lie nowhere
             same = place, tensor.shape, tensor.stride()
             groups.setdefault(same, []).append(name)

@@ -156,11 +156,16 @@ def checkpoint(
         if prepared.calls[m].convolution
     }
     states = replace(states, maps=states.maps | floats)
-    document, tensors = shrunk(
-        source.module, prepared.program, prepared.structure, allocation, states
-    )
-    document["source"] = source.recipe
-    module = rebuild(source.blank(), document, tensors)
+    own, structure = source.module, prepared.structure
+    blank, recipe = source.blank, source.recipe
+    uncut = {n for n, lv in allocation.levels.items() if lv.width == prepared.sites[n].units}
+    written = source.written
+    if written is not None and written.stays.intersection(allocation.levels) <= uncut:
+        own, blank, recipe = written.module, written.blank, written.recipe
+        structure = replace(structure, attributes=written.attributes)
+    document, tensors = shrunk(own, prepared.program, structure, allocation, states)
+    document["source"] = recipe
+    module = rebuild(blank(), document, tensors)
     example = prepared.example(batch=1, length=32, widths=allocation.widths)
     expected, _ = prepared.executor.run(example, variant_of(allocation, states))
     with torch.no_grad():

@@ -16,7 +16,14 @@ from zipc.pruner.graph.as_traced import AsTraced
 from zipc.pruner.graph.sites import Structure, find_sites
 from zipc.pruner.graph.trace import Program, trace
 from zipc.sources.attention import ATTENTION, register_attention
-from zipc.sources.common import BATCH, SourceModel, make_example, open_axes, register_output
+from zipc.sources.common import (
+    BATCH,
+    SourceModel,
+    Written,
+    make_example,
+    open_axes,
+    register_output,
+)
 from zipc.sources.decode import with_cache
 from zipc.sources.factory import TRACED, load_factory
 from zipc.sources.hub import ALIASES, Alias
@@ -83,10 +90,19 @@ def traced_module(module: nn.Module, specs: Sequence[Mapping[str, Any]]) -> nn.M
     return AsTraced(module, program, find_sites(program))
 
 
-def run_as_traced_(source: SourceModel, program: Program, structure: Structure) -> None:
-    """Let the module of a source be its graph from now on, and say so to `zipc.load`."""
+def run_as_traced_(
+    source: SourceModel, program: Program, structure: Structure, follows: Structure
+) -> None:
+    """Let the module of a source be its graph from now on, and say so to `zipc.load`.
+
+    `follows` has the sites at which its code does follow.
+    """
     specs = [asdict(spec) for spec in source.specs]
     blank = source.blank
+    stays = {s.name for s in structure.sites} - {s.name for s in follows.sites}
+    source.written = Written(
+        source.module, blank, dict(source.recipe), follows.attributes, frozenset(stays)
+    )
     source.module = AsTraced(source.module, program, structure)
     source.blank = lambda: traced_module(blank(), specs)
     source.recipe[TRACED] = specs

@@ -199,20 +199,15 @@ def discover(
     traced = verify(AsTraced(source.module, program, structure), program, structure, example)
     if len(traced.sites) <= len(found.sites):
         return found
-    run_as_traced_(source, program, structure)
-    more = len(traced.sites) - len(found.sites)
+    run_as_traced_(source, program, structure, found)
+    held = {site.name for site in found.sites}
+    names = [s.name.split("+")[0] for s in traced.sites if s.name not in held]
+    some = ", ".join(names[:2]) + (", ..." if names[2:] else "")
     source.notes.append(
-        f"the code of the model does not follow the width of {more} sites "
-        f"({_examples(found, structure)}): zipc.load gives its traced graph instead"
+        f"the code of the model does not follow the width of {len(names)} sites ({some}): where "
+        "they are cut, zipc.load gives its traced graph"
     )
     return traced
-
-
-def _examples(found: Structure, structure: Structure) -> str:
-    """Some sites that are not among those found."""
-    held = {site.name for site in found.sites}
-    names = [s.name.split("+")[0] for s in structure.sites if s.name not in held]
-    return ", ".join(names[:2]) + (", ..." if names[2:] else "")
 
 
 def _searched(structure: Structure) -> Structure:

@@ -173,10 +173,15 @@ def _fixed(axes: Axes, sites: Sequence[Site], pinned: Mapping[str, str]) -> list
     What a depthwise convolution gives goes with the channels that run through it.
     """
     program = axes.program
+
+    def held(call: MapCall) -> str:
+        atoms = leaves(axes.parameters[call.weight][call.out_dim])
+        return next((pin for atom in atoms for pin in (*atom.pins, *atom.ties)), UNREAD)
+
     given = {module for site in sites for module in site.producers}
     cut = {(piece.parameter, piece.dim) for site in sites for piece in site.slices}
     found = {
-        call.module: f"its output width is fixed: {pinned.get(call.module, UNREAD)}"
+        call.module: f"its output width is fixed: {pinned.get(call.module) or held(call)}"
         for call in program.maps
         if call.module not in given and (call.weight, call.out_dim) not in cut
     }

@@ -25,6 +25,7 @@ from tests.three_ways import (
     whole_sites,
 )
 from tests.tiny_models import Case, Kept
+from tests.zoo import Family
 from tests.zoo.by_hand import BY_HAND
 from zipc.pruner.graph.as_traced import AsTraced
 from zipc.pruner.graph.decompose import einsum, repeat, repeat_interleave
@@ -119,3 +120,35 @@ def test_repeats_are_what_torch_makes_of_them() -> None:
     for dim in (0, 1, -1):
         assert torch.equal(repeat_interleave(x, 3, dim), x.repeat_interleave(3, dim))
     assert repeat_interleave(x, 3) is NotImplemented
+
+
+class Chosen(torch.nn.Module):
+    """Truths, one of each channel, say which are kept; whole numbers scale others."""
+
+    def __init__(self, values: torch.Tensor) -> None:
+        super().__init__()
+        self.up, self.down = torch.nn.Linear(6, 8), torch.nn.Linear(8, 3)
+        self.register_buffer("values", values)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.up(x).relu()
+        if self.values.dtype == torch.bool:
+            x = torch.where(self.values, x, -x)
+        return self.down(x * self.values)
+
+
+@pytest.mark.parametrize(("kind", "cut"), [(torch.bool, True), (torch.int64, False)])
+def test_values_of_channels_are_cut_if_they_are_truths(kind: torch.dtype, *, cut: bool) -> None:
+    def build() -> torch.nn.Module:
+        torch.manual_seed(0)
+        return Chosen(torch.tensor([1, 0, 1, 1, 0, 1, 1, 1]).to(kind)).eval().requires_grad_(False)
+
+    def example(*, batch: int = 2, seed: int = 0) -> Feeds:
+        return {"x": torch.randn(batch, 6, generator=torch.Generator().manual_seed(seed))}
+
+    family = Family("chosen", build, example, {"x": {0: "batch"}}, "rows")
+    made = case_of(family, torch.float32)
+    assert bool(made.sites) == cut
+    graph = all_exported(made, family)
+    for _, _, kept in single_units(made):
+        assert gap(by_onnx(made, graph, kept, made.example), inert(made, kept, made.example)) < 1e-5

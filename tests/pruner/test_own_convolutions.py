@@ -75,6 +75,20 @@ class Mobile(nn.Module):
         return logits
 
 
+class Separable(nn.Module):
+    """A depthwise convolution between two of a class of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = PadsItself(3, 6, 3), PadsItself(6, 5, 1)
+        self.depthwise, self.head = PadsItself(6, 6, 3, groups=6), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.last(F.relu(self.depthwise(F.relu(self.first(x)))))
+        logits: Tensor = self.head(F.relu(x).mean((2, 3)))
+        return logits
+
+
 class Chain(nn.Module):
     """`kind` twice between plain convolutions."""
 
@@ -97,13 +111,14 @@ KINDS = {kind.__name__: kind for kind in (PadsItself, WithoutBias, Gained, Count
 
 def family(name: str) -> Family:
     example = partial(images, size=8)
-    made = Mobile if name == "mobile" else partial(Chain, KINDS[name])
+    whole = {"mobile": Mobile, "separable": Separable}
+    made = whole[name] if name in whole else partial(Chain, KINDS[name])
     return Family(
         name, lambda: ready(made(), example()), example, {"x": {0: "batch"}}, modality="image"
     )
 
 
-@pytest.mark.parametrize("name", ["mobile", *KINDS])
+@pytest.mark.parametrize("name", ["mobile", "separable", *KINDS])
 def test_they_are_cut_exactly(name: str) -> None:
     prove(case_of(family(name)), family(name))
     prove_onnx(family(name))
@@ -124,3 +139,11 @@ def test_what_they_read_stays_and_what_they_give_is_cut(name: str) -> None:
     assert {s.name for s in made.sites} == {"again", "last"}
     assert "not to a plain linear map" in kept["first"]
     assert "not to a plain linear map" in kept["own"]
+
+
+def test_a_depthwise_one_has_the_reason_of_what_reads_it() -> None:
+    made = case_of(family("separable"))
+    reasons = {entry.path: entry.reason for entry in made.structure.left_alone}
+    assert {s.name for s in made.sites} == {"last"}
+    assert "belongs to a PadsItself" in reasons["depthwise"]
+    assert reasons["depthwise"] == reasons["first"]

@@ -163,7 +163,21 @@ def test_heads_are_found_and_the_module_is_its_graph(made: Prepared) -> None:
     assert [s.units for s in heads] == [3, 3]
     assert all(s.removable for s in heads)
     assert isinstance(made.source.module, AsTraced)
-    assert any("zipc.load gives its traced graph" in note for note in made.source.notes)
+    told = "where they are cut, zipc.load gives its traced graph"
+    assert any(told in note for note in made.source.notes)
+
+
+def test_where_no_head_is_cut_the_code_stays(
+    made: Prepared, levels: Levels, tmp_path: Path
+) -> None:
+    widths = {n: s.units if s.kind == "heads" else s.units // 2 or 1 for n, s in made.sites.items()}
+    allocation = Allocation({n: Level(w, DYNAMIC) for n, w in widths.items()}, 1.0, 0.0)
+    document, tensors, module = checkpoint(made, allocation, levels.states(allocation))
+    assert type(module).__name__ in ("Language", "Vision")
+    (tmp_path / "structure.json").write_text(json.dumps(document))
+    held = {n: t.contiguous().clone() for n, t in tensors.items()}
+    save_file(held, tmp_path / "model.safetensors")
+    assert type(zipc.load(tmp_path, factory=made.source.source)) is not AsTraced
 
 
 @pytest.mark.parametrize("name", ["less", "rounded", "removed", "first-removed"])

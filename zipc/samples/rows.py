@@ -191,7 +191,7 @@ def probe(source: SourceModel, feeds: Mapping[str, Array]) -> list[Shape]:
         first = (str(error).strip().splitlines() or [""])[0][:200]
         raise UsageError(
             f"{source.source} does not run on rows of --data ({shapes}): "
-            f"{type(error).__name__}: {first}. Check the shapes of the data."
+            f"{type(error).__name__}: {first}. Check the shapes and the values of the data."
         ) from error
     rows = len(next(iter(tensors.values())))
     found = []

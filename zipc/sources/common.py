@@ -37,6 +37,17 @@ class Cache:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A module as its code is written, which follows at all sites but those in `stays`."""
+
+    module: nn.Module
+    blank: Callable[[], nn.Module]
+    recipe: dict[str, Any]
+    attributes: tuple[Any, ...]  # see `Structure`
+    stays: frozenset[str]
+
+
 @dataclass(slots=True)
 class SourceModel:
     """A module ready to be traced, and what is known about where it came from."""
@@ -56,6 +67,7 @@ class SourceModel:
     recipe: dict[str, Any]  # how `zipc.load` makes such a module; names no code that is run
     notes: list[str] = field(default_factory=list)
     cache: Cache | None = None
+    written: Written | None = None  # where the module runs its traced graph
 
     @property
     def inputs(self) -> list[str]:

@@ -102,7 +102,10 @@ def load_factory(
         recipe={"kind": KIND, "factory": f"{factory.path.name}:{factory.make.__name__}"},
         notes=[*notes, *taken],
     )
-    result = _forward_(source, factory, batch=tried)
+    said = "--input-shapes" if input_shapes else EXAMPLES
+    if not input_shapes and getattr(factory.module, EXAMPLES, None) is None:
+        said = "the arrays at --data"
+    result = _forward_(source, factory, batch=tried, said=said)
     source.outputs = public_outputs(module, result, source.inputs)
     paths = _part_attention_(source)
     if paths:
@@ -333,8 +336,11 @@ def _spec_of(name: str, tensor: Tensor) -> InputSpec:
     return InputSpec(name, str(dtype).removeprefix("torch."), tuple(tensor.shape), high)
 
 
-def _forward_(source: SourceModel, factory: Factory, *, batch: int) -> Any:
-    """Run the example; where the model takes its own batch only, close that axis."""
+def _forward_(source: SourceModel, factory: Factory, *, batch: int, said: str) -> Any:
+    """Run the example; where the model takes its own batch only, close that axis.
+
+    `said` is what says how large the inputs are.
+    """
     try:
         return _run(source, source.example())
     except UnsupportedModel:
@@ -348,7 +354,7 @@ def _forward_(source: SourceModel, factory: Factory, *, batch: int) -> Any:
     except FAILURES as error:
         raise UnsupportedModel(
             f"{source.source}: {type(source.module).__name__} fails on "
-            f"{', '.join(map(str, source.specs))}: {told(error, factory.path)}"
+            f"{', '.join(map(str, source.specs))} (from {said}): {told(error, factory.path)}"
         ) from error
     source.fix_batch_(batch)
     source.notes.append(

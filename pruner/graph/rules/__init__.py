@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
+from zipc.core.nodes import editable
 from zipc.pruner.graph.axes import Atom, Dim, pin
 from zipc.pruner.graph.rules import elementwise, layout, maps, norms
 from zipc.pruner.graph.rules.state import Axes, constant, counting, fresh, opaque, same, unknown
@@ -99,6 +100,8 @@ def _given(axes: Axes, node: fx.Node) -> list[Dim]:
         axes.parameters[name] = [[Atom(int(s))] for s in value.shape]
         if name in program.fixed:
             pin(axes.parameters[name], program.fixed[name])
+        if not editable(value):
+            pin(axes.parameters[name], f"{name} holds {str(value.dtype).partition('.')[2]} values")
     return axes.parameters[name]
 
 

@@ -354,8 +354,8 @@ def test_factory_without_a_usable_model_is_refused_in_words(
         ("", r"Net needs x, and nothing says how large\. Give --input-shapes 'x:1x3x224x224', "),
         ("y:1x3x8x8,z:1x2", r"needs x, and nothing"),
         ("x:1x3x8x8,y:1x2", r"Net\.forward takes x, not y"),
-        ("x:1x4x8x8", r"fails on x:batchx4x8x8: RuntimeError"),
-        ("x:1x3x8x8:int64", r"fails on x:batchx3x8x8:int64: RuntimeError"),
+        ("x:1x4x8x8", r"fails on x:batchx4x8x8 \(from --input-shapes\): RuntimeError"),
+        ("x:1x3x8x8:int64", r"fails on x:batchx3x8x8:int64 \(from --input-shapes\): RuntimeError"),
     ],
 )
 def test_inputs_that_are_not_those_of_the_model_are_refused(
