@@ -410,7 +410,11 @@ def _target(
 
 
 def _residual_sum(executor: Executor, site: Site, levels: Levels) -> _Sum | None:
-    """Where the site's output joins the residual; its own output where nothing is added to it."""
+    """Where the site's output joins the residual; its own output where nothing is added to it.
+
+    A map that loses no inputs, and that nothing is added to, is not fitted: the last one of a
+    language model would trade what its logits mean for their squares.
+    """
     if site.calls != 1 or len(site.consumers) != 1:
         return None
     call = levels.calls[site.consumers[0].module]
@@ -435,7 +439,7 @@ def _residual_sum(executor: Executor, site: Site, levels: Levels) -> _Sum | None
                 at = executor.index(user.name)
                 return _Sum(user.name, others[0].name, at, scale, shift)
         break
-    return _Sum(own.name, None, executor.index(own.name))
+    return None if site.kind == "map" else _Sum(own.name, None, executor.index(own.name))
 
 
 def _affine(program: Program, norm: fx.Node) -> tuple[Tensor, Tensor]:

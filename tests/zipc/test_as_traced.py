@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -234,6 +235,10 @@ def test_other_values_of_a_tied_weight_leave_the_embedding(tmp_path: Path) -> No
     cut = next(s for s in made.structure.sites if s.kind == "heads")
     allocation = Allocation({"last": Level(1), cut.name: Level(1)}, 1.0, 0.0)
     states = propagate(made.executor, levels, allocation, batches)
+    assert torch.equal(states.maps["last"].weight, made.weights["last.weight"])  # it is not fitted
+    assert checkpoint(made, allocation, states)[0]["untied"] == []
+    other = replace(states.maps["last"], weight=states.maps["last"].weight * 1.1)
+    states.maps["last"] = other
     document, tensors, _ = checkpoint(made, allocation, states)
     assert document["untied"] == ["last"]
     assert not torch.equal(tensors["last.weight"], tensors["words.weight"])
