@@ -96,6 +96,12 @@ def make_manifest(
         notes.append(solution.unreachable)
     if found.built.sparse_weights:
         notes.append(f"{found.built.sparse_weights} weights of model.onnx are in the 2:4 pattern")
+    parameters = sum(p.numel() for p in source.module.parameters()), _parameters(tensors)
+    if parameters[1] > parameters[0]:
+        notes.append(
+            "there are more parameters than before: a rounded map no longer shares those of an "
+            "embedding"
+        )
     notes.append(f"{solution.searched} candidates scored; {len(solution.looks)} builds looked at")
     return Manifest(
         target=target.name,
@@ -122,8 +128,8 @@ def make_manifest(
         size=SizeRecord(
             dense_mb=sizes[0] / MB,
             compiled_mb=sizes[1] / MB,
-            dense_params=sum(p.numel() for p in source.module.parameters()),
-            compiled_params=_parameters(tensors),
+            dense_params=parameters[0],
+            compiled_params=parameters[1],
         ),
         data=DataRecord(
             source=str(request.data).rpartition("/")[2] or str(request.data),
