@@ -9,6 +9,7 @@ import onnx
 import pytest
 import torch
 
+from tests.plain_levels import plain_levels
 from tests.tiny_folders import save_family
 from zipc.build import build, checkpoint
 from zipc.core.request import Request
@@ -170,13 +171,7 @@ def test_maps_of_constants_stay_in_floats(tmp_path: Path) -> None:
     fixed = {call.module for call in made.calls.values() if call.fixed}
     assert {path.rpartition(".")[2] for path in fixed} == {"pos_key_proj", "pos_query_proj"}
     batches = [made.example(batch=4, length=12)]
-    modules = [m for site in made.structure.sites for m in site.maps]
-    stats = collect(made.executor, batches, modules=modules)
-    sweeps = {
-        s.name: Sweep(tuple(range(s.units)), tuple(float(i) for i in range(s.units + 1)))
-        for s in made.structure.sites
-    }
-    levels = Levels(made.sites, made.calls, made.weights, stats, sweeps)
+    levels = plain_levels(made, batches)
     heads = {n: Level(s.units - 1, DYNAMIC) for n, s in made.sites.items() if s.kind == "heads"}
     allocation = Allocation(heads, 1.0, 0.0)
     states = levels.states(allocation)

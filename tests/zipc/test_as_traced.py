@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 import zipc
+from tests.plain_levels import plain_levels
 from zipc.build import build, checkpoint
 from zipc.core.request import Request
 from zipc.core.types import Allocation, InputSpec, Level, Silent
@@ -21,11 +22,9 @@ from zipc.model_source import load_source, settle
 from zipc.numerics.int8 import DYNAMIC
 from zipc.prepare import Prepared, prepare
 from zipc.pruner.compensate.propagate import propagate
-from zipc.pruner.evidence import collect
 from zipc.pruner.graph.as_traced import AsTraced
 from zipc.pruner.graph.interpret import Variant
 from zipc.pruner.levels import Levels
-from zipc.pruner.obs import Sweep
 from zipc.stage_cache import StageCache
 
 NETS = '''
@@ -136,14 +135,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="module")
 def levels(made: Prepared) -> Levels:
-    sites = made.structure.sites
-    modules = [m for site in sites for m in site.maps]
-    stats = collect(made.executor, [made.example(batch=8, length=12)], modules=modules)
-    sweeps = {
-        s.name: Sweep(tuple(range(s.units)), tuple(float(i) for i in range(s.units + 1)))
-        for s in sites
-    }
-    return Levels(made.sites, made.calls, made.weights, stats, sweeps)
+    return plain_levels(made, [made.example(batch=8, length=12)])
 
 
 def allocations(made: Prepared) -> dict[str, Allocation]:
@@ -225,13 +217,7 @@ def test_a_copy_of_it_is_trained_alone(made: Prepared) -> None:
 def test_other_values_of_a_tied_weight_leave_the_embedding(tmp_path: Path) -> None:
     made = prepared(tmp_path, "language")
     batches = [made.example(batch=8, length=12)]
-    modules = [m for site in made.structure.sites for m in site.maps]
-    stats = collect(made.executor, batches, modules=modules)
-    sweeps = {
-        s.name: Sweep(tuple(range(s.units)), tuple(float(i) for i in range(s.units + 1)))
-        for s in made.structure.sites
-    }
-    levels = Levels(made.sites, made.calls, made.weights, stats, sweeps)
+    levels = plain_levels(made, batches)
     cut = next(s for s in made.structure.sites if s.kind == "heads")
     allocation = Allocation({"last": Level(1), cut.name: Level(1)}, 1.0, 0.0)
     states = propagate(made.executor, levels, allocation, batches)
