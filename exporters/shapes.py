@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto
 
 from zipc.core.errors import ExportMismatch
+from zipc.core.types import Share
 from zipc.exporters.graph import Array, OnnxGraph, attribute, live
 from zipc.exporters.graph import node as new_node
 
 Entry = int | str  # of a target shape: a number, or the value (one element) that holds it
-Share = tuple[int, int]  # what is left, and what there was
 # (traced node, axis) -> its new size, or the share of a symbolic one; None: as it was
 SizeOf = Callable[[str, int], int | Share | None]
 
@@ -41,7 +41,7 @@ def resize_(graph: OnnxGraph, size_of: SizeOf) -> None:
         return _share_of_(graph, old, share) if isinstance(share, tuple) else old
 
     _resize_ends_(graph, new_size)
-    spread = {n.output[0]: read_target(graph, n) for n in graph.nodes if n.op_type == "Expand"}
+    spread = {n.output[0]: (n.input[0], read_target(graph, n)) for n in spread_indices(graph)}
     for node in list(graph.nodes):
         if node.op_type in ("Reshape", "Expand", "ConstantOfShape"):
             target = read_target(graph, node)
@@ -62,8 +62,14 @@ def resize_(graph: OnnxGraph, size_of: SizeOf) -> None:
             _regroup_(graph, node, new_size)
         elif node.op_type == "InstanceNormalization":
             _regroup_norm_(graph, node, new_size)
-        elif node.op_type == "GatherElements":
-            _respread_(graph, node, spread, new_entry)
+        elif node.op_type == "GatherElements" and node.input[1] in spread:
+            _respread_(graph, node, *spread[node.input[1]], new_entry)
+
+
+def spread_indices(graph: OnnxGraph) -> list[NodeProto]:
+    """The nodes that spread indices as far as the values they are for."""
+    indices = {n.input[1] for n in graph.nodes if n.op_type == "GatherElements"}
+    return [n for n in graph.nodes if n.op_type == "Expand" and n.output[0] in indices]
 
 
 def _share_of_(graph: OnnxGraph, size: str, share: Share) -> str:
@@ -84,21 +90,21 @@ def _share_of_(graph: OnnxGraph, size: str, share: Share) -> str:
 def _respread_(
     graph: OnnxGraph,
     node: NodeProto,
-    spread: Mapping[str, list[Entry] | None],
+    source: str,
+    target: list[Entry] | None,
     new_entry: Callable[[str, int, Entry], Entry],
 ) -> None:
-    """Indices spread as far as the values they are for: those of all layers may be the same ones,
-    and the layers of different sizes from now on."""
-    target, axis = spread.get(node.input[1]), attribute(node, "axis", 0)
+    """Indices of `source` spread as far as the values they are for: those of all layers may be the
+    same ones, and the layers of different sizes from now on."""
     if target is None:
         return
+    axis = attribute(node, "axis", 0)
     new = [
         t if i == axis % len(target) else new_entry(node.input[0], i, t)
         for i, t in enumerate(target)
     ]
     name = f"{node.input[1]}_at_{'_'.join(map(str, new))}"
     if all(name not in n.output for n in graph.nodes):
-        source = next(n.input[0] for n in graph.nodes if node.input[1] in n.output)
         made = new_node("Expand", [source, ""], [name])
         graph.nodes.append(made)
         graph.types[name] = graph.types[node.input[1]]

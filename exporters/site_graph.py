@@ -9,6 +9,7 @@ from zipc.core.errors import UnsupportedModel
 from zipc.core.types import Site
 from zipc.exporters.experts import routes
 from zipc.exporters.graph import OnnxGraph, transposes
+from zipc.exporters.shapes import spread_indices
 
 PASSED = ("Add", "Sum", "BatchNormalization")  # what belongs to a site after its consumer,
 LAST = ("LayerNormalization", "RMSNormalization", "Relu", "Clip", "HardSwish")  # up to one of these
@@ -33,7 +34,8 @@ def extract(graph: OnnxGraph, site: Site) -> OnnxGraph:
     tails = [_tail(graph, node.output[0]) for node in consumed]
     inside = _carriers(graph, site, end={node.output[0] for node in consumed}).union(*tails)
     inside |= routes(graph, consumed)
-    inside |= _spread_indices(graph)
+    # indices that are spread as far as the values of a site have its sizes
+    inside |= {n.output[0] for n in spread_indices(graph)}
     stops = list(dict.fromkeys(tail[-1] for tail in tails))
     producers = graph.producers()
     held: dict[int, onnx.NodeProto] = {}
@@ -119,12 +121,6 @@ def _carriers(graph: OnnxGraph, site: Site, *, end: set[str]) -> set[str]:
             found.update(fresh)
             stack += fresh
     return found
-
-
-def _spread_indices(graph: OnnxGraph) -> set[str]:
-    """Indices that are spread as far as the values they are for: they have the sizes of a site."""
-    indices = {n.input[1] for n in graph.nodes if n.op_type == "GatherElements"}
-    return {n.output[0] for n in graph.nodes if n.op_type == "Expand"} & indices
 
 
 def _is_weight(graph: OnnxGraph, node: onnx.NodeProto) -> bool:

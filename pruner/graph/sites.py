@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 
 import numpy as np
 
-from zipc.core.types import Consumer, Expert, Index, Kind, LeftAlone, Site, Slice
+from zipc.core.types import Consumer, Expert, Index, Kind, LeftAlone, Share, Site, Slice
 from zipc.pruner.graph.axes import Atom, Dim, flatten, leaves, owners, pin, repeats
 from zipc.pruner.graph.mixtures import experts
 from zipc.pruner.graph.rules import follow
@@ -29,7 +29,6 @@ class Factor:
 
 
 Extent = tuple[Factor, ...]
-Share = tuple[int, int]  # what is left, and what there was, of the known factors of a size
 
 
 def extent_size(extent: Extent, widths: Mapping[str, int]) -> int | None:
@@ -174,14 +173,11 @@ def _fixed(axes: Axes, sites: Sequence[Site], pinned: Mapping[str, str]) -> list
     """
     program = axes.program
 
-    def held(call: MapCall) -> str:
-        atoms = leaves(axes.parameters[call.weight][call.out_dim])
-        return next((pin for atom in atoms for pin in (*atom.pins, *atom.ties)), UNREAD)
-
     given = {module for site in sites for module in site.producers}
     cut = {(piece.parameter, piece.dim) for site in sites for piece in site.slices}
     found = {
-        call.module: f"its output width is fixed: {pinned.get(call.module) or held(call)}"
+        call.module: f"its output width is fixed: "
+        f"{pinned.get(call.module) or _held([axes.parameters[call.weight][call.out_dim]])}"
         for call in program.maps
         if call.module not in given and (call.weight, call.out_dim) not in cut
     }
@@ -191,10 +187,14 @@ def _fixed(axes: Axes, sites: Sequence[Site], pinned: Mapping[str, str]) -> list
     for name, tensor in program.tensors.values():
         if name in carried or name not in parameters or tensor.dim() < 2:
             continue
-        atoms = [leaf for dim in axes.parameters.get(name, ()) for leaf in leaves(dim)]
-        reasons = [pin for atom in atoms for pin in (*atom.pins, *atom.ties)]
-        found.setdefault(name.rpartition(".")[0] or name, (reasons or [UNREAD])[0])
+        found.setdefault(name.rpartition(".")[0] or name, _held(axes.parameters.get(name, ())))
     return [LeftAlone(module, reason) for module, reason in found.items()]
+
+
+def _held(dims: Sequence[Dim]) -> str:
+    """Why none of the dimensions is cut."""
+    atoms = [leaf for dim in dims for leaf in leaves(dim)]
+    return next((pin for atom in atoms for pin in (*atom.pins, *atom.ties)), UNREAD)
 
 
 def without(structure: Structure, reasons: Mapping[str, str]) -> Structure:

@@ -192,6 +192,7 @@ class Level:
         return f"{self.width}@{self.numeric}{tail}"
 
 
+Share = tuple[int, int]  # what is left, and what there was, of the known factors of a size
 Index = tuple[tuple[int, ...], ...]  # unit -> its positions along a dimension, ascending
 
 
