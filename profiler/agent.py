@@ -36,7 +36,12 @@ from zipc.profiler.facts import (
 GREETING = "zipc-agent-5"  # raised with every change of what is said
 MAX_ID = 8  # random token ids stay below the size of any vocabulary (those of letters have ~30)
 PROVIDERS = ["CPUExecutionProvider"]
-TITLES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}  # those that time graphs here
+TITLES = {  # those that time graphs here
+    "onnxruntime": "ONNX Runtime",
+    "openvino": "OpenVINO",
+    "torch": "torch",
+    "torch-cuda": "torch on CUDA",
+}
 PRECISION = "INFERENCE_PRECISION_HINT"
 
 
@@ -123,11 +128,7 @@ class Session:
         title = TITLES[runtime]
         self._runtime = runtime
         try:
-            self._session = (
-                OpenVinoSession(model, options)
-                if runtime == "openvino"
-                else open_session(model, options)
-            )
+            self._session = OPENERS[runtime](model, options)
         except ImportError as error:
             raise Failure(
                 f"{sys.executable} has no {title} ({error}). Run there: {sys.executable} "
@@ -236,6 +237,21 @@ class OpenVinoSession:
         """Do one inference; nothing is copied, in or out."""
         taken = [feeds[name] for name in self.inputs]
         self._request.infer(taken, share_inputs=True, share_outputs=True)
+
+
+def open_torch(model: bytes, options: Mapping[str, Any]) -> Any:
+    """A graph in torch, which takes more of zipc than a board is sent."""
+    from zipc.profiler.runners.torch_graph import TorchGraph
+
+    return TorchGraph(model, **options)
+
+
+OPENERS = {
+    "onnxruntime": open_session,
+    "openvino": OpenVinoSession,
+    "torch": open_torch,
+    "torch-cuda": open_torch,
+}
 
 
 def one_inference(session: Any, feeds: Mapping[str, Any]) -> float:

@@ -99,11 +99,19 @@ def local_device(runtime: str) -> LocalDevice:
     """This machine under a runtime.
 
     Raises:
-        UsageError: it is not installed.
+        UsageError: it is not installed, or its device is not here.
     """
     if runtime == "openvino" and importlib.util.find_spec(runtime) is None:
         raise UsageError(
             "OpenVINO is not installed. Run: pip install 'zipc[openvino]'; or choose --runtime "
             "onnxruntime."
         )
+    if runtime == "torch-cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise UsageError(
+                "torch finds no NVIDIA GPU here. Install a driver and a build of torch for CUDA, "
+                "or choose --target cpu."
+            )
     return LocalDevice(runtime)

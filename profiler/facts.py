@@ -21,6 +21,7 @@ DISTRIBUTIONS = {
     "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
     "openvino": ("openvino",),
     "torch": ("torch",),
+    "torch-cuda": ("torch",),
 }
 # Extensions that choose between GEMM kernels, as Linux spells them on x86 and Arm.
 ISA_FEATURES = (
@@ -115,7 +116,7 @@ def _setup(runtime: str) -> dict[str, str]:
         "board": (_read(BOARD_MODEL) or "").rstrip("\0") or None,
         "l4t": _l4t(),
         "power_mode": _power_mode(),
-        "gpu": _nvidia_smi("name,driver_version") if runtime == "tensorrt" else None,
+        "gpu": _nvidia_smi("name,driver_version") if runtime in ("tensorrt", "torch-cuda") else None,
     }
     return {name: value for name, value in more.items() if value}
 

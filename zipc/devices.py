@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from zipc.core.errors import UsageError
 from zipc.core.types import Target
 from zipc.exporters.tensorrt.script import recipe
 from zipc.manifest import TENSORRT, Manifest, recorded_runtime
 from zipc.modelled_device import ModelledDevice
+from zipc.profiler.agent import TITLES
 from zipc.profiler.device import Device, local_device
 from zipc.profiler.remote import Host, RemoteDevice
+
+ONLY_HERE = ("torch", "torch-cuda")
 
 
 def open_device(target: Target, host: str | None = None, *, python: str = "python3") -> Device:
@@ -41,4 +45,9 @@ def device_of(out: Path, *, host: str | None = None, python: str = "python3") ->
 
 
 def _board(host: Host, runtime: str) -> RemoteDevice:
+    if runtime in ONLY_HERE:  # what runs them there takes more of zipc than a board is sent
+        raise UsageError(
+            f"{TITLES[runtime]} times graphs on this machine only. Leave --host out, or give "
+            "--runtime onnxruntime."
+        )
     return RemoteDevice(host, runtime, recipe if runtime == TENSORRT else None)

@@ -35,7 +35,7 @@ from zipc.runtimes import runtime_of
 from zipc.samples import Samples, inputs_of_rows, kind_of, open_samples
 from zipc.sources.common import BATCH
 from zipc.stage_cache import StageCache
-from zipc.targets import AUTO, ON_CPU, on_device, on_runtime, requested_target
+from zipc.targets import AUTO, SERVING, on_device, on_runtime, requested_target
 from zipc.turns import faster_runtime
 from zipc.user_code import split_reference
 
@@ -160,7 +160,7 @@ def open_target(request: Request) -> tuple[Target, Device]:
     target = on_device(target, device.fingerprint())
     request.check(target)
     if request.runtime == AUTO:
-        for name in ON_CPU:  # one that is missing is told before anything is loaded
+        for name in SERVING:  # one that is missing is told before anything is loaded
             open_device(on_runtime(target, name), request.host, python=request.host_python)
     if request.quantizer == "modelopt":
         check_modelopt(weight_limit(device.fingerprint()))

@@ -25,7 +25,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0)]
-Runtime = Annotated[str, Field(pattern="^(onnxruntime|openvino|tensorrt)$")]
+Runtime = Annotated[str, Field(pattern="^(onnxruntime|openvino|torch|torch-cuda|tensorrt)$")]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 

@@ -19,6 +19,7 @@ from zipc.profiler.agent import TITLES
 from zipc.profiler.runners.onnxruntime import PROVIDERS, OnnxRuntimeRunner
 from zipc.profiler.runners.openvino import OpenVinoRunner, narrow_products
 from zipc.profiler.runners.session import SessionRunner
+from zipc.profiler.runners.torch import TorchCudaRunner, TorchRunner
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,8 @@ RUNTIMES: Mapping[str, CpuRuntime] = {
         ONNX_RUNTIME, OnnxRuntimeRunner, lambda model: {"int8": integer_kernels(model)}
     ),
     "openvino": CpuRuntime(OPENVINO, OpenVinoRunner, narrow_products),
+    "torch": CpuRuntime(ONNX_RUNTIME, TorchRunner, lambda model: {}),
+    "torch-cuda": CpuRuntime(IN_FLOATS, TorchCudaRunner, lambda model: {}),
     "tensorrt": CpuRuntime(  # ONNX Runtime stands for TensorRT here
         IN_FLOATS,
         OnnxRuntimeRunner,

@@ -22,7 +22,7 @@ from zipc.profiler.device import Device
 from zipc.profiler.timing import interleave, warm_up
 from zipc.proof import paired_timing
 from zipc.runtimes import RUNTIMES
-from zipc.targets import ON_CPU, on_runtime
+from zipc.targets import ON_CPU, SERVING, on_runtime
 
 TURNS, FEWEST_TURNS = 8, 3
 SECONDS = 8.0  # after which the fewest turns are enough
@@ -51,19 +51,19 @@ def faster_runtime(
 ) -> tuple[Target, Device, str]:
     """The target under the runtime that is faster on the dense model, and what was measured."""
     progress.stage("choose a runtime")
-    targets = [on_runtime(target, name) for name in ON_CPU]
+    targets = [on_runtime(target, name) for name in SERVING]
     devices = [open_device(t, request.host, python=request.host_python) for t in targets]
     runners = []
-    for name, device in zip(ON_CPU, devices, strict=True):
+    for name, device in zip(SERVING, devices, strict=True):
         dense = specialise(prepared.dense, Edit(), emitter=RUNTIMES[name].emitter).to_bytes()
         runners.append(device.timer().load(dense, workload=request.workload))
     timing = in_turns(runners)
     times = [float(np.median(t)) for t in (timing.reference_ms, timing.candidate_ms)]
     chosen = int(np.argmin(times))
     told = ", ".join(
-        f"{RUNTIMES[name].title} {ms:.2f} ms" for name, ms in zip(ON_CPU, times, strict=True)
+        f"{RUNTIMES[name].title} {ms:.2f} ms" for name, ms in zip(SERVING, times, strict=True)
     )
-    note = f"runtime {ON_CPU[chosen]}, the faster one on the dense model: {told}"
+    note = f"runtime {SERVING[chosen]}, the faster one on the dense model: {told}"
     progress.done(note)
     return targets[chosen], devices[chosen], note
 

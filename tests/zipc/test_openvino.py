@@ -241,7 +241,7 @@ def test_a_processor_without_bf16_is_not_offered_it() -> None:
         ({"runtime": "openvino", "target": "a100"}, "--target cpu"),
         ({"runtime": "auto", "target": "a100"}, "--target cpu"),
         ({"runtime": "openvino", "layout": "triton"}, "--runtime onnxruntime"),
-        ({"runtime": "tvm"}, "onnxruntime, openvino, auto"),
+        ({"runtime": "tvm"}, "onnxruntime, openvino, torch, auto"),
     ],
 )
 def test_what_a_runtime_cannot_do_is_refused_at_once(asked: dict[str, Any], said: str) -> None:

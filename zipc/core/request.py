@@ -24,7 +24,7 @@ class Request:
     data: str | None = None
     output: Path | None = None
     target: str = "cpu"
-    runtime: str | None = None  # onnxruntime | openvino | auto; None is that of the target
+    runtime: str | None = None  # onnxruntime | openvino | torch | auto; None is that of the target
     host: str | None = None  # the board to measure on, as ssh names it; None is this machine
     host_python: str = "python3"
     speedup: float | None = None
@@ -106,7 +106,7 @@ class Request:
                 f"--numerics {self.numerics} is for decode steps of language models: many tokens "
                 f"at once are faster in INT8. Give --phase decode, or choose auto, int8, {others}."
             )
-        if self.layout is not None and target.runtime == "openvino":
+        if self.layout is not None and target.runtime not in ("onnxruntime", "tensorrt"):
             raise UsageError(
                 f"--layout {self.layout} serves the graph under ONNX Runtime. Leave it out, or "
                 "give --runtime onnxruntime."

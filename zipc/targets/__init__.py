@@ -21,7 +21,7 @@ from zipc.core.request import DECODING, Request
 from zipc.core.types import Target
 
 SUPPORTED = {  # a target that asks for more would be measured as something it is not
-    "runtime": ("onnxruntime", "openvino", "tensorrt"),
+    "runtime": ("onnxruntime", "openvino", "torch", "torch-cuda", "tensorrt"),
     "connection": ("local", "remote"),
     "reference_numeric": ("fp32", "fp16"),
     # here: `numerics` needs torch
@@ -30,9 +30,12 @@ SUPPORTED = {  # a target that asks for more would be measured as something it i
 NO_KERNELS = {  # numerics that run there in floats, slower than fp32, or that zipc does not write
     "onnxruntime": ("bf16",),
     "openvino": ("int8-dynamic", "int4-weights"),
+    "torch-cuda": ("bf16", "fp16", "int8-dynamic", "int8-static", "int4-weights"),
+    "torch": ("bf16", "int8-dynamic", "int8-static", "int4-weights"),
     "tensorrt": ("int4-weights", "bf16"),
 }
-ON_CPU = ("onnxruntime", "openvino")
+ON_CPU = ("onnxruntime", "openvino", "torch")
+SERVING = ("onnxruntime", "openvino")  # those that graphs are deployed in
 AUTO = "auto"  # the faster of those on this device
 
 
@@ -57,7 +60,7 @@ def requested_target(request: Request) -> Target:
     """
     target = load_target(request.target)
     if request.runtime == AUTO:
-        for name in ON_CPU:
+        for name in SERVING:
             request.check(on_runtime(target, name))
     else:
         target = on_runtime(target, request.runtime or target.runtime)
