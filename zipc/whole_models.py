@@ -19,7 +19,8 @@ from zipc.profiler.sweep import PricedGraph
 from zipc.profiler.timing import interleave, warm_up
 from zipc.pruner.graph.mixtures import settled
 
-CORRECTION_POINTS = 6
+CORRECTION_POINTS = 6, 18  # at least, and at most where they do not agree
+AGREED = 0.02  # median error of left-out points below which no more are measured
 CORRECTION_ROUNDS = 10, 200  # of a whole model beside dense: as many as fit
 CORRECTION_MS = 2000.0
 WARM_RUNS = 6
@@ -87,17 +88,17 @@ def whole_model(prepared: Prepared, levels: Mapping[str, Level]) -> bytes:
 def fit_correction(
     prepared: Prepared, target: Target, prices: Prices, timer: GraphTimer, progress: Progress
 ) -> correction.Correction:
-    progress.stage("check prices on whole models", CORRECTION_POINTS)
-    points = measure_points(
-        prepared,
-        target,
-        prices,
-        timer=timer,
-        points=CORRECTION_POINTS,
-        rng=np.random.default_rng(0),
-        progress=progress,
-    )
-    fitted = correction.fit(points)
+    """Measure whole models until they agree on what sums of prices get wrong, or are enough."""
+    least, most = CORRECTION_POINTS
+    progress.stage("check prices on whole models")
+    rng, points = np.random.default_rng(0), list[tuple[float, float]]()
+    while True:
+        points += measure_points(
+            prepared, target, prices, timer=timer, points=least, rng=rng, progress=progress
+        )
+        fitted = correction.fit(points)
+        if fitted.median_error <= AGREED or len(points) >= most or prices.doubt is not None:
+            break
     progress.done(
         f"sum of prices off by {fitted.median_error:.1%} (median), {fitted.worst_error:.1%} (worst)"
     )
