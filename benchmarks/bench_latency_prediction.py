@@ -5,12 +5,13 @@
 
 Random allocations, mixing widths and numerics, of a seed that the correction was not fitted with.
 Predicted is the sum of the prices of their levels, corrected for the whole model, as a ratio to the
-dense graph; measured is the median of paired ratios, the two timed run by run in turn, and the mean of
-two such, for everything is built, loaded and timed once more minutes later: how far the two lie
-apart ("repeat") bounds what any prediction could reach. The 95 % interval of a prediction is the
-one its table states: it has to hold nine in ten measurements of all cases together. The latency table is made first where there is none. Weights are random but for
-minilm and resnet56, whose safetensors lie under DIR/resnet_cifar10. Each case replaces its last run
-on its target and runtime in benchmarks/results/latency_prediction.json.
+dense graph; measured is the median of paired ratios, the two timed run by run in turn, and of that
+the mean over two passes, in which everything is built, loaded and timed anew: how far they lie
+apart ("repeat") is what no prediction can be better than. The 95 % interval of a prediction is the
+one its table states: it has to hold nine in ten measurements of all cases together. The latency
+table is made first where there is none. Weights are random but for minilm and resnet56, whose
+safetensors lie under DIR/resnet_cifar10. Each case replaces its last run on its target and runtime
+in benchmarks/results/latency_prediction.json.
 """
 
 from __future__ import annotations

@@ -134,7 +134,8 @@ def price(
     calls = {s.name: s.calls for s in own}
     whole_ms = table.price(WHOLE, whole)
     placed = in_place(prepared, sites, offered, part_ms=MIN_PART * whole_ms)
-    fastest = fastest_widths(prepared, target, sites) if overlapping(prepared) else None
+    shared = overlapping(prepared, sites, calls, whole_ms)
+    fastest = fastest_widths(prepared, target, sites) if shared else None
     if fastest is not None:
         placed.append(PricedGraph(FASTEST, whole, lambda: whole_model(prepared, fastest)))
     if dense != whole:  # a speedup is over the model in floats

@@ -24,6 +24,7 @@ AGREED = 0.02  # median error of left-out points below which no more are measure
 CORRECTION_ROUNDS = 10, 200  # of a whole model beside dense: as many as fit
 CORRECTION_MS = 2000.0
 WARM_RUNS = 6
+TOO_MUCH = 1.5  # of the whole: by less, parts take more because each is a graph of its own
 
 
 def in_place(
@@ -60,11 +61,17 @@ def _placed(prepared: Prepared, sites: Sequence[str], level: Level) -> Callable[
     return lambda: whole_model(prepared, settled(prepared.sites, levels, first_units(levels)))
 
 
-def overlapping(prepared: Prepared) -> bool:
-    """Whether sites share maps, as in a chain of convolutions: each then prices them once more."""
-    sites = prepared.structure.sites
-    maps = [m for s in sites for m in s.maps]
-    return len(maps) > len(set(maps))
+def overlapping(
+    prepared: Prepared, sites: SitePrices, calls: Mapping[str, int], whole_ms: float
+) -> bool:
+    """Whether parts that sites are priced in overlap, so that what is in several counts for each.
+
+    They do where sites share maps, as in a chain of convolutions, and where they take more together
+    than the whole: the part of a layer that is called in several places may be nearly all of it.
+    """
+    maps = [m for s in prepared.structure.sites for m in s.maps]
+    alone = sum(sites.alone_ms(name, sites.dense[name]) * count for name, count in calls.items())
+    return len(maps) > len(set(maps)) or alone > TOO_MUCH * whole_ms
 
 
 def fastest_widths(prepared: Prepared, target: Target, sites: SitePrices) -> dict[str, Level]:
