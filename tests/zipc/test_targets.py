@@ -85,6 +85,8 @@ def test_doctor_tells_what_works_for_a_target(run: Run) -> None:
     assert "published latencies of this device: other" in found["model"]["detail"]
     assert found["trtexec"]["status"] == "ok" or "compute capability 8.7" in found["trtexec"]["fix"]
     assert "RTX does not build for sm87" in found["engine"]["detail"]  # nobody tests on an Orin
+    code, out, _ = run("doctor", "--target", "cuda")
+    assert (code, "no NVIDIA GPU here" in " ".join(out.split())) in ((0, False), (2, True))
     code, _, err = run("doctor", "--target", "orim")
     assert (code, "Did you mean 'orin'" in err) == (2, True)
 

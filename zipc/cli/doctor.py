@@ -82,7 +82,14 @@ def examine_target(name: str) -> tuple[Finding, ...]:
     """
     target = load_target(name)
     if target.sheet is None:
-        return (Finding("target", "ok", f"{name}: measured on this machine"),)
+        from zipc.devices import open_device  # it imports onnx
+
+        try:
+            fields = open_device(target).fingerprint()
+        except UsageError as error:
+            return (Finding("target", "broken", f"{name}: {error}"),)
+        place = fields.get("gpu", fields["cpu"])
+        return (Finding("target", "ok", f"{name}: measured on this machine ({place})"),)
     sheet = target.sheet
     model = device_model(sheet.anchors)
     worst = max(held.median_error for held in model.held_out)
