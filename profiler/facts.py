@@ -23,6 +23,7 @@ DISTRIBUTIONS = {
     "torch": ("torch",),
     "torch-cuda": ("torch",),
 }
+PACKAGE = "TensorRT's Python package"  # where there is no trtexec
 # Extensions that choose between GEMM kernels, as Linux spells them on x86 and Arm.
 ISA_FEATURES = (
     "avx2 fma f16c avx512f avx512bw avx512vl avx512_vnni avx512_bf16 avx512_fp16 avx_vnni "
@@ -59,6 +60,8 @@ def fingerprint(runtime: str) -> dict[str, Any]:
         "runtime": runtime,
         "runtime_version": version_of(runtime),
     }
+    if runtime == "tensorrt" and _by_python():
+        stable["tool"] = PACKAGE
     return {**stable, **_setup(runtime)}
 
 
@@ -105,6 +108,8 @@ def examine() -> dict[str, Any]:
             found[runtime] = version_of(runtime)
         except Failure as failure:
             lacks[runtime] = str(failure)
+    if "tensorrt" in found and _by_python():
+        found["tool"] = PACKAGE
     found["free_gb"], found["temporary"] = round(_free_gb(), 2), temporary()
     return {"found": {**found, **_setup("tensorrt")}, "lacks": lacks, "state": state()}
 
@@ -151,6 +156,13 @@ def version_of(runtime: str) -> str:
         f"pip install {runtime}",
         "UsageError",
     )
+
+
+def _by_python() -> bool:
+    """Whether engines are built and timed by the package, for want of a trtexec."""
+    from zipc.profiler import trtexec
+
+    return len(trtexec.find()) > 1
 
 
 def _free_gb() -> float:

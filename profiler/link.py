@@ -26,7 +26,7 @@ from zipc.core.errors import (
     RemoteError,
     UsageError,
 )
-from zipc.profiler import agent, facts, trtexec
+from zipc.profiler import agent, facts, tensorrt_python, trtexec
 
 MAX_ANSWER = 16 << 20  # bytes of a line: the layers of a large engine are a tenth of it
 MAX_BANNER = 64 << 10  # bytes a login may print before the agent speaks
@@ -73,7 +73,8 @@ class Link:
         environment: Mapping[str, str] | None = None,
         patience_s: float | None = None,
     ) -> None:
-        modules = (facts, agent, trtexec)  # what each imports at its top comes first
+        # What each imports at its top comes first.
+        modules = (facts, agent, tensorrt_python, trtexec)
         texts = {m.__name__: Path(m.__file__).read_text() for m in modules if m.__file__}
         source = json.dumps(texts).encode()
         start = [python, "-c", _bootstrap(len(source))]
@@ -232,6 +233,7 @@ def _bootstrap(size: int) -> str:
         "% sys.version_info[:2]); sys.path[:] = [p for p in sys.path if p]; import json, types; "
         f"texts = json.loads(sys.stdin.buffer.read({size})); "
         "sys.modules.update((name, types.ModuleType(name)) for name in texts); "
+        "[vars(sys.modules[name]).update(SOURCE=text) for name, text in texts.items()]; "
         "[exec(compile(text, 'zipc-agent', 'exec'), vars(sys.modules[name])) "
         "for name, text in texts.items()]; "
         f"sys.modules[{agent.__name__!r}].main()"

@@ -9,6 +9,8 @@ import contextlib
 import ctypes
 import glob
 import hashlib
+import importlib
+import importlib.util
 import json
 import math
 import os
@@ -17,6 +19,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import weakref
 from collections import Counter
@@ -31,6 +34,7 @@ PLACES = ("/usr/src/tensorrt/bin/trtexec", "/opt/tensorrt/bin/trtexec")  # where
 FOLDER = "zipc-trtexec"
 FEWEST_RUNS = 10  # of an invocation
 SHORTEST_POLL_S, LONGEST_POLL_S = 0.005, 0.1
+BY_PYTHON = "there is no trtexec: TensorRT's Python package built the engines and timed them"
 SPARE = 4  # engines that nothing uses any more, and that may be asked for again
 PR_SET_PDEATHSIG = 1
 SHORT = "memory was short while an engine was built: faster kernels may have been passed over"
@@ -69,7 +73,7 @@ class TensorRt:
     def __init__(self, hung_up: Callable[[float], bool]) -> None:
         self._program = find()
         self.version = version(self._program)
-        self.warnings: list[str] = []
+        self.warnings = [BY_PYTHON] if len(self._program) > 1 else []
         self._hung_up = hung_up
         _clear_leftovers()
         self._users: Counter[Path] = Counter()
@@ -91,7 +95,7 @@ class TensorRt:
         major = str(self.version[0])
         if major not in recipe["build"]:
             raise Failure(
-                f"{self._program} is of TensorRT {dotted(self.version)}, and the graph is for "
+                f"{self._program[0]} is of TensorRT {dotted(self.version)}, and the graph is for "
                 f"{' and '.join(recipe['build'])}.",
                 "RemoteError",
             )
@@ -171,7 +175,7 @@ class TensorRt:
         """Run trtexec and return what it printed; it ends with whoever waits for it."""
         with open(str(self._folder / "log"), "w+b") as kept:
             process = subprocess.Popen(
-                [self._program, *arguments],
+                [*self._program, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=kept,
                 stderr=subprocess.STDOUT,
@@ -253,23 +257,34 @@ class Engine:
         return samples
 
 
-def find() -> str:
-    """The trtexec of this machine."""
+def find() -> list[str]:
+    """The command that is this machine's trtexec; else what stands for it, by the Python package."""
     found = shutil.which("trtexec") or next((p for p in PLACES if os.access(p, os.X_OK)), None)
-    if found is None:
-        raise Failure(
-            f"There is no trtexec, neither on the PATH nor at {' or '.join(PLACES)}. Install it "
-            "there: apt-get install libnvinfer-bin (on a Jetson: nvidia-tensorrt).",
-            "RemoteError",
-        )
-    return found
+    if found is not None:
+        return [found]
+    if importlib.util.find_spec("tensorrt") is not None:
+        return [sys.executable, "-c", _stand_in()]
+    raise Failure(
+        f"There is no trtexec, neither on the PATH nor at {' or '.join(PLACES)}, and no TensorRT "
+        f"for {sys.executable}. Install one there: apt-get install libnvinfer-bin (on a Jetson: "
+        "nvidia-tensorrt), or pip install tensorrt.",
+        "RemoteError",
+    )
 
 
-def version(program: str) -> tuple[int, ...]:
+def _stand_in() -> str:
+    module = importlib.import_module("zipc.profiler.tensorrt_python")
+    if "SOURCE" in vars(module):  # where it was sent as text
+        return str(vars(module)["SOURCE"])
+    assert module.__file__ is not None
+    return Path(module.__file__).read_text(encoding="utf-8")
+
+
+def version(program: Sequence[str]) -> tuple[int, ...]:
     """Major, minor, patch; it prints them as `[TensorRT v100300]`, before 10 as `v8601`."""
     try:
         done = subprocess.run(
-            [program, "--help"],
+            [*program, "--help"],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
@@ -277,11 +292,11 @@ def version(program: str) -> tuple[int, ...]:
             check=False,
         )
     except (OSError, subprocess.SubprocessError) as error:
-        raise Failure(f"{program} does not start: {one_line(error)}.", "RemoteError") from error
+        raise Failure(f"{program[0]} does not start: {one_line(error)}.", "RemoteError") from error
     told = done.stdout.decode(errors="replace")
     found = re.search(r"\[TensorRT v(\d+)\]", told)
     if found is None:
-        raise Failure(f"{program} does not say its version: {one_line(told)}.", "RemoteError")
+        raise Failure(f"{program[0]} does not say its version: {one_line(told)}.", "RemoteError")
     number = int(found[1])
     if number < 10000:
         return number // 1000, number // 100 % 10, number // 10 % 10

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from zipc.core.errors import RemoteError
-from zipc.profiler import agent, facts, trtexec
+from zipc.profiler import agent, facts, tensorrt_python, trtexec
 from zipc.profiler.link import MAX_ANSWER, BadAnswer, Link, LinkLost, checked_facts, checked_times
 
-SENT = {m.__name__: Path(str(m.__file__)).read_text() for m in (facts, agent, trtexec)}
+MODULES = (facts, agent, tensorrt_python, trtexec)
+SENT = {m.__name__: Path(str(m.__file__)).read_text() for m in MODULES}
 
 
 @pytest.mark.parametrize("name", SENT)

@@ -180,7 +180,7 @@ def test_a_killed_agent_is_started_again_and_cleans_up_after_the_first(
 
 def test_older_versions_are_read_and_refused(tmp_path: Path) -> None:
     fake_trtexec.install(tmp_path, major="8")
-    assert version(str(tmp_path / "trtexec")) == (8, 6, 0)
+    assert version([str(tmp_path / "trtexec")]) == (8, 6, 0)
     timer = board(tmp_path).timer()
     with pytest.raises(RemoteError, match=r"8\.6\.0, and the graph is for 10 and 11"):
         timer.load(graph(), workload=WORKLOAD)
