@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -37,6 +39,7 @@ SLOWEST_LINK = 50e3  # bytes per second a graph may take to get there
 WARM_RUNS = 3  # of a graph that was loaded again
 SLOWER, MUCH_SLOWER = 1.15, 2.0  # than at first: told, and given up where it lasts
 LASTING_S = 60.0
+LOCAL, PYTHON = "local", "python3"
 
 Recipe = Callable[[bytes, Workload], dict[str, Any]]  # of an emitted graph, for trtexec
 
@@ -45,8 +48,9 @@ Recipe = Callable[[bytes, Workload], dict[str, Any]]  # of an emitted graph, for
 class Host:
     """A board: where ssh finds it, and its Python."""
 
-    address: str  # anything ssh takes: user@board, an alias of the user's, ssh://user@board:2222
-    python: str = "python3"
+    address: str  # anything ssh takes: user@board, an alias of the user's, ssh://user@board:2222;
+    # LOCAL is this machine, without ssh
+    python: str = PYTHON
 
     def __post_init__(self) -> None:
         if not self.address or self.address.startswith("-") or not self.address.isprintable():
@@ -182,6 +186,11 @@ class RemoteProcess(TimingProcess):
 
     def _connect(self) -> Link:
         host = self._device.host
+        if host.address == LOCAL:
+            python = sys.executable if host.python == PYTHON else host.python
+            if shutil.which(python) is None:
+                raise RemoteError(f"{LOCAL}: there is no {python}. Name another --host-python.")
+            return Link([], python=python, patience_s=GREETING_S)
         return Link([*ssh_command(), host.address], python=host.python, patience_s=GREETING_S)
 
     def _watch(self, medians: Mapping[int, float]) -> None:

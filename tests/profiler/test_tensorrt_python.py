@@ -130,3 +130,18 @@ def test_the_calls_that_build_are_those_of_nvidias_own_package(tmp_path: Path) -
     assert done.returncode == 0, done.stdout + done.stderr
     assert "PASSED TensorRT.trtexec [TensorRT v101300]" in done.stdout
     assert (tmp_path / "made.engine").stat().st_size > 0
+
+
+def test_this_machine_is_a_board_without_ssh(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ZIPC_SSH", "false")
+    fake_tensorrt.install(tmp_path)
+    device = RemoteDevice(
+        Host(remote.LOCAL, fake_tensorrt.python_beside(tmp_path)), "tensorrt", recipe
+    )
+    runner = device.timer().load(graph(), workload=WORKLOAD)
+    assert runner.run() == pytest.approx(len(graph()) / 1e4, rel=1e-5)
+    assert device.fingerprint()["host"] == remote.LOCAL
+    with pytest.raises(RemoteError, match="there is no python9"):
+        RemoteDevice(Host(remote.LOCAL, "python9"), "tensorrt", recipe).timer()

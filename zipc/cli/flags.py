@@ -68,7 +68,8 @@ HostFlag = Annotated[
     list[str] | None,
     typer.Option(
         "--host",
-        help="Measure on this board, named as ssh names it: user@board.",
+        help="Measure on this board, named as ssh names it: user@board. local is this machine, for "
+        "the GPU that is in it.",
         metavar="USER@BOARD",
     ),
 ]
