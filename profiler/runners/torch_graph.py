@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from zipc.core.errors import ExportMismatch
 from zipc.profiler.runners.torch_operators import (
     LISTS,
+    ON_HOST,
     OPERATORS,
     OUTPUTS,
     SIZED_BY_VALUES,
@@ -192,10 +193,11 @@ class TorchGraph:
     def _bound(self, step: Step, values: Mapping[str, Tensor], changing: set[str]) -> Step:
         """The step with what never changes in its place, on the device of the graph."""
         given: list[Any] = [None] * len(step.reads)
+        here = ON_HOST.get(step.kind, ())
         for place, name in enumerate(step.reads):
             if name and name not in changing:
-                value = values[name]
-                given[place] = _list(value) if place in step.lists else value.to(self._device)
+                value = values[name] if place in here else values[name].to(self._device)
+                given[place] = _list(value) if place in step.lists else value
         return replace(step, given=given, reads=[n if n in changing else "" for n in step.reads])
 
 
@@ -222,7 +224,7 @@ def _with_biases(
         if product is None or second in changing or values[second].ndim != 1:
             joined.append(step)
             continue
-        joined.remove(product)
+        joined = [earlier for earlier in joined if earlier is not product]
         joined.append(replace(step, kind="Linear", run=_linear, reads=[*product.reads, second]))
     return joined
 

@@ -42,6 +42,12 @@ LISTS: Mapping[str, tuple[int, ...]] = {
     "ReduceL1": (1,),
     "ReduceL2": (1,),
 }
+ON_HOST: Mapping[str, tuple[int, ...]] = {  # inputs that are read as numbers of Python's
+    "Pad": (2,),
+    "Range": (0, 1, 2),
+    "Resize": (2,),
+    "Trilu": (1,),
+}
 OUTPUTS: Mapping[str, float] = {"Attention": 3, "Split": float("inf"), "TopK": 2}  # else one
 SELU = 1.67326319217681884765625, 1.05070102214813232421875  # alpha and gamma, by default
 SIZED_BY_VALUES = frozenset({"NonZero", "Range"})
