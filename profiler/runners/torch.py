@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -12,7 +12,9 @@ from zipc.core.types import Workload
 from zipc.profiler.agent import values
 from zipc.profiler.runners.inputs import graph_inputs
 from zipc.profiler.runners.session import SessionRunner
-from zipc.profiler.runners.torch_graph import TorchGraph
+
+if TYPE_CHECKING:  # it imports torch, which takes seconds
+    from zipc.profiler.runners.torch_graph import TorchGraph
 
 
 class TorchRunner(SessionRunner):
@@ -33,6 +35,8 @@ class TorchRunner(SessionRunner):
 
     @staticmethod
     def open(model: str | bytes, options: Mapping[str, Any]) -> TorchGraph:
+        from zipc.profiler.runners.torch_graph import TorchGraph
+
         return TorchGraph(model, **options)
 
     @staticmethod
