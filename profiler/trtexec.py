@@ -265,8 +265,8 @@ def find() -> list[str]:
     if importlib.util.find_spec("tensorrt") is not None:
         return [sys.executable, "-c", _stand_in()]
     raise Failure(
-        f"There is no trtexec, neither on the PATH nor at {' or '.join(PLACES)}, and no TensorRT "
-        f"for {sys.executable}. Install one there: apt-get install libnvinfer-bin (on a Jetson: "
+        "There is no trtexec, on the PATH or where NVIDIA puts it, and no TensorRT for "
+        f"{sys.executable}. Run there: apt-get install libnvinfer-bin (on a Jetson: "
         "nvidia-tensorrt), or pip install tensorrt.",
         "RemoteError",
     )

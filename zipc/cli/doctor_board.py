@@ -7,7 +7,7 @@ from typing import Any
 
 from zipc.cli.doctor import Finding
 from zipc.core.errors import RemoteError
-from zipc.profiler.remote import Host, RemoteDevice
+from zipc.profiler.remote import LOCAL, Host, RemoteDevice
 
 RUNTIMES = {  # and what has to be there
     "onnxruntime": "onnxruntime",
@@ -33,7 +33,7 @@ def examine_board(host: Host, *, runtime: str) -> tuple[Finding, ...]:
     found, lacks = seen["found"], seen["lacks"]
     free, place = found.pop("free_gb", None), found.pop("temporary", "")
     findings = (
-        Finding("ssh", "ok", "reached"),
+        Finding("agent" if host.address == LOCAL else "ssh", "ok", "reached"),
         *(_runtime(n, found.pop(n, None), lacks, needed=n == runtime) for n in RUNTIMES),
         _disk(free, place),
         *(_setting(n, str(value)) for n, value in found.items()),
