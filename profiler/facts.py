@@ -23,6 +23,7 @@ DISTRIBUTIONS = {
     "torch": ("torch",),
     "torch-cuda": ("torch",),
 }
+ON_GPU = ("tensorrt", "torch-cuda")
 PACKAGE = "TensorRT's Python package"  # where there is no trtexec
 # Extensions that choose between GEMM kernels, as Linux spells them on x86 and Arm.
 ISA_FEATURES = (
@@ -121,7 +122,7 @@ def _setup(runtime: str) -> dict[str, str]:
         "board": (_read(BOARD_MODEL) or "").rstrip("\0") or None,
         "l4t": _l4t(),
         "power_mode": _power_mode(),
-        "gpu": _nvidia_smi("name,driver_version") if runtime in ("tensorrt", "torch-cuda") else None,
+        "gpu": _nvidia_smi("name,driver_version") if runtime in ON_GPU else None,
     }
     return {name: value for name, value in more.items() if value}
 

@@ -1,8 +1,8 @@
 """What zipc asks of trtexec, done by TensorRT's Python package: pip installs that one alone.
 
-Run as a script with trtexec's own flags, in a process of its own, for a driver may crash it. It says
-and writes what trtexec does. Sent to boards with `agent.py`: Python 3.8 and the package are all it
-needs; memory, events and graphs of CUDA are those of the runtime library that the package brings.
+Run as a script with trtexec's own flags, in a process of its own, for a driver may crash it. It
+says and writes what trtexec does. Sent to boards with `agent.py`: Python 3.8 and the package are
+all it needs; memory, events and graphs of CUDA are those of the runtime library that it brings.
 """
 
 from __future__ import annotations

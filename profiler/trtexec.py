@@ -258,7 +258,7 @@ class Engine:
 
 
 def find() -> list[str]:
-    """The command that is this machine's trtexec; else what stands for it, by the Python package."""
+    """The command that is this machine's trtexec, or stands for it by TensorRT's Python package."""
     found = shutil.which("trtexec") or next((p for p in PLACES if os.access(p, os.X_OK)), None)
     if found is not None:
         return [found]

@@ -66,10 +66,10 @@ DTYPES: Mapping[int, torch.dtype] = {
 
 
 # Attributes that change nothing of what zipc runs, or repeat what an input says.
-_NO_MATTER = frozenset(
-    ("cubic_coeff_a", "extrapolation_value", "kernel_shape", "momentum", "saturate", "sorted")
-    + ("stash_type", "storage_order", "keep_aspect_ratio_policy", "training_mode")
-)
+_NO_MATTER = {
+    *("cubic_coeff_a", "extrapolation_value", "kernel_shape", "momentum", "saturate", "sorted"),
+    *("stash_type", "storage_order", "keep_aspect_ratio_policy", "training_mode"),
+}
 
 
 class Attributes(Mapping[str, Any]):
@@ -119,7 +119,9 @@ def _power(_: Attributes, x: Tensor, y: Tensor) -> Tensor:
     return torch.pow(x, y).to(x.dtype)
 
 
-def _clip(_: Attributes, x: Tensor, low: Tensor | None = None, high: Tensor | None = None) -> Tensor:
+def _clip(
+    _: Attributes, x: Tensor, low: Tensor | None = None, high: Tensor | None = None
+) -> Tensor:
     return x if low is None and high is None else torch.clamp(x, low, high)
 
 
@@ -420,9 +422,7 @@ def _log_softmax(given: Attributes, x: Tensor) -> Tensor:
     return torch.log_softmax(x, given.get("axis", -1))
 
 
-def _layer_norm(
-    given: Attributes, x: Tensor, scale: Tensor, bias: Tensor | None = None
-) -> Tensor:
+def _layer_norm(given: Attributes, x: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     shape = x.shape[given.get("axis", -1) :]
     return F.layer_norm(x, shape, scale, bias, given.get("epsilon", 1e-5))
 
@@ -481,16 +481,16 @@ def _around(before: Ints, after: Ints) -> list[int]:
     return [size for pair in reversed(pairs) for size in pair]
 
 
-def _convolution(given: Attributes, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def _convolution(
+    given: Attributes, x: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> Tensor:
     rank = x.ndim - 2
     strides, dilations, before, after = _window(given, rank)
     if before != after:
         x = F.pad(x, _around(before, after))
         before = [0] * rank
     groups = given.get("group", 1)
-    return torch.convolution(
-        x, weight, bias, strides, before, dilations, False, [0] * rank, groups
-    )
+    return torch.convolution(x, weight, bias, strides, before, dilations, False, [0] * rank, groups)
 
 
 def _transposed(given: Attributes, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
