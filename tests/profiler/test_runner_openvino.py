@@ -115,7 +115,7 @@ def test_a_python_without_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch)
     def missing(*_: object) -> None:
         raise ImportError("no openvino")
 
-    monkeypatch.setattr(agent, "OpenVinoSession", missing)
+    monkeypatch.setitem(agent.OPENERS, "openvino", missing)
     with pytest.raises(agent.Failure, match="pip install openvino") as caught:
         agent.Session(b"", {}, {}, runtime="openvino")
     assert caught.value.kind == RemoteError.__name__

@@ -6,6 +6,7 @@ import errno
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,10 @@ from zipc.build import FP32_BOUND, INT8_BOUND
 from zipc.core.errors import TargetUnreachable, UsageError
 from zipc.core.files import read_json, sha256_file
 from zipc.core.request import Request
-from zipc.core.types import Level, PairedTiming
+from zipc.core.types import PairedTiming
 from zipc.latency_tables.correction import Correction
 from zipc.latency_tables.store import TableStore
+from zipc.latency_tables.table import Entry
 from zipc.manifest import Manifest
 from zipc.model_source import load_source
 from zipc.pipeline import compile_model, plan_model
@@ -588,22 +590,46 @@ def test_table_of_another_device_is_measured_anew_and_said(
     assert profile_model(asked, progress=Told()).from_cache
 
 
-def test_sites_priced_above_the_whole_model_serve_one_run_and_are_not_kept(
-    project: Project, tmp_path: Path
-) -> None:
+def timed_wrong(
+    project: Project, tmp_path: Path, factors: Callable[[Entry], float]
+) -> tuple[float | None, Told, Path]:
+    """Profile with a table whose entries took so many times as long: how far its sums are off, what
+    was told, and where the table is."""
     cache = shutil.copytree(project.cache, tmp_path / "cache")
     asked = request(project.model, None, None, cache)
     path = profile_model(asked, progress=Told()).table_path
     store = TableStore(cache / "tables")
     table = store.load(path, fingerprint=None)
     assert table is not None
-    whole = table.entry("model", Level(1))
-    busy = whole.model_copy(update={"samples_ms": tuple(ms / 3 for ms in whole.samples_ms)})
-    store.save(table.with_entries([busy]).with_correction(None), path)
+    wrong = [
+        e.model_copy(update={"samples_ms": tuple(ms * factors(e) for ms in e.samples_ms)})
+        for e in table.entries
+    ]
+    store.save(table.with_entries(wrong).with_correction(None), path)
     told = Told()
-    assert profile_model(asked, progress=told).correction_error is not None
+    return profile_model(asked, progress=told).correction_error, told, path
+
+
+def test_sums_that_are_far_off_serve_one_run_and_are_not_kept(
+    project: Project, tmp_path: Path
+) -> None:
+    drawn = np.random.default_rng(0)
+    error, told, path = timed_wrong(project, tmp_path, lambda _: drawn.choice([0.4, 2.5]))
+    assert error is not None
+    assert error > 0.06
     assert any("as on a busy machine" in info for info in told.infos)
     assert not path.exists()
+
+
+def test_parts_above_the_whole_are_scaled_to_what_they_save_together(
+    project: Project, tmp_path: Path
+) -> None:
+    error, _, path = timed_wrong(
+        project, tmp_path, lambda e: 1 / 3 if e.signature == "model" else 1.0
+    )
+    assert error is not None
+    assert error < 0.01
+    assert path.exists()
 
 
 @pytest.mark.parametrize(
