@@ -74,6 +74,12 @@ def test_what_torch_has_no_kernels_for_is_refused(asked: dict[str, Any], said: s
         requested_target(Request(model="m", runtime="torch", **asked))
 
 
+@pytest.mark.parametrize("runtime", ["onnxruntime", "torch", "auto"])
+def test_a_gpu_has_no_runtime_of_processors(runtime: str) -> None:
+    with pytest.raises(UsageError, match=r"target 'cuda' runs torch-cuda.*--target cpu"):
+        requested_target(Request(model="m", target="cuda", runtime=runtime))
+
+
 def test_boards_are_not_timed_in_torch(compiled: tuple[Path, Manifest]) -> None:
     target = requested_target(Request(model="m", runtime="torch"))
     with pytest.raises(UsageError, match="this machine only"):

@@ -75,7 +75,7 @@ def on_runtime(target: Target, runtime: str) -> Target:
     Raises:
         UsageError: the device has no such runtime.
     """
-    if runtime != target.runtime and (target.sheet is not None or runtime not in ON_CPU):
+    if runtime != target.runtime and not {runtime, target.runtime} <= set(ON_CPU):
         raise UsageError(
             f"--runtime {runtime} is for processors, and target '{target.name}' runs "
             f"{target.runtime}. Leave it out, or give --target cpu."
