@@ -11,6 +11,7 @@ import torch
 
 from tests import loopback
 from tests.command_line import Run, command_line
+from zipc.profiler import remote
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -55,3 +56,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[loopback.Sshd]:
     sshd = loopback.start(tmp_path_factory.mktemp("sshd"))
     yield sshd
     sshd.stop()
+
+
+@pytest.fixture
+def through_loopback(server: loopback.Sshd, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Boards are this machine, by its own sshd; a lost connection is taken up at once."""
+    monkeypatch.setenv("ZIPC_SSH", server.command)
+    monkeypatch.setattr(remote, "PAUSES_S", (0.0, 0.0))

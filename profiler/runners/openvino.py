@@ -11,8 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from zipc.core.types import Difference, Workload
-from zipc.profiler.agent import PRECISION, OpenVinoSession, values
-from zipc.profiler.runners.inputs import graph_inputs
+from zipc.profiler.agent import PRECISION, OpenVinoSession
 from zipc.profiler.runners.session import SessionRunner
 
 PRODUCTS = ("FullyConnected", "MatMul", "Convolution")  # layers of a compiled model
@@ -59,12 +58,6 @@ class OpenVinoRunner(SessionRunner):
     @staticmethod
     def open(model: str | bytes, options: Mapping[str, Any]) -> OpenVinoGraph:
         return OpenVinoGraph(model, options)
-
-    @staticmethod
-    def made_up(session: Any, model: Path | bytes, workload: Workload) -> dict[str, np.ndarray]:
-        content = model.read_bytes() if isinstance(model, Path) else model
-        given = graph_inputs(content, workload)  # OpenVINO forgets the names of open axes
-        return {name: values(name, spec["shape"], spec["dtype"]) for name, spec in given.items()}
 
 
 @dataclass(frozen=True, slots=True)

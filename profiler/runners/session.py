@@ -11,8 +11,9 @@ import numpy as np
 
 from zipc.core.errors import ExportMismatch, UsageError
 from zipc.core.types import Workload
-from zipc.profiler.agent import TITLES, one_inference
+from zipc.profiler.agent import TITLES, one_inference, values
 from zipc.profiler.facts import one_line
+from zipc.profiler.runners.inputs import graph_inputs
 
 
 class SessionRunner(ABC):
@@ -59,9 +60,14 @@ class SessionRunner(ABC):
         """Open a session of a path or a serialised graph. The runtime's own errors come through."""
 
     @staticmethod
-    @abstractmethod
     def made_up(session: Any, model: Path | bytes, workload: Workload) -> dict[str, np.ndarray]:
-        """Inputs of the graph, as large as the workload says."""
+        """Inputs of the graph, as large as the workload says.
+
+        As the file has them: a session may have forgotten the names of open axes.
+        """
+        content = model.read_bytes() if isinstance(model, Path) else model
+        given = graph_inputs(content, workload)
+        return {name: values(name, spec["shape"], spec["dtype"]) for name, spec in given.items()}
 
     @classmethod
     def opened_with(cls, workload: Workload) -> dict[str, Any]:

@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
-
 from zipc.core.types import Workload
-from zipc.profiler.agent import values
-from zipc.profiler.runners.inputs import graph_inputs
 from zipc.profiler.runners.session import SessionRunner
 
 if TYPE_CHECKING:  # it imports torch, which takes seconds
@@ -38,12 +33,6 @@ class TorchRunner(SessionRunner):
         from zipc.profiler.runners.torch_graph import TorchGraph
 
         return TorchGraph(model, **options)
-
-    @staticmethod
-    def made_up(session: Any, model: Path | bytes, workload: Workload) -> dict[str, np.ndarray]:
-        content = model.read_bytes() if isinstance(model, Path) else model
-        given = graph_inputs(content, workload)
-        return {name: values(name, spec["shape"], spec["dtype"]) for name, spec in given.items()}
 
 
 class TorchCudaRunner(TorchRunner):

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial, reduce
 from typing import Any
 
+import numpy as np
 import onnx
 import torch
 from onnx import TensorProto, helper
@@ -207,13 +208,7 @@ def _unsqueeze(_: Attributes, x: Tensor, axes: Ints) -> Tensor:
 
 
 def _expand(_: Attributes, x: Tensor, sizes: Ints) -> Tensor:
-    return torch.broadcast_to(x, _broadcast(x.shape, sizes))
-
-
-def _broadcast(sizes: Ints, others: Ints) -> list[int]:
-    rank = max(len(sizes), len(others))
-    first, second = ([1] * (rank - len(s)) + list(s) for s in (sizes, others))
-    return [b if a == 1 else a for a, b in zip(first, second, strict=True)]
+    return x.expand(np.broadcast_shapes(x.shape, tuple(sizes)))
 
 
 def _tile(_: Attributes, x: Tensor, times: Ints) -> Tensor:

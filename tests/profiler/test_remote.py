@@ -21,10 +21,7 @@ from zipc.profiler.timing import interleave, warm_up
 BOARD = Host(loopback.ALIAS, sys.executable)
 
 
-@pytest.fixture(autouse=True)
-def through_loopback(server: loopback.Sshd, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ZIPC_SSH", server.command)
-    monkeypatch.setattr(remote, "PAUSES_S", (0.0, 0.0))
+pytestmark = pytest.mark.usefixtures("through_loopback")
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,17 +23,7 @@ from zipc.profiler.trtexec import BY_PYTHON
 SCRIPT = str(tensorrt_python.__file__)
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[loopback.Sshd]:
-    sshd = loopback.start(tmp_path_factory.mktemp("sshd"))
-    yield sshd
-    sshd.stop()
-
-
-@pytest.fixture(autouse=True)
-def through_loopback(server: loopback.Sshd, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ZIPC_SSH", server.command)
-    monkeypatch.setattr(remote, "PAUSES_S", (0.0, 0.0))
+pytestmark = pytest.mark.usefixtures("through_loopback")
 
 
 def board(folder: Path) -> RemoteDevice:

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from tests import fake_trtexec, loopback
 from tests.relu_graph import WORKLOAD, graph
 from zipc.core.errors import EngineFailed, RemoteError, ZipcError
 from zipc.exporters.tensorrt.script import recipe
-from zipc.profiler import remote
 from zipc.profiler.remote import Host, RemoteDevice
 from zipc.profiler.timing import interleave, warm_up
 from zipc.profiler.trtexec import SPARE, integers, version
@@ -24,17 +22,7 @@ from zipc.profiler.trtexec import SPARE, integers, version
 SIZE_MS = len(graph()) / 1e4
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[loopback.Sshd]:
-    sshd = loopback.start(tmp_path_factory.mktemp("sshd"))
-    yield sshd
-    sshd.stop()
-
-
-@pytest.fixture(autouse=True)
-def through_loopback(server: loopback.Sshd, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ZIPC_SSH", server.command)
-    monkeypatch.setattr(remote, "PAUSES_S", (0.0, 0.0))
+pytestmark = pytest.mark.usefixtures("through_loopback")
 
 
 def board(folder: Path, *, first: str = ":") -> RemoteDevice:
