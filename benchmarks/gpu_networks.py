@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from zipc.numerics.sparsity import largest as largest_of
+
 HEAD = 64
 ROWS = 32  # cuSPARSELt takes multiples of so many rows of integers
 MIN_ROWS = 32  # torch._int_mm wants more than 16
@@ -87,13 +89,6 @@ def random_layers(shape: Shape, device: str, dtype: torch.dtype, *, seed: int = 
         "down": (shape.hidden, shape.ffn),
     }
     return [{name: weight(*size) for name, size in sizes.items()} for _ in range(shape.layers)]
-
-
-def two_of_four(weight: Tensor) -> Tensor:
-    """Keep the two largest of every four inputs."""
-    groups = weight.unflatten(1, (-1, 4))
-    kept = groups.abs().topk(2, dim=2).indices
-    return (groups * torch.zeros_like(groups).scatter(2, kept, 1.0)).flatten(1)
 
 
 def quantise(x: Tensor, scale: Tensor) -> Tensor:
@@ -264,7 +259,10 @@ def build(shape: Shape, variant: Variant, glue: Glue, x: Tensor) -> Stack:
     y = x
     for layer in random_layers(shape, str(x.device), x.dtype):
         if variant.pattern == "2:4":
-            layer = {n: replace(w, weight=two_of_four(w.weight)) for n, w in layer.items()}
+            layer = {
+                n: replace(w, weight=w.weight * largest_of(w.weight.abs(), kept=2, of=4))
+                for n, w in layer.items()
+            }
         largest: dict[str, Tensor] = {}
         noted = {n: _noting(float_map(w), n, largest) for n, w in layer.items()}
         for part in parts_of(shape, noted, Glue(), y):

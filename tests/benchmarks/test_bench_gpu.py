@@ -42,13 +42,6 @@ def test_halving_takes_half_the_heads_and_half_the_width() -> None:
     assert sizes == {"qkv": (256, 128), "out": (128, 128), "up": (256, 128), "down": (128, 128)}
 
 
-def test_two_of_four_keeps_the_two_largest() -> None:
-    weight = torch.tensor([[1.0, -4.0, 3.0, 2.0, 0.1, 0.0, -0.3, 0.2]])
-    assert gpu_networks.two_of_four(weight).tolist() == [
-        pytest.approx([0.0, -4.0, 3.0, 0.0, 0.0, 0.0, -0.3, 0.2])
-    ]
-
-
 def test_a_workload_is_told_with_what_could_not_run() -> None:
     with torch.inference_mode():
         found = bench_gpu.measure(PLAIN, 2, Glue(), device="cpu", seconds=0.1)
