@@ -310,7 +310,8 @@ def _ladder(
 ) -> Ladder:
     site = prepared.sites[name]
     widths = widths_of(site, step=target.width_step) if request.prune else [site.units]
-    if not prepared.on_integers(site):
+    theirs = request.quantizer != "zipc"  # it leaves last maps of language models in floats
+    if not prepared.on_integers(site) or (theirs and site.kind == "map"):
         numerics = ("fp32",)
     levels = [lv for w in widths for lv in ([Level(w, n) for n in numerics] if w else [Level(0)])]
     if offers_sparse(target, request):

@@ -77,6 +77,51 @@ def test_networks_of_convolutions_are_refused(
         plan_model(asked, progress=Told())
 
 
+WITH_A_HEAD = """
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down, self.head = nn.Linear(64, 96), nn.Linear(96, 64), nn.Linear(64, 512)
+
+    def forward(self, x):
+        return self.head(x + self.down(self.up(x).relu()))
+
+
+def net():
+    return Net()
+"""
+
+
+@pytest.mark.parametrize(("quantizer", "numeric"), [("zipc", STATIC), ("modelopt", "fp32")])
+def test_maps_that_nothing_is_cut_from_stay_in_floats_for_another(
+    quantizer: str, numeric: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_clock(monkeypatch)
+    small_effort(monkeypatch)
+    monkeypatch.setattr("zipc.groundwork.check_modelopt", lambda _: None)
+    (tmp_path / "nets.py").write_text(WITH_A_HEAD)
+    rows = np.random.default_rng(0).standard_normal((160, 64), dtype=np.float32)
+    np.savez(tmp_path / "data.npz", x=rows)
+    asked = request(
+        Path(f"{tmp_path / 'nets.py'}:net"),
+        tmp_path / "data.npz",
+        None,
+        tmp_path,
+        sequence_length=None,
+        prune=False,
+        speedup=None,
+        numerics=STATIC,
+        quantizer=quantizer,
+    )
+    plan = plan_model(asked, progress=Told())
+    chosen = {name: level.numeric for name, level in plan.allocation.levels.items()}
+    assert chosen["head"] == numeric
+    assert {n for name, n in chosen.items() if name != "head"} == {STATIC}
+
+
 def test_rows_are_fed_without_their_padding() -> None:
     batch = {"x": torch.arange(6).view(2, 3), "attention_mask": torch.tensor([[1, 1, 0], [1] * 3])}
     assert [row["x"].tolist() for row in unpadded([batch])] == [[[0, 1]], [[3, 4, 5]]]
