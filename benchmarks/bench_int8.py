@@ -25,7 +25,7 @@ import importlib.util
 import logging
 import platform
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -39,7 +39,7 @@ from provenance import commit
 from zipc.build import dense_model, edit_of
 from zipc.core.files import read_json, write_json
 from zipc.core.request import Request
-from zipc.core.types import Allocation, Level, Silent, Workload
+from zipc.core.types import Allocation, Level, Silent, Site, Workload
 from zipc.exporters.specialise import specialise
 from zipc.integer_body import RANGES, IntegerBody
 from zipc.model_source import load_source, settle
@@ -55,7 +55,7 @@ from zipc.pruner.graph.sites import sizes_at
 from zipc.pruner.levels import Levels
 from zipc.pruner.on_grid import on_grid
 from zipc.pruner.states import States
-from zipc.quantizer import by_modelopt, quantised, unpadded
+from zipc.quantizer import by_modelopt, quantised, takes, unpadded
 from zipc.runtimes import integer_kernels
 from zipc.samples import Feeds, open_samples
 from zipc.stage_cache import StageCache
@@ -173,7 +173,7 @@ def linear(prepared: Prepared, rows: Sequence[Feeds]) -> dict[str, bytes]:
         ways[way] = graph(prepared, at, propagate(prepared.executor, levels, at, rows))
     if INSTALLED:
         floats = levels.states(unpruned(prepared, "fp32"))
-        at = but_outputs(prepared, unpruned(prepared, STATIC))
+        at = unpruned(prepared, STATIC, where=takes)
         theirs = by_modelopt(prepared, at, floats, rows)
         ways["modelopt in our graph"] = graph(prepared, at, theirs)
     return ways
@@ -210,18 +210,15 @@ def levels_on(prepared: Prepared, rows: Sequence[Feeds]) -> Levels:
     )
 
 
-def unpruned(prepared: Prepared, numeric: str) -> Allocation:
+def unpruned(
+    prepared: Prepared, numeric: str, *, where: Callable[[Site], bool] = lambda _: True
+) -> Allocation:
+    """Every site whole, and in a numeric where it can be and shall be."""
     levels = {
-        name: Level(site.units, numeric if prepared.on_integers(site) else "fp32")
+        name: Level(site.units, numeric if prepared.on_integers(site) and where(site) else "fp32")
         for name, site in prepared.sites.items()
     }
     return Allocation(levels, 0.0, 0.0)
-
-
-def but_outputs(prepared: Prepared, allocation: Allocation) -> Allocation:
-    """Without the maps that are whole, as a language model's last one: it leaves them in floats."""
-    whole = {n: Level(s.units) for n, s in prepared.sites.items() if s.kind == "map"}
-    return replace(allocation, levels={**allocation.levels, **whole})
 
 
 def graph(prepared: Prepared, allocation: Allocation, states: States) -> bytes:

@@ -15,7 +15,10 @@ from zipc.cli.app import app
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
-FILE = re.compile(r"`((?:benchmarks|docs|examples|tests|zipc)/[\w./-]+)`")
+FILE = re.compile(
+    r"`((?:benchmarks|docs|examples|exporters|latency_tables|numerics|profiler|pruner|tests|zipc)"
+    r"/[\w./-]+)`"
+)
 COMMAND = re.compile(r"^    (zipc .+)$", re.MULTILINE)
 
 

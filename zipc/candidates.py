@@ -13,6 +13,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from zipc import quantizer
 from zipc.core.errors import UsageError
 from zipc.core.figures import three_digits
 from zipc.core.files import fingerprint
@@ -272,7 +273,7 @@ def _numerics(
         return ("fp32",)
     if wanted == prepared.floats:
         return ("fp32",)
-    integers = [n for n, s in sites.items() if prepared.on_integers(s)]
+    integers = [n for n, s in sites.items() if _rounds(prepared, s, request)]
     if (wanted in schemes or wanted == "int8") and not integers:
         raise UsageError(
             f"--numerics {wanted} is for linear maps, and no site of {request.model} has such "
@@ -299,6 +300,11 @@ def _numerics(
     return schemes if wanted == "int8" else ("fp32", *schemes)
 
 
+def _rounds(prepared: Prepared, site: Site, request: Request) -> bool:
+    """Whether a site may leave floats: it can, and the quantizer takes it."""
+    return prepared.on_integers(site) and (request.quantizer == "zipc" or quantizer.takes(site))
+
+
 def _ladder(
     name: str,
     prepared: Prepared,
@@ -310,8 +316,7 @@ def _ladder(
 ) -> Ladder:
     site = prepared.sites[name]
     widths = widths_of(site, step=target.width_step) if request.prune else [site.units]
-    theirs = request.quantizer != "zipc"  # it leaves last maps of language models in floats
-    if not prepared.on_integers(site) or (theirs and site.kind == "map"):
+    if not _rounds(prepared, site, request):
         numerics = ("fp32",)
     levels = [lv for w in widths for lv in ([Level(w, n) for n in numerics] if w else [Level(0)])]
     if offers_sparse(target, request):

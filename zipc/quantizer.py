@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from zipc.build import rebuild, shrunk
 from zipc.core.errors import UnsupportedModel, UsageError
 from zipc.core.quiet import hush
-from zipc.core.types import Allocation
+from zipc.core.types import Allocation, Site
 from zipc.numerics.int8 import FULL, STATIC, ActivationRange, QuantizedWeight
 from zipc.prepare import Prepared
 from zipc.pruner.states import MapState, States
@@ -31,6 +31,11 @@ def check_modelopt(weight_limit: int) -> None:
             "--quantizer modelopt rounds weights to 8 bits, whose products with inputs of 8 bits "
             "overflow on this processor (no VNNI). Leave it out."
         )
+
+
+def takes(site: Site) -> bool:
+    """Whether it may round a site: of maps that nothing is cut from it leaves some in floats."""
+    return site.kind != "map"
 
 
 def in_floats(allocation: Allocation) -> Allocation:

@@ -45,6 +45,13 @@ def test_weights_that_have_the_pattern_stay_as_they_are(method: str) -> None:
     assert torch.equal(sparsify(once, gram, method=method), once)
 
 
+def test_the_largest_of_each_group_stay() -> None:
+    weight = torch.tensor([[1.0, -4.0, 3.0, 2.0, 0.1, 0.0, -0.3, 0.2]])
+    assert (weight * largest(weight.abs(), kept=2, of=4)).tolist() == [
+        pytest.approx([0.0, -4.0, 3.0, 0.0, 0.0, 0.0, -0.3, 0.2])
+    ]
+
+
 def test_sparsegpt_on_uncorrelated_inputs_is_magnitude_scaled_by_them() -> None:
     weight, _ = layer()
     gram = torch.diag(torch.rand(IN, dtype=torch.float64) * 9 + 0.1)

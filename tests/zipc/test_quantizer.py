@@ -58,21 +58,20 @@ def test_weights_that_would_overflow_are_refused(monkeypatch: pytest.MonkeyPatch
         check_modelopt(REDUCED)
 
 
+def factory_request(folder: Path, source: str, rows: tuple[int, ...], **rest: Any) -> Request:
+    """For `net` of a file with this source, and random rows."""
+    (folder / "nets.py").write_text(source)
+    values = np.random.default_rng(0).standard_normal(rows, dtype=np.float32)
+    np.savez(folder / "data.npz", x=values)
+    model, data = Path(f"{folder / 'nets.py'}:net"), folder / "data.npz"
+    return request(model, data, None, folder, sequence_length=None, **rest)
+
+
 def test_networks_of_convolutions_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("zipc.groundwork.check_modelopt", lambda _: None)
-    (tmp_path / "nets.py").write_text(NETS)
-    images = np.random.default_rng(0).standard_normal((40, 3, 16, 16), dtype=np.float32)
-    np.savez(tmp_path / "data.npz", x=images)
-    asked = request(
-        Path(f"{tmp_path / 'nets.py'}:net"),
-        tmp_path / "data.npz",
-        None,
-        tmp_path,
-        sequence_length=None,
-        quantizer="modelopt",
-    )
+    asked = factory_request(tmp_path, NETS, (40, 3, 16, 16), quantizer="modelopt")
     with pytest.raises(UsageError, match="is for linear maps"):
         plan_model(asked, progress=Told())
 
@@ -102,24 +101,24 @@ def test_maps_that_nothing_is_cut_from_stay_in_floats_for_another(
     fake_clock(monkeypatch)
     small_effort(monkeypatch)
     monkeypatch.setattr("zipc.groundwork.check_modelopt", lambda _: None)
-    (tmp_path / "nets.py").write_text(WITH_A_HEAD)
-    rows = np.random.default_rng(0).standard_normal((160, 64), dtype=np.float32)
-    np.savez(tmp_path / "data.npz", x=rows)
-    asked = request(
-        Path(f"{tmp_path / 'nets.py'}:net"),
-        tmp_path / "data.npz",
-        None,
-        tmp_path,
-        sequence_length=None,
-        prune=False,
-        speedup=None,
-        numerics=STATIC,
-        quantizer=quantizer,
-    )
+    how: dict[str, Any] = {"prune": False, "speedup": None, "numerics": STATIC}
+    asked = factory_request(tmp_path, WITH_A_HEAD, (160, 64), quantizer=quantizer, **how)
     plan = plan_model(asked, progress=Told())
     chosen = {name: level.numeric for name, level in plan.allocation.levels.items()}
     assert chosen["head"] == numeric
     assert {n for name, n in chosen.items() if name != "head"} == {STATIC}
+
+
+def test_int8_of_nothing_that_it_takes_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zipc.groundwork.check_modelopt", lambda _: None)
+    fake_clock(monkeypatch)
+    alone = WITH_A_HEAD.replace("x + self.down(self.up(x).relu())", "x")
+    how: dict[str, Any] = {"prune": False, "speedup": None, "numerics": STATIC}
+    asked = factory_request(tmp_path, alone, (160, 64), quantizer="modelopt", **how)
+    with pytest.raises(UsageError, match=r"no site of .* has such"):
+        plan_model(asked, progress=Told())
 
 
 def test_rows_are_fed_without_their_padding() -> None:
