@@ -154,6 +154,11 @@ def _measured(
             "no shares of the latency: with what lies around it, a site by itself takes longer "
             f"than the whole model, {three_digits(dense_ms)} ms"
         )
+    if sum(shares.values()) > 1:
+        source.notes.append(
+            "shares of the time overlap: each is that of a site with the normalisation and the "
+            "residual sum around it"
+        )
     progress.done(f"{three_digits(dense_ms)} ms")
     return found
 

@@ -263,6 +263,7 @@ class Plan:
     predicted_speedup: float
     oracle_loss: float
     split: dict[str, int]
+    data: str  # where the rows are from, and how they were cut
     notes: list[str]
 
     def to_json(self) -> dict[str, Any]:
@@ -282,6 +283,7 @@ class Plan:
             "predicted_speedup": self.predicted_speedup,
             "oracle_loss": self.oracle_loss,
             "split": self.split,
+            "data": self.data,
             "notes": self.notes,
         }
 
@@ -332,7 +334,8 @@ def plan_model(request: Request, *, progress: Progress) -> Plan:
             predicted_speedup=1 / ratio,
             oracle_loss=loss,
             split={str(part): count for part, count in setup.samples.sizes.items()},
-            notes=[setup.samples.description, *setup.samples.notes, *setup.candidates.notes],
+            data=setup.samples.description,
+            notes=[*setup.samples.notes, *setup.candidates.notes],
         )
 
 

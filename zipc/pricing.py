@@ -175,7 +175,7 @@ def price(
             path.unlink(missing_ok=True)
             progress.info(
                 f"sums of prices are off by {fitted.median_error:.1%}, as on a busy machine. They "
-                "serve this run only; the next one measures again"
+                "serve this run only; the next one measures them again"
             )
     return prices
 

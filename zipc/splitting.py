@@ -70,7 +70,7 @@ def cut(
             name = "test" if in_test else _pool_part(key(row), seed, search=2 / 7, dev=0.0)
             parts[name].append(row)
         parts["dev"] = parts["search"]
-        notes = [f"cut by hash from {paths[role].name}"]
+        notes = [f"cut by hash from {paths[role].name}; dev is the search part"]
     else:
         own_dev = "dev" in read and "dev" not in (pool_role, test_role)
         for row in read[pool_role]:

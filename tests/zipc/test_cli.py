@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -286,6 +287,20 @@ class TestCompile:
         assert (code, told in " ".join(err.split())) == (2, True)
         assert [p.name for p in tmp_path.rglob("*")] == ["mine", "thesis.tex"]
 
+    @pytest.mark.parametrize("shapes", [[], ["--input-shapes", "x:1x4"]])
+    def test_dry_run_refuses_rows_that_are_not_finite(
+        self, run: Run, tmp_path: Path, shapes: list[str]
+    ) -> None:
+        rows = np.ones((64, 4))
+        rows[3, 2] = np.nan
+        np.savez(tmp_path / "rows.npz", x=rows)
+        data = ("--data", str(tmp_path / "rows.npz"))
+        code, _, err = run(
+            "compile", "m", "--speedup", "2x", *data, *shapes, "-o", "o", "--dry-run"
+        )
+        assert code == 2
+        assert "NaN or infinity in 1 of 64 rows, the first of them row 3" in " ".join(err.split())
+
     def test_dry_run_misses_what_is_not_installed(
         self, run: Run, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -481,6 +496,7 @@ class TestOtherVerbs:
         assert code == 0
         assert "predicted 2.11x" in out
         assert "7/12" in out
+        assert "texts: calibration 100 / test 50" in out
         assert "next: zipc compile minilm --target cpu --speedup 2x --data d -o OUT" in out
 
     def test_plan_s_next_command_asks_for_the_same(self, run: Run, pipeline: Any) -> None:
@@ -685,10 +701,7 @@ class FakePlan:
     dense_ms: float = 20.0
     predicted_speedup: float = 20.0 / 9.5
     left_alone: tuple[Any, ...] = ()
-    split: Any = None
-
-    def __post_init__(self) -> None:
-        self.split = {"calibration": 100, "test": 50}
+    data: str = "texts: calibration 100 / test 50"
 
     def to_json(self) -> dict[str, Any]:
         return {"predicted_ms": self.allocation.predicted_ms}

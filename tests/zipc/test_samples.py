@@ -165,7 +165,7 @@ def test_a_single_file_is_cut_by_the_bytes_of_its_rows(tmp_path: Path) -> None:
     for one, two in (("calibration", "search"), ("calibration", "test"), ("search", "test")):
         assert not parts[one] & parts[two]
     assert sum(len(parts[p]) for p in ("calibration", "search", "test")) == 300
-    assert "cut by hash from a.npz" in samples.description
+    assert "cut by hash from a.npz; dev is the search part" in samples.description
     shuffled = pictures[RNG.permutation(len(pictures))]
     other = opened(
         picture_source(), save(tmp_path / "b.npz", pixel_values=shuffled, mean=MEAN, std=STD)

@@ -82,7 +82,7 @@ def test_doctor_tells_what_works_for_a_target(run: Run) -> None:
     found = {f["name"]: f for f in json.loads(out)["findings"]}
     assert code == 0
     assert "predicted" in found["compile, plan"]["detail"]
-    assert "published latencies of this device: other" in found["model"]["detail"]
+    assert "published latencies of this device: of other networks" in found["model"]["detail"]
     assert found["trtexec"]["status"] == "ok" or "compute capability 8.7" in found["trtexec"]["fix"]
     assert "RTX does not build for sm87" in found["engine"]["detail"]  # nobody tests on an Orin
     code, out, _ = run("doctor", "--target", "cuda")

@@ -22,7 +22,7 @@ from zipc.cli.flags import FormatFlag, HostFlag, HostPythonFlag, one_host
 from zipc.cli.running import Outcome, run_verb
 from zipc.core.errors import UsageError
 from zipc.core.types import Progress
-from zipc.latency_tables.modelled import device_model
+from zipc.latency_tables.modelled import NetworkKind, device_model
 from zipc.targets import load_target, split_mode
 
 NEEDED = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "numpy", "scipy")
@@ -93,15 +93,16 @@ def examine_target(name: str) -> tuple[Finding, ...]:
     sheet = target.sheet
     model = device_model(sheet.anchors)
     worst = max(held.median_error for held in model.held_out)
-    anchored = [k for k in ("attention", "other") if model.anchored(split_mode(name)[0], k)]
-    told = f"published latencies of this device: {', '.join(anchored) or 'none (unanchored)'}"
+    kinds: dict[NetworkKind, str] = {"attention": "transformers", "other": "other networks"}
+    anchored = [t for k, t in kinds.items() if model.anchored(split_mode(name)[0], k)]
+    told = f"published latencies of this device: of {', '.join(anchored) or 'none (unanchored)'}"
     there = f"run OUT/build.sh where trtexec is (compute capability {sheet.compute_capability})"
     return (
         Finding("compile, plan", "ok", f"{name}: from a modelled table; verdict 'predicted'"),
         Finding("model", "ok", f"off by {worst:.0%} on the worst source left out (median); {told}"),
         _builder(sheet.sm),
         _tool("trtexec", "builds and times engines", there),
-        _tool("nvidia-smi", "tells of an NVIDIA driver", there),
+        _tool("nvidia-smi", "tells of an NVIDIA driver"),
     )
 
 
@@ -115,7 +116,7 @@ def _builder(sm: str) -> Finding:
     return Finding("engine", "ok", f"compile --engine {name} builds for {sm} here")
 
 
-def _tool(name: str, purpose: str, fix: str) -> Finding:
+def _tool(name: str, purpose: str, fix: str = "") -> Finding:
     place = shutil.which(name)
     if place is None:
         return Finding(name, "optional", f"not here; it {purpose}", fix)

@@ -31,6 +31,8 @@ def dry_run(request: Request) -> Outcome:
     target, _ = open_target(request)
     data = None if request.data is None else _describe_data(request)
     asked = {k: _plain(v) for k, v in dataclasses.asdict(request).items()}
+    if request.host is None:
+        del asked["host_python"]
     asked["input_shapes"] = [str(spec) for spec in request.input_shapes]
     document = {
         "dry_run": True,
@@ -49,7 +51,7 @@ def dry_run(request: Request) -> Outcome:
         if data is not None:
             table.add_row("data, splits", escape(data))
         console.print(table)
-        console.print("dry run: nothing was measured or written")
+        console.print("ok; nothing was measured or written. next: the same without --dry-run")
 
     return Outcome(document, show)
 

@@ -61,7 +61,7 @@ def show_plan(console: Console, plan: Plan, *, request: Request) -> None:
         f"[bold]predicted {plan.predicted_speedup:.2f}x[/]  "
         f"{_ms(plan.allocation.predicted_ms)} of {_ms(plan.dense_ms)} dense",
     )
-    _say(console, " / ".join(f"{name} {rows:,}" for name, rows in plan.split.items()) + " rows")
+    _say(console, escape(plan.data))
     units = {site.name: site.units for site in plan.sites}
     levels = plan.allocation.levels.items()
     rows: list[Row] = [(name, level, units.get(name), None, None) for name, level in levels]

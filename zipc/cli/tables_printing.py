@@ -28,7 +28,8 @@ def show_list(console: Console, document: Mapping[str, Any]) -> None:
         )
         return
     table = Table(box=None, pad_edge=False)
-    for name in ("name", "kind", "target", "runtime", "workload"):
+    table.add_column("name", no_wrap=True)  # to be copied
+    for name in ("kind", "target", "runtime", "workload"):
         table.add_column(name, overflow="fold")
     for name in ("prices", "noise", "sums off by"):
         table.add_column(name, justify="right")

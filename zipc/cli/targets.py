@@ -19,6 +19,7 @@ from zipc.core.types import Progress
 from zipc.targets import (
     add_target,
     load_target,
+    on_runtime,
     power_modes,
     shipped_files,
     split_mode,
@@ -109,14 +110,22 @@ def _described(name: str) -> dict[str, Any]:
 
 def _show_list(console: Console, rows: list[dict[str, Any]]) -> None:
     table = Table(box=None, pad_edge=False)
-    for column in ("name", "runtime", "numerics", "patterns", "width step", "from", "description"):
+    for column in (
+        "name",
+        "runtime",
+        "numerics",
+        "patterns",
+        "largest step",
+        "from",
+        "description",
+    ):
         table.add_column(column, overflow="fold")
     for row in rows:
         if row["error"] is None:
             table.add_row(
                 escape(row["name"]),
                 escape(row["runtime"]),
-                ", ".join(row["numerics"]),
+                ", ".join(on_runtime(load_target(row["name"]), row["runtime"]).numerics),
                 ", ".join(row["patterns"]),
                 str(row["width_step"]),
                 "zipc" if row["shipped"] else escape(row["file"]),

@@ -147,7 +147,9 @@ def _spec_of(name: str, values: Array) -> InputSpec:
 def _check_given(
     specs: Sequence[InputSpec], arrays: Mapping[str, Array], path: Path, request: Request
 ) -> None:
-    """Refuse arrays of other sizes than --input-shapes gives; its types may come from them.
+    """Refuse arrays of other sizes than --input-shapes gives, and inputs that are not finite.
+
+    Its types may come from the arrays; without it all of them are inputs.
 
     The shape of a single input may have any name, as its array may.
     """
@@ -160,6 +162,9 @@ def _check_given(
         if spec.name in found:
             kind = found[spec.name].dtype if spec.dtype == "float32" else spec.dtype
             check_row(replace(spec, dtype=kind), found[spec.name])
+    for name in [spec.name for spec in specs] or found:
+        if name in found:
+            _finite(name, arrays[name], path)
 
 
 def next_tokens(ids: Array, mask: Array) -> Array:
@@ -183,12 +188,7 @@ def _inputs(arrays: Mapping[str, Array], source: SourceModel, path: Path) -> dic
             raise UsageError(f"'{name}' in {path} is one number; its first axis must be the rows.")
         if values.dtype.kind not in "fiub":
             raise UsageError(f"'{name}' in {path} holds {values.dtype}, not numbers.")
-        if values.dtype.kind == "f" and not np.isfinite(values).all():
-            wrong = np.flatnonzero(~np.isfinite(values).reshape(len(values), -1).all(1))
-            raise UsageError(
-                f"'{name}' in {path} contains NaN or infinity in {len(wrong)} of {len(values)} "
-                f"rows, the first of them row {wrong[0]}. Mend them, or leave them out."
-            )
+        _finite(name, values, path)
     _same_rows(named, path)
     ids = named.get("input_ids")
     if ids is not None and ids.ndim == 2 and 0 < source.max_length < ids.shape[1]:
@@ -204,6 +204,16 @@ def _inputs(arrays: Mapping[str, Array], source: SourceModel, path: Path) -> dic
                 f"0 to {high - 1}."
             )
     return named
+
+
+def _finite(name: str, values: Array, path: Path) -> None:
+    if values.dtype.kind != "f" or np.isfinite(values).all():
+        return
+    wrong = np.flatnonzero(~np.isfinite(values).reshape(len(values), -1).all(1))
+    raise UsageError(
+        f"'{name}' in {path} contains NaN or infinity in {len(wrong)} of {len(values)} "
+        f"rows, the first of them row {wrong[0]}. Mend them, or leave them out."
+    )
 
 
 def _named(
@@ -225,7 +235,10 @@ def _same_rows(arrays: Mapping[str, Array], path: Path) -> None:
     counts = {name: len(values) for name, values in arrays.items()}
     if len(set(counts.values())) > 1:
         told = ", ".join(f"{name} {count:,}" for name, count in counts.items())
-        raise UsageError(f"The arrays in {path} have different numbers of rows: {told}.")
+        raise UsageError(
+            f"The arrays in {path} have different numbers of rows: {told}. "
+            "Each needs one for every example."
+        )
 
 
 def _alike(held: Mapping[str, Mapping[str, Array]], files: Mapping[str, Path]) -> None:

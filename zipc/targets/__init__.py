@@ -189,7 +189,9 @@ def _parse(text: str, *, where: str, default_name: str, mode: str) -> Target:
     if mode:
         if mode not in modes:
             known = ", ".join(f"{default_name}:{name}" for name in modes) or "none"
-            raise UsageError(f"{where} has no power mode '{mode}'. Its modes: {known}.")
+            raise UsageError(
+                f"Target {default_name} has no power mode '{mode}'. Its modes: {known}."
+            )
         table |= {"name": f"{table['name']}:{mode}", "mode": mode}
         table["sheet"] = table.get("sheet", {}) | modes[mode]
     fields = [field.name for field in dataclasses.fields(Target)]
