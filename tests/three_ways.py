@@ -44,7 +44,14 @@ def case_of(family: Family, dtype: torch.dtype = torch.float64) -> Case:
     """A family traced with all its outputs."""
     module = family.build().to(dtype)
     example = feeds_of(family, dtype)
-    return traced(module, example, dynamic=family.dynamic, limits=LIMITS, outputs=None)
+    return traced(
+        module,
+        example,
+        dynamic=family.dynamic,
+        limits=LIMITS,
+        outputs=None,
+        as_traced=family.as_traced,
+    )
 
 
 @functools.cache

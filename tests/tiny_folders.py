@@ -98,6 +98,14 @@ FOLDERS: dict[str, tuple[str, dict[str, Any]]] = {
         {"hidden_sizes": [8, 12], "depths": [1, 2], "num_stages": 2, "image_size": 16}
         | {"num_labels": 3},
     ),
+    "phi3": ("Phi3ForCausalLM", _DECODER),
+    "wav2vec2": (
+        "Wav2Vec2ForSequenceClassification",
+        {k: v for k, v in _ENCODER.items() if k != "max_position_embeddings"}
+        | {"conv_dim": [12, 12], "conv_kernel": [10, 3], "conv_stride": [5, 2], "num_labels": 3}
+        | {"num_feat_extract_layers": 2, "classifier_proj_size": 8}
+        | {"num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4},
+    ),
     "resnet": (
         "ResNetForImageClassification",
         {"embedding_size": 6, "hidden_sizes": [8, 12], "depths": [1, 2], "num_labels": 3}

@@ -20,6 +20,7 @@ from zipc.exporters.onnx_export import export_dense
 from zipc.exporters.specialise import Edit, Int8Weights
 from zipc.model_source import register_attention
 from zipc.pruner.graph import surgery
+from zipc.pruner.graph.as_traced import AsTraced
 from zipc.pruner.graph.cuts import Cuts
 from zipc.pruner.graph.interpret import Executor, Variant
 from zipc.pruner.graph.mixtures import rerouted
@@ -95,6 +96,7 @@ class Case:
     executor: Executor
     output: str
     chosen: Callable[[Any], list[Tensor]]
+    written: nn.Module  # whose code the program was traced from
 
     @property
     def sites(self) -> list[Site]:
@@ -161,8 +163,12 @@ def traced(
     dynamic: Dynamic | None = None,
     limits: Mapping[str, int] = LIMITS,
     outputs: int | None = 1,
+    as_traced: bool = False,
 ) -> Case:
-    """Trace a module whose first `outputs` tensors are those that count; None: all."""
+    """Trace a module whose first `outputs` tensors are those that count; None: all.
+
+    `as_traced` is for code that does not follow when sites shrink: its graph is the module then.
+    """
 
     def chosen(result: Any) -> list[Tensor]:
         return [t for t in tree_leaves(result) if isinstance(t, Tensor)][:outputs]
@@ -170,10 +176,14 @@ def traced(
     axes = axes_of(example) if dynamic is None else dynamic
     program = trace(module, example, dynamic=axes, limits=limits)
     program.outputs = program.outputs[:outputs]
-    structure = verify(module, program, find_sites(program), example)
-    name = "logits" if "Classification" in type(module).__name__ else "last_hidden_state"
+    written, found = module, find_sites(program)
+    if as_traced:
+        assert len(verify(module, program, found, example).sites) < len(found.sites)
+        module = AsTraced(module, program, found)
+    structure = verify(module, program, found, example)
+    name = "logits" if "Classification" in type(written).__name__ else "last_hidden_state"
     executor = Executor(program, structure)
-    return Case(module, example, program, structure, executor, name, chosen)
+    return Case(module, example, program, structure, executor, name, chosen, written)
 
 
 @functools.cache
@@ -305,7 +315,7 @@ def all_zeroed(made: Case, kept: Kept, feeds: Mapping[str, Tensor]) -> list[Tens
             handles.append(norm.register_forward_hook(_normed_without(norm, index)))
     try:
         with _MinusInfinity({made.module.get_parameter(n): g for n, g in unreachable.items()}):
-            return made.chosen(made.module(**feeds))
+            return made.chosen(made.written(**feeds))
     finally:
         for handle in handles:
             handle.remove()

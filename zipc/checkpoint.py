@@ -12,9 +12,9 @@ from torch import nn
 from zipc.build import rebuild
 from zipc.core.errors import CorruptFile, UsageError, first_line
 from zipc.core.files import read_json
-from zipc.model_source import traced_module
+from zipc.model_source import as_recipe_says
 from zipc.sources.factory import KIND as FACTORY
-from zipc.sources.factory import PARTED, TRACED, Factory, find_factory, make_blank
+from zipc.sources.factory import PARTED, Factory, find_factory, make_blank
 from zipc.sources.huggingface import build_module, load_config
 
 
@@ -67,7 +67,7 @@ def _blank(
                 f"{out} holds a Hugging Face model: zipc.load takes no factory for it."
             )
         _require(folder, "config.json", out=out)
-        return build_module(load_config(folder), recipe)
+        return as_recipe_says(build_module(load_config(folder), recipe), recipe)
     if factory is None:
         raise UsageError(
             f"{out} was compiled from the factory {recipe.get('factory')}, and a folder never "
@@ -77,7 +77,7 @@ def _blank(
     found = find_factory(factory) if isinstance(factory, str) else Factory.of(factory)
     try:
         module = make_blank(found, parted=recipe.get(PARTED, ())).float()
-        return traced_module(module, recipe[TRACED]) if TRACED in recipe else module
+        return as_recipe_says(module, recipe)
     except (AttributeError, TypeError) as error:
         raise CorruptFile(
             f"The module of {_name(factory)} does not fit {out} ({first_line(error)}). Give the "

@@ -17,27 +17,33 @@ from zipc.pruner.graph.sites import Structure, find_sites
 from zipc.pruner.graph.trace import Program, trace
 from zipc.sources.attention import ATTENTION, register_attention
 from zipc.sources.common import (
-    BATCH,
     SourceModel,
     Written,
+    example_sizes,
+    limited,
     make_example,
     open_axes,
     register_output,
 )
 from zipc.sources.decode import with_cache
-from zipc.sources.factory import TRACED, load_factory
+from zipc.sources.factory import load_factory
 from zipc.sources.hub import ALIASES, Alias
 from zipc.sources.huggingface import build_module, load_config, load_folder
 from zipc.sources.sizes import settle
 from zipc.user_code import split_reference
 
 SHORT = 4  # tokens; shorter sequences may be traced differently
+LENGTH = 16  # tokens that a model is traced on
+# In the recipe of a checkpoint: what a module that runs its graph was traced on, and for which
+# lengths of its sequences.
+TRACED, LENGTHS = "traced_on", "traced_lengths"
 
 __all__ = [
     "ALIASES",
     "ATTENTION",
     "Alias",
     "SourceModel",
+    "as_recipe_says",
     "build_module",
     "load_config",
     "load_source",
@@ -45,7 +51,6 @@ __all__ = [
     "run_as_traced_",
     "settle",
     "trace_source",
-    "traced_module",
     "with_cache",
 ]
 
@@ -59,8 +64,8 @@ def load_source(
 ) -> SourceModel:
     """Load MODEL in fp32 evaluation mode.
 
-    `weights` belong to a factory, `input_shapes` to a factory or a model of images; where neither
-    they nor the file of the factory say how large an input is, `rows` do: those of the data.
+    `weights` belong to a factory, `input_shapes` to all but models of texts; where neither they nor
+    the file of a factory say how large an input is, `rows` do: those of the data.
 
     Raises:
         UsageError: it cannot be found or read, or its inputs are not known.
@@ -72,21 +77,31 @@ def load_source(
         raise UsageError(
             f"--weights belongs to a model given as path/to/file.py:factory; {model} has its own."
         )
-    return load_folder(model, input_shapes=input_shapes)
+    return load_folder(model, input_shapes=input_shapes, rows=rows)
 
 
-def traced_module(module: nn.Module, specs: Sequence[Mapping[str, Any]]) -> nn.Module:
-    """A module of a factory that runs its graph, traced on inputs such as the recipe has.
+def as_recipe_says(module: nn.Module, recipe: Mapping[str, Any]) -> nn.Module:
+    """The module, or where the recipe says so one that runs its graph, traced as it was then.
 
     Raises:
         UnsupportedModel: torch.export cannot follow it any more.
     """
-    inputs = [InputSpec(**{**spec, "shape": tuple(spec["shape"])}) for spec in specs]
-    example = make_example(inputs, {BATCH: 2})
+    if TRACED not in recipe:
+        return module
+    inputs = [InputSpec(**{**spec, "shape": tuple(spec["shape"])}) for spec in recipe[TRACED]]
+    least, most = recipe.get(LENGTHS, (None, LENGTH))
+    limits = limited(inputs, most)
+    example = make_example(inputs, example_sizes(batch=2, length=min(LENGTH, most)))
     module.float()
     with torch.no_grad():
         register_output(module(**example))
-    program = trace(module, example, dynamic=open_axes(inputs))
+    program = trace(
+        module,
+        example,
+        dynamic=open_axes(inputs),
+        limits=limits,
+        least={} if least is None else dict.fromkeys(limits, least),
+    )
     return AsTraced(module, program, find_sites(program))
 
 
@@ -97,15 +112,21 @@ def run_as_traced_(
 
     `follows` has the sites at which its code does follow.
     """
-    specs = [asdict(spec) for spec in source.specs]
-    blank = source.blank
+    cache, blank = source.cache, source.blank
+    specs = source.specs if cache is None else cache.without
     stays = {s.name for s in structure.sites} - {s.name for s in follows.sites}
     source.written = Written(
         source.module, blank, dict(source.recipe), follows.attributes, frozenset(stays)
     )
     source.module = AsTraced(source.module, program, structure)
-    source.blank = lambda: traced_module(blank(), specs)
-    source.recipe[TRACED] = specs
+    recipe = source.recipe | {TRACED: [asdict(spec) for spec in specs]}
+    if limited(specs, source.max_length):
+        recipe[LENGTHS] = [source.min_length, source.max_length]
+    source.recipe = recipe
+    if cache is None:
+        source.blank = lambda: as_recipe_says(blank(), recipe)
+    else:  # a checkpoint has no cache
+        source.blank = lambda: AsTraced(blank(), program, structure)
 
 
 def trace_source(source: SourceModel, *, batch: int = 1) -> Program:
@@ -134,7 +155,8 @@ def trace_source(source: SourceModel, *, batch: int = 1) -> Program:
     return program
 
 
-def _trace(source: SourceModel, *, least: int | None = None) -> Program:
+def _trace(source: SourceModel) -> Program:
+    least = source.min_length
     return trace(
         source.module,
         source.example(),
@@ -148,11 +170,11 @@ def _trace_usual_lengths(source: SourceModel) -> Program | None:
     """Trace for sequences that are neither very short nor the longest; None where that fails."""
     if not source.limits or source.max_length <= 2 * SHORT:
         return None
-    source.max_length -= 1
+    source.max_length, source.min_length = source.max_length - 1, SHORT
     try:
-        program = _trace(source, least=SHORT)
+        program = _trace(source)
     except UnsupportedModel:
-        source.max_length += 1
+        source.max_length, source.min_length = source.max_length + 1, None
         return None
     source.notes.append(
         f"the model treats the shortest and the longest sequences in a way of its own: the graph "

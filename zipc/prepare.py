@@ -33,7 +33,6 @@ from zipc.pruner.graph.verify import verify
 from zipc.pruner.graph.whole_maps import with_whole_maps
 from zipc.runtimes import RUNTIMES, CpuRuntime
 from zipc.sources.common import Cache
-from zipc.sources.factory import KIND as FACTORY
 from zipc.stage_cache import StageCache
 
 PARITY_BOUND = 1e-4  # norm of dense ONNX minus torch, relative to torch
@@ -169,7 +168,7 @@ def prepare(
     dense = _load_graph(cache, key)
     reused = dense is not None
     if dense is None:
-        cache_ends = source.cache or Cache((), ())
+        cache_ends = source.cache or Cache((), (), ())
         dense = export_dense(
             program.exported,
             example,
@@ -189,12 +188,12 @@ def discover(
 ) -> Structure:
     """The sites of a traced model that its module follows, the residual width among them.
 
-    A module of the user's own whose code follows at fewer of them runs its graph from now on.
+    A module whose code follows at fewer of them runs its graph from now on.
     """
     structure = find_sites(program, include=include, exclude=exclude)
     example = source.example(cached=False)
     found = verify(source.module, program, structure, example)
-    if len(found.sites) == len(structure.sites) or source.recipe["kind"] != FACTORY:
+    if len(found.sites) == len(structure.sites):
         return found
     traced = verify(AsTraced(source.module, program, structure), program, structure, example)
     if len(traced.sites) <= len(found.sites):

@@ -14,7 +14,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from zipc.core.errors import UnsupportedModel
 from zipc.core.quiet import hush
-from zipc.pruner.graph.decompose import TABLE, decomposes
+from zipc.pruner.graph.decompose import TABLE, as_splits_, decomposes
 
 # What stands on the stack of an error beside the code of the model.
 _PYTHON = Path(traceback.__file__).parent
@@ -149,6 +149,7 @@ def _export(
         if any(_in_place(node) or decomposes(node) for node in exported.graph.nodes):
             # the same operations, none in place, but for those that the rules follow as others
             exported = exported.run_decompositions(dict(TABLE))
+        as_splits_(exported.graph)
     return exported
 
 

@@ -79,6 +79,7 @@ SITES: dict[str, str] = {
     "llama-mqa": "h4+ f12+ h4+ f12+",
     "qwen2": "h2+ w32 f12+ h2+ f12+",
     "mistral": "h2+ w32 f12+ h2+ f12+",
+    "phi3": "h2+ w32 f12+ h2+ f12+",
     "mixtral": "h2+ e4 f12+ f12+ f12+ f12+ h2+ e4 f12+ f12+ f12+ f12+",
     "qwen2-moe": "h2+ f8+ e5 f6+ f6+ f6+ f6+ f6+ h2+ f8+ e5 f6+ f6+ f6+ f6+ f6+",
     "t5": "h4+ f12+ f12+ h4+ h4+ f12+ h4+ f12+",
@@ -87,6 +88,7 @@ SITES: dict[str, str] = {
     "vit": "w32 h4+ f12+ h4+ f12+",
     "deit": "w32 h4+ f12+ h4+ f12+",
     "swin": "w8 h2+ f12+ h2+ f12+ w16 h4+ f24+ h4+ f24+",
+    "pvt-v2": "w8 h2+ f16+ w12 h3+ f24+",
     "convnext": "w8 f32+ f32+ w12 f48+ f48+",
     "resnet": "c6 c3+ c3+ w12 c3+ c3+ c4+ c4+ w16 c4+ c4+",
     "mobilevit": (

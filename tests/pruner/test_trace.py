@@ -111,3 +111,57 @@ def test_a_map_that_reads_nothing_of_the_input_is_computed_when_a_graph_is_loade
 
     program = trace(Net().eval(), {"x": torch.zeros(2, 6)}, dynamic={"x": {0: "batch"}})
     assert {c.module: c.rounds for c in program.maps} == {"place": False, "read": True}
+
+
+class Sliced(nn.Module):
+    """Takes what a map gives apart by slices that end where `borders` are."""
+
+    def __init__(self, *borders: int) -> None:
+        super().__init__()
+        self.first, self.borders = nn.Linear(4, 12), (0, *borders)
+        self.last = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        ends = zip(self.borders, self.borders[1:], strict=False)
+        gate, *parts = (x[..., start:end] for start, end in ends)
+        return self.last(torch.stack([gate.tanh() * part for part in parts]).sum(0))
+
+
+def sites_of(module: nn.Module) -> list[tuple[str, int]]:
+    program = trace(module, {"x": torch.randn(2, 3, 4)}, dynamic={"x": {0: "batch"}})
+    return [(site.kind, site.units) for site in find_sites(program).sites]
+
+
+def test_slices_that_leave_nothing_out_are_a_split() -> None:
+    assert sites_of(Sliced(4, 8, 12)) == [("ffn", 4)]
+    assert sites_of(Sliced(4, 8, 99)) == [("ffn", 4)]  # as Python cuts it, to the end
+
+
+def test_slices_that_leave_some_out_stay_what_they_are() -> None:
+    assert sites_of(Sliced(4, 8)) == []
+
+
+def test_the_larger_of_two_tensors_is_taken_place_by_place() -> None:
+    class Larger(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.last = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(torch.max(self.a(x), torch.min(self.b(x), torch.zeros(()))))
+
+    assert sites_of(Larger()) == [("ffn", 6)]
+
+
+def test_the_largest_of_all_is_no_such_thing() -> None:
+    class Largest(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.last = nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            found = self.a(x)
+            return self.last(found - found.max())
+
+    assert sites_of(Largest()) == []

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 import zipc
+from tests.plain_levels import plain_levels
 from tests.tiny_folders import save_family
-from zipc.build import checkpoint
+from zipc.build import build, checkpoint
 from zipc.core.errors import CorruptFile, UsageError
 from zipc.core.request import Request
 from zipc.core.shapes import parse_input_shapes
 from zipc.core.types import Allocation, Level, Silent
-from zipc.model_source import SourceModel, load_source, settle
+from zipc.model_source import SourceModel, load_source, settle, with_cache
 from zipc.numerics.bf16 import BF16
 from zipc.output import _copy_texts
 from zipc.prepare import prepare
+from zipc.pruner.graph.as_traced import AsTraced
 from zipc.pruner.graph.interpret import Variant
 from zipc.pruner.graph.surgery import SCHEMA_VERSION
 from zipc.pruner.levels import Levels
@@ -161,6 +163,42 @@ def test_maps_in_bf16_come_back_whichever_way_their_weights_lie(
     assert (found - expected).norm() < 2e-3 * expected.norm()
     exact = made.executor.run(example, Variant())[0][0]
     assert 1e-4 * exact.norm() < (exact - expected).norm() < 0.05 * exact.norm()
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_heads_of_code_that_does_not_follow_are_cut_and_load_gives_the_graph(
+    phase: Literal["prefill", "decode"], tmp_path: Path
+) -> None:
+    """Phi-3 slices queries, keys and values out of one map by the numbers of its config."""
+    path = str(save_family("phi3", tmp_path / "model"))
+    source = load_source(path)
+    if phase == "decode":
+        source = with_cache(source)
+    asked = settle(Request(model=path, phase=phase), source)
+    made = prepare(source, asked, cache=StageCache(tmp_path / "cache"), progress=Silent())
+    kinds = {n: s.kind for n, s in made.sites.items()}
+    assert list(kinds.values()).count("heads") == 2
+    assert any("where they are cut, zipc.load gives its traced graph" in n for n in source.notes)
+    cut = Allocation({n: Level(1) for n, kind in kinds.items() if kind == "heads"}, 0.0, 0.0)
+    states = plain_levels(made, [made.example(batch=4, length=8)]).states(cut)
+    build(made, cut, states, workload=asked.workload)
+    document, tensors, _ = checkpoint(made, cut, states)
+    folder = tmp_path / "OUT" / "checkpoint"
+    folder.mkdir(parents=True)
+    (folder / "structure.json").write_text(json.dumps(document))
+    save_file({n: t.clone() for n, t in tensors.items()}, folder / "model.safetensors")
+    _copy_texts(Path(path), folder)
+    loaded = zipc.load(tmp_path / "OUT")
+    assert type(loaded) is AsTraced
+    for length in (3, 20):  # the length that was traced is another
+        example = made.example(batch=1, length=length, widths=cut.widths)
+        if phase == "decode":
+            example = {"input_ids": torch.arange(5, 5 + length)[None]}
+            example["attention_mask"] = torch.ones_like(example["input_ids"])
+        expected, _ = made.executor.run(example, variant_of(cut, states))
+        with torch.no_grad():
+            found = loaded(**example).logits
+        assert (found - expected[0]).norm() <= 1e-5 * expected[0].norm()
 
 
 def test_factory_for_a_hugging_face_model_is_refused(nets: Path, tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ class Family:
     dynamic: Axes  # input -> axis -> the size it shares
     modality: str  # "image" or "text"
     float64: bool = True  # False: it rounds activations to float32 inside, in any dtype
+    as_traced: bool = False  # its code does not follow when sites shrink: its graph has to
 
     def shapes(self) -> dict[str, dict[int, Any]]:
         """The `dynamic_shapes` of torch.export for the example."""
@@ -59,9 +60,11 @@ def _image(name: str, make: Callable[[], nn.Module], *, size: int = 32) -> Famil
     return Family(name, lambda: ready(make(), example()), example, _IMAGE, "image")
 
 
-def _pixels(name: str, build: Callable[[], nn.Module], *, size: int = 16) -> Family:
+def _pixels(
+    name: str, build: Callable[[], nn.Module], *, size: int = 16, as_traced: bool = False
+) -> Family:
     example = partial(huggingface.pixels, size=size)
-    return Family(name, build, example, _PIXELS, "image")
+    return Family(name, build, example, _PIXELS, "image", as_traced=as_traced)
 
 
 ZOO: dict[str, Family] = {
@@ -100,6 +103,7 @@ ZOO: dict[str, Family] = {
         Family("llama-mqa", huggingface.llama_one_kv_head, tokens, _TEXT, "text", float64=False),
         Family("qwen2", huggingface.qwen2, tokens, _TEXT, "text", float64=False),
         Family("mistral", huggingface.mistral, tokens, _TEXT, "text", float64=False),
+        Family("phi3", huggingface.phi3, tokens, _TEXT, "text", float64=False, as_traced=True),
         Family("mixtral", huggingface.mixtral, tokens, _TEXT, "text", float64=False),
         Family("qwen2-moe", huggingface.qwen2_moe, tokens, _TEXT, "text", float64=False),
         Family("t5", huggingface.t5, huggingface.pairs, _PAIR, "text", float64=False),
@@ -108,6 +112,7 @@ ZOO: dict[str, Family] = {
         _pixels("vit", huggingface.vit),
         _pixels("deit", huggingface.deit),
         _pixels("swin", huggingface.swin),
+        _pixels("pvt-v2", huggingface.pvt_v2, size=32, as_traced=True),
         _pixels("convnext", huggingface.convnext),
         _pixels("resnet", huggingface.resnet, size=32),
         _pixels("mobilevit", huggingface.mobilevit, size=32),

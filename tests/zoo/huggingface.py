@@ -188,6 +188,11 @@ def mistral() -> nn.Module:
     return _made("MistralForCausalLM", transformers.MistralConfig(**_DECODER, sliding_window=4))
 
 
+def phi3() -> nn.Module:
+    """Queries, keys and values of one map, cut out of it by slices; gate and up are another."""
+    return _made("Phi3ForCausalLM", transformers.Phi3Config(**_DECODER))
+
+
 def mixtral() -> nn.Module:
     """Four experts, two per token."""
     config = transformers.MixtralConfig(
@@ -263,6 +268,23 @@ def swin() -> nn.Module:
         num_labels=3,
     )
     return _made("SwinForImageClassification", config, feeds=pixels())
+
+
+def pvt_v2() -> nn.Module:
+    """Keys and values of fewer places; where heads are gone, its code does not know their width."""
+    config = transformers.PvtV2Config(
+        image_size=32,
+        hidden_sizes=[8, 12],
+        depths=[1, 1],
+        num_attention_heads=[2, 3],
+        mlp_ratios=[2, 2],
+        sr_ratios=[2, 1],
+        patch_sizes=[7, 3],
+        strides=[4, 2],
+        num_encoder_blocks=2,
+        num_labels=3,
+    )
+    return _made("PvtV2ForImageClassification", config, feeds=pixels(size=32))
 
 
 def convnext() -> nn.Module:

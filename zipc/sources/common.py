@@ -28,6 +28,7 @@ class Cache:
 
     specs: tuple[InputSpec, ...]  # inputs that may be left out, and are empty then
     outputs: tuple[tuple[int, str], ...]  # index among the module's output tensors, public name
+    without: tuple[InputSpec, ...]  # what the model takes where it has no cache
 
     @property
     def public(self) -> dict[str, str]:
@@ -68,6 +69,7 @@ class SourceModel:
     notes: list[str] = field(default_factory=list)
     cache: Cache | None = None
     written: Written | None = None  # where the module runs its traced graph
+    min_length: int | None = None  # of a sequence, where shorter ones are treated otherwise
 
     @property
     def inputs(self) -> list[str]:
@@ -91,7 +93,7 @@ class SourceModel:
     @property
     def limits(self) -> dict[str, int]:
         """The largest sizes of axes."""
-        return {name: self.max_length for name in sorted(self.axes - {BATCH}) if "+" not in name}
+        return limited(self.all_specs, self.max_length)
 
     @property
     def has_logits(self) -> bool:
@@ -107,8 +109,7 @@ class SourceModel:
         """
         length = min(length, self.max_length)
         past = length // 2 if self.cache and cached else 0
-        sizes = {BATCH: batch, SEQUENCE: length - past, PAST: past, TOTAL: length}
-        sizes[DECODER] = max(1, 2 * length // 3)
+        sizes = example_sizes(batch=batch, length=length, past=past)
         pad = int(getattr(self.config, "pad_token_id", 0) or 0)
         return make_example(self.all_specs if past else self.specs, sizes, pad=pad)
 
@@ -130,6 +131,18 @@ def open_axes(specs: Sequence[InputSpec]) -> dict[str, dict[int, str]]:
         spec.name: {i: size for i, size in enumerate(spec.shape) if isinstance(size, str)}
         for spec in specs
     }
+
+
+def limited(specs: Sequence[InputSpec], length: int) -> dict[str, int]:
+    """The open axes of these inputs that are no batch, each with the largest size of one."""
+    axes = {size for spec in specs for size in spec.shape if isinstance(size, str)}
+    return {name: length for name in sorted(axes - {BATCH}) if "+" not in name}
+
+
+def example_sizes(*, batch: int, length: int, past: int = 0) -> dict[str, int]:
+    """Sizes of open axes for sequences of a length, `past` of which are in a cache."""
+    sizes = {BATCH: batch, SEQUENCE: length - past, PAST: past, TOTAL: length}
+    return sizes | {DECODER: max(1, 2 * length // 3)}
 
 
 def _at_batch(specs: tuple[InputSpec, ...], batch: int) -> tuple[InputSpec, ...]:

@@ -58,7 +58,7 @@ def with_cache(source: SourceModel) -> SourceModel:
         outputs=[(0, "logits")],
         blank=lambda: _cached(blank(), names),
         notes=list(source.notes),
-        cache=Cache(caches, tuple(enumerate(presents, 1))),
+        cache=Cache(caches, tuple(enumerate(presents, 1)), source.specs),
     )
 
 

@@ -29,8 +29,8 @@ from zipc.sources.common import (
 from zipc.sources.multihead import part_attention_, parts_of
 from zipc.user_code import FAILURES, importable, load_function, split_reference, told
 
-# In the recipe of a checkpoint: `TRACED` has the inputs of a module that runs its traced graph.
-KIND, PARTED, TRACED = "factory", "parted_attention", "traced_on"
+# In the recipe of a checkpoint.
+KIND, PARTED = "factory", "parted_attention"
 EXAMPLES = "example_inputs"  # what the user's file may define beside the factory
 SEED = 0  # of what the factory draws at random
 SHOWN = 3  # names in a message

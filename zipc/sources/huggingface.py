@@ -1,4 +1,4 @@
-"""A Hugging Face folder or hub id with any task head of texts or images."""
+"""A Hugging Face folder or hub id with any task head."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from zipc.sources.common import (
 )
 from zipc.sources.experts import EXPERTS, part_experts_, register_experts
 from zipc.sources.hub import digest_of, locate, weights_of
+from zipc.sources.plain_maps import plain_maps_
 from zipc.sources.positions import follow_padding_, settle_positions_
 
 KIND = "hugging-face"
@@ -39,13 +41,19 @@ USUAL_SIZE = 224  # of an image, where neither config.json nor preprocessor_conf
 SAME = 1e-3  # relative; two ways to compute one attention in fp32 differ by far less
 
 
-def load_folder(model: str, *, input_shapes: Sequence[InputSpec] = ()) -> SourceModel:
+def load_folder(
+    model: str, *, input_shapes: Sequence[InputSpec] = (), rows: Sequence[InputSpec] = ()
+) -> SourceModel:
     """Load MODEL with its task head in fp32 evaluation mode.
 
+    How large inputs are that are neither texts nor images is told by `input_shapes`, else by `rows`
+    of the data.
+
     Raises:
-        UsageError: a file is missing or corrupt, or the alias' weights have another hash.
-        UnsupportedModel: the architecture is unknown to transformers, needs custom code, takes
-            neither texts nor images, or is quantised already.
+        UsageError: a file is missing or corrupt, the alias' weights have another hash, or it takes
+            neither texts nor images and `input_shapes` do not say how large its inputs are.
+        UnsupportedModel: the architecture is unknown to transformers, needs custom code, or is
+            quantised already.
     """
     folder, revision = locate(model)
     files = weights_of(folder)
@@ -54,9 +62,10 @@ def load_folder(model: str, *, input_shapes: Sequence[InputSpec] = ()) -> Source
     notes = check_files(files, where=str(folder))
     module = _load_module(folder, config)
     module.eval().requires_grad_(False)
+    plain_maps_(module)
     notes += check_weights(module, where=str(folder))
     tokenizer, more = _load_tokenizer(folder, reads_text=TEXT in forward_parameters(module))
-    specs, also = _input_specs(module, config, tokenizer, folder, given=input_shapes)
+    specs, also = _input_specs(module, config, tokenizer, folder, given=input_shapes, rows=rows)
     texts = any(SEQUENCE in spec.shape for spec in specs)
     source = SourceModel(
         module=module,
@@ -127,6 +136,7 @@ def build_module(config: Any, recipe: dict[str, Any] | None = None) -> nn.Module
                 cls, recipe.get("attention", ATTENTION), recipe.get("experts", EXPERTS)
             ),
         )
+    plain_maps_(module)
     if recipe.get("experts", EXPERTS) == EXPERTS:
         part_experts_(module)
     if recipe.get("positions") == "mask":
@@ -244,6 +254,7 @@ def _input_specs(
     folder: Path,
     *,
     given: Sequence[InputSpec],
+    rows: Sequence[InputSpec],
 ) -> tuple[tuple[InputSpec, ...], list[str]]:
     accepted = forward_parameters(module)
     if TEXT in accepted and getattr(module, "main_input_name", TEXT) == TEXT:
@@ -255,11 +266,7 @@ def _input_specs(
         return _text_specs(accepted, config, tokenizer), []
     if IMAGE in accepted:
         return _image_specs(module, config, folder, given)
-    raise UnsupportedModel(
-        f"{type(module).__name__} takes {getattr(module, 'main_input_name', 'other inputs')}. "
-        "Folders are read for models of token sequences or of images; any other model can be "
-        "given as path/to/file.py:factory with --input-shapes."
-    )
+    return _other_specs(module, accepted, given or [r for r in rows if r.name in accepted]), []
 
 
 def _text_specs(accepted: Any, config: Any, tokenizer: Any) -> tuple[InputSpec, ...]:
@@ -275,6 +282,25 @@ def _text_specs(accepted: Any, config: Any, tokenizer: Any) -> tuple[InputSpec, 
         InputSpec(name, "int64", shape, high=vocabulary if name.endswith(TEXT) else 2)
         for name, shape in axes.items()
     )
+
+
+def _other_specs(
+    module: nn.Module, accepted: Any, given: Sequence[InputSpec]
+) -> tuple[InputSpec, ...]:
+    """Of sounds, series and whatever else a model reads: only the user knows how large they are."""
+    name, main = type(module).__name__, getattr(module, "main_input_name", "x")
+    if not given:
+        raise UsageError(
+            f"{name} reads {main}, neither texts nor images: say how large one is, as in "
+            f"--input-shapes {main}:1x16000."
+        )
+    wrong = [spec.name for spec in given if spec.name not in accepted]
+    if wrong or any(not spec.shape for spec in given):
+        raise UsageError(
+            f"--input-shapes names {wrong[0] if wrong else given[0].name}, and {name} takes "
+            f"{', '.join(accepted)}, each with a batch as its first axis."
+        )
+    return tuple(replace(spec, shape=(BATCH, *spec.shape[1:])) for spec in given)
 
 
 def _image_specs(
@@ -397,11 +423,11 @@ def _forward(source: SourceModel) -> Any:
         with torch.no_grad():
             return source.module(**source.example())
     except Exception as error:  # anything a model's own code raises
-        image = source.specs[0].name == IMAGE
+        sized = SEQUENCE not in source.axes
         raise UnsupportedModel(
             f"{type(source.module).__name__} fails on a plain input of "
             f"{', '.join(map(str, source.specs))}: {type(error).__name__}: {first_line(error)}. "
-            f"{'Give another size with --input-shapes, or wrap' if image else 'Wrap'} the model in "
+            f"{'Give other sizes with --input-shapes, or wrap' if sized else 'Wrap'} the model in "
             "a factory (path/to/file.py:factory)."
         ) from error
 
@@ -433,7 +459,7 @@ def _task(source: SourceModel, result: Any) -> ModelTask:
     names = [name for _, name in source.outputs]
     images = source.specs[0].name == IMAGE
     if names == ["last_hidden_state"]:
-        return "tensors" if images or DECODER in source.axes else "embedding"
+        return "embedding" if SEQUENCE in source.axes and DECODER not in source.axes else "tensors"
     if names != ["logits"]:
         return "tensors"
     if tensors["logits"].dim() == 2:

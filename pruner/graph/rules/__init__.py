@@ -29,6 +29,7 @@ _POOLS = """
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(elementwise.ELEMENTWISE, elementwise.elementwise),
+    **dict.fromkeys(["max", "min"], elementwise.larger),
     **dict.fromkeys(_POOLS, layout.positions),
     **dict.fromkeys(["view", "reshape", "_unsafe_view", "flatten", "unflatten"], layout.view),
     **dict.fromkeys(["reshape_as", "view_as"], layout.view_as),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from zipc.pruner.graph.axes import Atom, Dim, mark, pin, tie, unify
-from zipc.pruner.graph.rules.state import RESIDUAL, Axes, argument, shape_of
+from zipc.pruner.graph.rules.state import RESIDUAL, Axes, argument, shape_of, unknown
 from zipc.pruner.graph.trace import op_name
 
 ELEMENTWISE = """
@@ -41,6 +41,11 @@ def elementwise(axes: Axes, node: fx.Node) -> list[Dim]:
     if op_name(node) in ("add", "sub") and _joins(axes, node):
         mark(result, RESIDUAL)
     return result
+
+
+def larger(axes: Axes, node: fx.Node) -> list[Dim]:
+    """`max` and `min`: of two tensors, element by element; of one, a single number."""
+    return elementwise(axes, node) if len(node.all_input_nodes) == 2 else unknown(axes, node)
 
 
 def _joins(axes: Axes, node: fx.Node) -> bool:

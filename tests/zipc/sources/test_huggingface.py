@@ -19,6 +19,7 @@ from zipc.core.shapes import parse_input_shapes
 from zipc.model_source import SourceModel, load_source, trace_source
 from zipc.pruner.graph.trace import Program
 from zipc.sources.huggingface import build_module
+from zipc.sources.plain_maps import plain_maps_
 
 TEXT = ["input_ids", "attention_mask"]
 PAIR = [*TEXT, "decoder_input_ids", "decoder_attention_mask"]
@@ -42,6 +43,7 @@ TASKS: dict[str, tuple[list[str], list[str], str]] = {
     "llama-classifier": (TEXT, ["logits"], "classes"),
     "qwen2": (TEXT, ["logits"], "causal_lm"),
     "mistral": (TEXT, ["logits"], "causal_lm"),
+    "phi3": (TEXT, ["logits"], "causal_lm"),
     "mixtral": (TEXT, ["logits"], "causal_lm"),
     "t5": (PAIR, ["logits"], "tensors"),
     "t5-gated": (PAIR, ["logits"], "tensors"),
@@ -52,6 +54,7 @@ TASKS: dict[str, tuple[list[str], list[str], str]] = {
     "swin": (["pixel_values"], ["logits"], "image_classes"),
     "convnext": (["pixel_values"], ["logits"], "image_classes"),
     "resnet": (["pixel_values"], ["logits"], "image_classes"),
+    "wav2vec2": (["input_values"], ["logits"], "classes"),
 }
 CAUSAL = [family for family, (_, _, task) in TASKS.items() if task == "causal_lm"]
 SMALL = parse_input_shapes("pixel_values:1x3x16x16")
@@ -68,7 +71,7 @@ def saved(folders: Path, family: str) -> Path:
 
 
 def loaded(folders: Path, family: str) -> SourceModel:
-    shapes = SMALL if family == "resnet" else ()
+    shapes = {"resnet": SMALL, "wav2vec2": parse_input_shapes("input_values:1x800")}.get(family, ())
     return load_source(str(saved(folders, family)), input_shapes=shapes)
 
 
@@ -253,7 +256,7 @@ def test_weights_flag_is_refused_for_a_folder(folders: Path) -> None:
         load_source(str(saved(folders, "bert")), weights="x.safetensors")
 
 
-def test_model_of_sounds_is_unsupported(tmp_path: Path) -> None:
+def test_sizes_of_sounds_have_to_be_told(tmp_path: Path) -> None:
     config = transformers.WhisperConfig(
         vocab_size=60,
         d_model=16,
@@ -271,8 +274,50 @@ def test_model_of_sounds_is_unsupported(tmp_path: Path) -> None:
         begin_suppress_tokens=None,
     )
     transformers.WhisperForConditionalGeneration(config).save_pretrained(tmp_path / "m")
-    with pytest.raises(UnsupportedModel, match=r"takes input_features.*file\.py:factory"):
-        load_source(str(tmp_path / "m"))
+    folder = str(tmp_path / "m")
+    with pytest.raises(UsageError, match=r"reads input_features.* --input-shapes input_features:"):
+        load_source(folder)
+    sizes = parse_input_shapes("input_features:1x80x3000,decoder_input_ids:1x5:int64")
+    source = load_source(folder, input_shapes=sizes)
+    assert [spec.shape for spec in source.specs] == [("batch", 80, 3000), ("batch", 5)]
+    assert (source.task, source.outputs) == ("tensors", [(0, "logits")])
+    with pytest.raises(UsageError, match=r"names input_values, and Whisper.* takes input_features"):
+        load_source(folder, input_shapes=parse_input_shapes("input_values:1x80x3000"))
+
+
+def test_sounds_are_as_long_as_the_data_where_nobody_says(tmp_path: Path) -> None:
+    folder = str(save_family("wav2vec2", tmp_path / "m"))
+    rows = parse_input_shapes("input_values:1x800,speaker:1:int64")
+    source = load_source(folder, rows=rows)
+    assert [(s.name, s.shape) for s in source.specs] == [("input_values", ("batch", 800))]
+    assert source.task == "classes"
+
+
+class OwnLinear(torch.nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        product = input @ self.weight.T
+        return product if self.bias is None else product + self.bias
+
+
+class Scaled(OwnLinear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(input)
+
+
+class Gated(torch.nn.Linear):
+    def forward(self, input: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return super().forward(input) * gate
+
+
+def test_only_a_class_that_computes_a_plain_map_becomes_one() -> None:
+    parts = OwnLinear(4, 6), OwnLinear(6, 6, bias=False), Scaled(6, 6), Gated(6, 6)
+    module = torch.nn.Sequential(*parts)
+    plain_maps_(module)
+    kinds = [torch.nn.Linear, torch.nn.Linear, Scaled, Gated]
+    assert [type(part) for part in module] == kinds
+    assert all(part.weight is old.weight for part, old in zip(module, parts, strict=True))
+    assert module[0].bias is parts[0].bias
+    assert module[1].bias is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
