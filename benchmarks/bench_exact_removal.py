@@ -131,7 +131,7 @@ def grouped(made: Case) -> tuple[nn.Module, Iterator[Any]]:
     """A copy of the network and the groups that Torch-Pruning would halve in it."""
     import torch_pruning as tp
 
-    module = copy.deepcopy(made.module)
+    module = copy.deepcopy(made.written)
     for parameter in module.parameters():  # it follows gradients
         parameter.requires_grad_(True)
     heads = {module.get_submodule(path): count for path, count in heads_of(made)}

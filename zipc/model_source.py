@@ -92,7 +92,7 @@ def as_recipe_says(module: nn.Module, recipe: Mapping[str, Any]) -> nn.Module:
     least, most = recipe.get(LENGTHS, (None, LENGTH))
     limits = limited(inputs, most)
     example = make_example(inputs, example_sizes(batch=2, length=min(LENGTH, most)))
-    module.float()
+    module.float().eval()
     with torch.no_grad():
         register_output(module(**example))
     program = trace(

@@ -170,7 +170,7 @@ def test_heads_of_code_that_does_not_follow_are_cut_and_load_gives_the_graph(
     phase: Literal["prefill", "decode"], tmp_path: Path
 ) -> None:
     """Phi-3 slices queries, keys and values out of one map by the numbers of its config."""
-    path = str(save_family("phi3", tmp_path / "model"))
+    path = str(save_family("phi3", tmp_path / "model", resid_pdrop=0.5))
     source = load_source(path)
     if phase == "decode":
         source = with_cache(source)
