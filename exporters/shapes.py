@@ -157,18 +157,21 @@ def _is_empty(value: onnx.ValueInfoProto) -> bool:
 def _regroup_norm_(
     graph: OnnxGraph, node: NodeProto, new_size: Callable[[str, int, int], int]
 ) -> None:
-    """As many groups as the channels that come in make up, at the channels each has."""
+    """As many groups as the channels that come in make up, at the channels each has.
+
+    Where every channel is a group, and has one axis, nothing stands between them.
+    """
     split = next((n for n in graph.nodes if node.input[0] in n.output), None)
-    target = read_target(graph, split) if split is not None else None
-    if split is None or split.op_type != "Reshape" or target is None:
-        return
-    channels = graph.shapes[split.input[0]][1]
-    groups = target[1] or channels  # 0: every channel is a group
+    target = read_target(graph, split) if split is not None and split.op_type == "Reshape" else None
+    source = node.input[0] if split is None or target is None else split.input[0]
+    channels = graph.shapes[source][1]
+    groups = (target[1] if target is not None else 0) or channels  # 0: every channel is a group
     if not isinstance(groups, int) or not isinstance(channels, int):
         return
-    left = groups * new_size(split.input[0], 1, channels) // channels
+    left = groups * new_size(source, 1, channels) // channels
     if left != groups:
-        write_target_(graph, split, [target[0], target[1] and left, *target[2:]])
+        if split is not None and target is not None:
+            write_target_(graph, split, [target[0], target[1] and left, *target[2:]])
         for place in (1, 2):
             name = f"{node.input[place]}_{left}"
             graph.arrays[name] = graph.arrays[node.input[place]][:left]

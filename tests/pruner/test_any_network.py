@@ -62,6 +62,7 @@ SITES: dict[str, str] = {
     "shufflenet": "c4+ c4+ c2 c3 c5",
     "unet": "c4 c4 c6+ c6 c8+ c8 c6 c6+ c6 c4 c4 c4",
     "unet-upsample": "c4 c4 c6+ c6 c8+ c8+ c6 c6+ c6+ c4 c4 c4",
+    "sounds": "c6 c8",
     "yolo": (
         "c4 c8 w4 c4+ c4+ c8 c12+ w6 c6+ c12+ c6+ c10 "
         "c3 c3+ c3 c6+ c6 c4 c4+ c4 c10+ c6+ c5+ c6+ c5+"

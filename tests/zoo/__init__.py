@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.zoo import dense_prediction, huggingface, torch_text, vision
-from tests.zoo.values import images, ready, tokens
+from tests.zoo.values import images, ready, sounds, tokens
 
 LONGEST = 28  # tokens; the position tables of some families begin a few rows later
 Axes = dict[str, dict[int, str]]
@@ -67,6 +67,10 @@ def _pixels(
     return Family(name, build, example, _PIXELS, "image", as_traced=as_traced)
 
 
+def sound_net() -> nn.Module:
+    return ready(vision.SoundNet(), sounds())
+
+
 ZOO: dict[str, Family] = {
     f.name: f
     for f in (
@@ -83,6 +87,7 @@ ZOO: dict[str, Family] = {
         _image("shufflenet", vision.ShuffleNet, size=16),
         _image("unet", dense_prediction.UNet, size=16),
         _image("unet-upsample", partial(dense_prediction.UNet, transposed=False), size=16),
+        Family("sounds", sound_net, sounds, _IMAGE, "image"),
         Family("yolo", dense_prediction.detector, images, _IMAGE, "image"),
         Family("bert", huggingface.bert, partial(tokens, types=True), _TYPED, "text"),
         Family(

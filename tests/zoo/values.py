@@ -113,6 +113,11 @@ def images(*, batch: int = 2, size: int = 32, seed: int = 0) -> dict[str, Tensor
     return {"x": torch.randn(batch, 3, size, size, generator=generator)}
 
 
+def sounds(*, batch: int = 2, seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {"x": torch.randn(batch, 1, 60, generator=generator)}
+
+
 def tokens(
     *, batch: int = 2, length: int = 7, seed: int = 0, types: bool = False
 ) -> dict[str, Tensor]:

@@ -140,6 +140,22 @@ class GroupNormNet(nn.Module):
         return logits
 
 
+class SoundNet(nn.Module):
+    """Convolutions along time; the norm takes every channel alone, as that of wav2vec 2.0."""
+
+    def __init__(self, *, classes: int = 5) -> None:
+        super().__init__()
+        self.first = nn.Conv1d(1, 6, 5, stride=2, bias=False)
+        self.norm = nn.GroupNorm(6, 6)
+        self.second = nn.Conv1d(6, 8, 3, stride=2)
+        self.head = nn.Linear(8, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.gelu(self.norm(self.first(x)))
+        logits: Tensor = self.head(F.gelu(self.second(x)).mean(dim=2))
+        return logits
+
+
 # ---------------------------------------------------------------- chains and concatenations
 
 
