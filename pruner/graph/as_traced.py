@@ -40,8 +40,17 @@ class AsTraced(nn.Module):
         self.train(module.training)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the module gave, in the same containers. Inputs as it took them."""
-        return self._traced.run(self, dict(zip(self._traced.inputs, args, strict=False)) | kwargs)
+        """What the module gave, in the same containers. Inputs as it took them.
+
+        Raises:
+            TypeError: one is missing.
+        """
+        feeds = dict(zip(self._traced.inputs, args, strict=False)) | kwargs
+        optional = self._traced.executor.program.caches
+        missing = [n for n in self._traced.inputs if n not in feeds and n not in optional]
+        if missing:
+            raise TypeError(f"forward() is missing {', '.join(missing)}")
+        return self._traced.run(self, feeds)
 
 
 def units_of(site: str) -> str:

@@ -206,6 +206,12 @@ def test_the_dense_module_is_what_it_was(made: Prepared) -> None:
     torch.testing.assert_close(found, expected[0], rtol=1e-4, atol=1e-5)
 
 
+def test_an_input_that_is_missing_is_named(made: Prepared) -> None:
+    name = next(iter(made.example()))
+    with pytest.raises(TypeError, match=f"missing {name}$"):
+        made.source.module()
+
+
 def test_a_copy_of_it_is_trained_alone(made: Prepared) -> None:
     module = copy.deepcopy(made.source.module).requires_grad_(True)
     result = made.source.chosen(module(**made.example(batch=2, length=12)))[0]
