@@ -207,7 +207,7 @@ def test_the_dense_module_is_what_it_was(made: Prepared) -> None:
 
 
 def test_an_input_that_is_missing_is_named(made: Prepared) -> None:
-    name = next(iter(made.example()))
+    name = next(iter(made.example(batch=2, length=12)))
     with pytest.raises(TypeError, match=f"missing {name}$"):
         made.source.module()
 
