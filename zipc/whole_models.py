@@ -13,7 +13,7 @@ from zipc.latency_tables import correction
 from zipc.offered import float_widths, suits
 from zipc.plain_edits import first_units, plain_edit
 from zipc.prepare import Prepared
-from zipc.prices import Prices, SitePrices, cut_together
+from zipc.prices import LEAST_RATIO, Prices, SitePrices, cut_together
 from zipc.profiler.device import GraphTimer
 from zipc.profiler.sweep import PricedGraph
 from zipc.profiler.timing import interleave, warm_up
@@ -124,7 +124,7 @@ def measure_points(
     progress: Progress,
 ) -> list[tuple[float, float]]:
     """(sum of prices, measured latency), both relative to the undiminished whole, of random
-    allocations.
+    allocations; no sum is less than the least that `Prices.ratio` reads.
 
     Without `rounds`, each is timed as often as its time allows.
     """
@@ -141,7 +141,8 @@ def measure_points(
         base, times = interleave([dense, runner], rounds=rounds)
         total = prices.add.fixed_ms + sum(prices.ms(n, lv) for n, lv in levels.items())
         measured = float(np.median(np.array(times) / np.array(base)))
-        found.append((total / prices.whole_ms, measured * prices.dense_ms / prices.whole_ms))
+        raw = max(total / prices.whole_ms, LEAST_RATIO)
+        found.append((raw, measured * prices.dense_ms / prices.whole_ms))
         progress.advance()
     return found
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 
-from zipc.core.types import Level, Workload
+from zipc import whole_models
+from zipc.core.types import Level, Silent, Workload
+from zipc.latency_tables import correction
 from zipc.latency_tables.table import Entry, LatencyTable
-from zipc.prices import Prices, SitePrices, added_up, with_savings_in_place
+from zipc.prices import LEAST_RATIO, Prices, SitePrices, added_up, with_savings_in_place
 
 UNITS, CALLS = 8, 3
 WHOLE_MS = 30.0
@@ -108,3 +114,23 @@ def test_no_level_takes_less_than_nothing() -> None:
 def test_no_sum_of_prices_promises_a_model_that_takes_nothing() -> None:
     made = prices(table())
     assert made.ratio(-1.0) == made.ratio(0.0) > 0
+
+
+def test_sums_that_overlapping_parts_make_negative_are_read_as_the_least(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In a RegNet what units save in each part they are in can add up to more than the whole."""
+    held = prices(table(placed=False), in_place=False)
+    held.add = replace(held.add, fixed_ms=-2 * WHOLE_MS)
+    levels = {name: Level(0) for name in held.calls}
+    for name, value in {"dense_model": b"", "whole_model": b"", "random_levels": levels}.items():
+        monkeypatch.setattr(whole_models, name, lambda *_, value=value: value)
+    monkeypatch.setattr(whole_models, "warm_up", lambda *_, **__: None)
+    monkeypatch.setattr(whole_models, "interleave", lambda *_, **__: ([4.0, 4.0], [1.0, 1.0]))
+    unused: Any = SimpleNamespace(load=lambda *_, **__: None)
+    rng = np.random.default_rng(0)
+    points = whole_models.measure_points(
+        unused, unused, held, timer=unused, points=2, rng=rng, progress=Silent()
+    )
+    assert points == [(LEAST_RATIO, 0.25)] * 2
+    assert correction.fit(points).apply(LEAST_RATIO) > 0
