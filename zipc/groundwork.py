@@ -37,7 +37,6 @@ from zipc.sources.common import BATCH
 from zipc.stage_cache import StageCache
 from zipc.targets import AUTO, SERVING, on_device, on_runtime, requested_target
 from zipc.turns import faster_runtime
-from zipc.user_code import split_reference
 
 BODY_PAIRS = 60
 BODY_GAIN = 1.4  # least speedup of the unpruned network for which it is brought to INT8
@@ -175,9 +174,11 @@ def open_target(request: Request) -> tuple[Target, Device]:
 
 def _load(request: Request, progress: Progress) -> tuple[SourceModel, Request]:
     progress.stage("load model")
-    rows = inputs_of_rows(request) if split_reference(request.model) else ()
     source = load_source(
-        request.model, weights=request.weights, input_shapes=request.input_shapes, rows=rows
+        request.model,
+        weights=request.weights,
+        input_shapes=request.input_shapes,
+        rows=inputs_of_rows(request),
     )
     if request.phase == "decode":
         source = with_cache(source)
