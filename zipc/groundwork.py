@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from threading import Lock
 
@@ -178,7 +179,7 @@ def _load(request: Request, progress: Progress) -> tuple[SourceModel, Request]:
         request.model,
         weights=request.weights,
         input_shapes=request.input_shapes,
-        rows=inputs_of_rows(request),
+        rows=partial(inputs_of_rows, request),
     )
     if request.phase == "decode":
         source = with_cache(source)

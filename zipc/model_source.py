@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from zipc.core.errors import UnsupportedModel, UsageError
 from zipc.core.types import InputSpec
@@ -17,6 +17,7 @@ from zipc.pruner.graph.sites import Structure, find_sites
 from zipc.pruner.graph.trace import Program, trace
 from zipc.sources.attention import ATTENTION, register_attention
 from zipc.sources.common import (
+    LENGTH,
     SourceModel,
     Written,
     example_sizes,
@@ -33,7 +34,6 @@ from zipc.sources.sizes import settle
 from zipc.user_code import split_reference
 
 SHORT = 4  # tokens; shorter sequences may be traced differently
-LENGTH = 16  # tokens that a model is traced on
 # In the recipe of a checkpoint: what a module that runs its graph was traced on, and for which
 # lengths of its sequences.
 TRACED, LENGTHS = "traced_on", "traced_lengths"
@@ -60,19 +60,19 @@ def load_source(
     *,
     weights: str | Path | None = None,
     input_shapes: Sequence[InputSpec] = (),
-    rows: Sequence[InputSpec] = (),
+    rows: Callable[[], Sequence[InputSpec]] = tuple,
 ) -> SourceModel:
     """Load MODEL in fp32 evaluation mode.
 
     `weights` belong to a factory, `input_shapes` to all but models of texts; where neither they nor
-    the file of a factory say how large an input is, `rows` do: those of the data.
+    the file of a factory say how large an input is, `rows` reads it off the data.
 
     Raises:
         UsageError: it cannot be found or read, or its inputs are not known.
         UnsupportedModel: its architecture is unknown, needs custom code, or is quantised.
     """
     if split_reference(model) is not None:
-        return load_factory(model, weights=weights, input_shapes=input_shapes, rows=rows)
+        return load_factory(model, weights=weights, input_shapes=input_shapes, rows=rows())
     if weights is not None:
         raise UsageError(
             f"--weights belongs to a model given as path/to/file.py:factory; {model} has its own."
@@ -90,18 +90,11 @@ def as_recipe_says(module: nn.Module, recipe: Mapping[str, Any]) -> nn.Module:
         return module
     inputs = [InputSpec(**{**spec, "shape": tuple(spec["shape"])}) for spec in recipe[TRACED]]
     least, most = recipe.get(LENGTHS, (None, LENGTH))
-    limits = limited(inputs, most)
     example = make_example(inputs, example_sizes(batch=2, length=min(LENGTH, most)))
     module.float().eval()
     with torch.no_grad():
         register_output(module(**example))
-    program = trace(
-        module,
-        example,
-        dynamic=open_axes(inputs),
-        limits=limits,
-        least={} if least is None else dict.fromkeys(limits, least),
-    )
+    program = _traced(module, example, inputs, least=least, most=most)
     return AsTraced(module, program, find_sites(program))
 
 
@@ -156,14 +149,22 @@ def trace_source(source: SourceModel, *, batch: int = 1) -> Program:
 
 
 def _trace(source: SourceModel) -> Program:
-    least = source.min_length
-    return trace(
-        source.module,
-        source.example(),
-        dynamic=source.dynamic,
-        limits=source.limits,
-        least={} if least is None else dict.fromkeys(source.limits, least),
-    )
+    least, most = source.min_length, source.max_length
+    return _traced(source.module, source.example(), source.all_specs, least=least, most=most)
+
+
+def _traced(
+    module: nn.Module,
+    example: Mapping[str, Tensor],
+    specs: Sequence[InputSpec],
+    *,
+    least: int | None,
+    most: int,
+) -> Program:
+    """Trace a module for the axes that its inputs leave open, and sequences of these lengths."""
+    limits = limited(specs, most)
+    shortest = {} if least is None else dict.fromkeys(limits, least)
+    return trace(module, example, dynamic=open_axes(specs), limits=limits, least=shortest)
 
 
 def _trace_usual_lengths(source: SourceModel) -> Program | None:

@@ -17,9 +17,9 @@ from zipc.cli.running import Outcome, run_verb
 from zipc.core.errors import UsageError
 from zipc.core.types import Progress
 from zipc.targets import (
+    NO_KERNELS,
     add_target,
     load_target,
-    on_runtime,
     power_modes,
     shipped_files,
     split_mode,
@@ -125,7 +125,7 @@ def _show_list(console: Console, rows: list[dict[str, Any]]) -> None:
             table.add_row(
                 escape(row["name"]),
                 escape(row["runtime"]),
-                ", ".join(on_runtime(load_target(row["name"]), row["runtime"]).numerics),
+                ", ".join(n for n in row["numerics"] if n not in NO_KERNELS[row["runtime"]]),
                 ", ".join(row["patterns"]),
                 str(row["width_step"]),
                 "zipc" if row["shipped"] else escape(row["file"]),

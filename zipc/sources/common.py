@@ -19,6 +19,7 @@ from zipc.core.types import InputSpec, ModelTask
 BATCH, SEQUENCE, DECODER, PAST = "batch", "sequence", "decoder_sequence", "past"
 TOTAL = f"{PAST}+{SEQUENCE}"
 CACHED, IN_PYTHON = "past_key_values.", "past_key_values_"  # how inputs with earlier tokens begin
+LENGTH = 16  # tokens that a model is traced on
 SAFE_ID = 8  # integers of unknown meaning stay below it: no vocabulary is smaller
 
 
@@ -100,7 +101,7 @@ class SourceModel:
         return any(name == "logits" for _, name in self.outputs)
 
     def example(
-        self, *, batch: int = 2, length: int = 16, cached: bool = True
+        self, *, batch: int = 2, length: int = LENGTH, cached: bool = True
     ) -> dict[str, Tensor]:
         """Inputs in the order the model takes them; of tokens, one row is padded: on the right,
         where there is a cache on the left. Half of `length` is in the cache, if any is `cached`.

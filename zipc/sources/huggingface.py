@@ -7,7 +7,7 @@ import functools
 import itertools
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from zipc.sources.hub import digest_of, locate, weights_of
 from zipc.sources.plain_maps import plain_maps_
 from zipc.sources.positions import follow_padding_, settle_positions_
 
+Rows = Callable[[], Sequence[InputSpec]]
 KIND = "hugging-face"
 OWN = "eager"  # what transformers calls the attention and experts written in the model
 TEXT, IMAGE = "input_ids", "pixel_values"
@@ -42,12 +43,12 @@ SAME = 1e-3  # relative; two ways to compute one attention in fp32 differ by far
 
 
 def load_folder(
-    model: str, *, input_shapes: Sequence[InputSpec] = (), rows: Sequence[InputSpec] = ()
+    model: str, *, input_shapes: Sequence[InputSpec] = (), rows: Rows = tuple
 ) -> SourceModel:
     """Load MODEL with its task head in fp32 evaluation mode.
 
-    How large inputs are that are neither texts nor images is told by `input_shapes`, else by `rows`
-    of the data.
+    How large inputs are that are neither texts nor images is told by `input_shapes`; else `rows`
+    reads it off the data.
 
     Raises:
         UsageError: a file is missing or corrupt, the alias' weights have another hash, or it takes
@@ -254,7 +255,7 @@ def _input_specs(
     folder: Path,
     *,
     given: Sequence[InputSpec],
-    rows: Sequence[InputSpec],
+    rows: Rows,
 ) -> tuple[tuple[InputSpec, ...], list[str]]:
     accepted = forward_parameters(module)
     if TEXT in accepted and getattr(module, "main_input_name", TEXT) == TEXT:
@@ -266,7 +267,7 @@ def _input_specs(
         return _text_specs(accepted, config, tokenizer), []
     if IMAGE in accepted:
         return _image_specs(module, config, folder, given)
-    return _other_specs(module, accepted, given or [r for r in rows if r.name in accepted]), []
+    return _other_specs(module, accepted, given or [r for r in rows() if r.name in accepted]), []
 
 
 def _text_specs(accepted: Any, config: Any, tokenizer: Any) -> tuple[InputSpec, ...]:

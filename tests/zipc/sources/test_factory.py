@@ -259,11 +259,11 @@ def test_rows_of_the_data_say_the_sizes_where_nothing_else_does(nets: Path, tmp_
     images, other = tmp_path / "images.npz", tmp_path / "ids.npz"
     np.savez(images, pixels=np.zeros((5, 8, 6, 3), np.uint8), labels=np.zeros(5))
     np.savez(other, ids=np.array([[4, 1, 0], [2, 2, 9]]))
-    (spec,) = load_source(f"{nets}:net", rows=rows_of(images)).specs
+    (spec,) = load_source(f"{nets}:net", rows=lambda: rows_of(images)).specs
     assert (spec.name, spec.shape, spec.dtype) == ("x", ("batch", 3, 8, 6), "float32")
-    (spec,) = load_source(f"{nets}:net", rows=rows_of(images), input_shapes=IMAGE).specs
+    (spec,) = load_source(f"{nets}:net", rows=lambda: rows_of(images), input_shapes=IMAGE).specs
     assert spec.shape == ("batch", 3, 8, 8)
-    (spec,) = load_source(f"{nets}:tied", rows=rows_of(other)).specs
+    (spec,) = load_source(f"{nets}:tied", rows=lambda: rows_of(other)).specs
     assert (spec.name, spec.shape, spec.dtype, spec.high) == ("ids", ("batch", 3), "int64", 10)
 
 

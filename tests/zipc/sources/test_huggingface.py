@@ -288,7 +288,7 @@ def test_sizes_of_sounds_have_to_be_told(tmp_path: Path) -> None:
 def test_sounds_are_as_long_as_the_data_where_nobody_says(tmp_path: Path) -> None:
     folder = str(save_family("wav2vec2", tmp_path / "m"))
     rows = parse_input_shapes("input_values:1x800,speaker:1:int64")
-    source = load_source(folder, rows=rows)
+    source = load_source(folder, rows=lambda: rows)
     assert [(s.name, s.shape) for s in source.specs] == [("input_values", ("batch", 800))]
     assert source.task == "classes"
 
