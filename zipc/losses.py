@@ -11,6 +11,7 @@ from torch import Tensor
 from zipc.core.errors import UsageError
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # dense (n, d), candidate (n, d) -> (n,)
+LARGEST = 1e15  # of an output: the squares of larger ones add up to no number in fp32
 CHUNK = 1 << 20  # elements worked on at once, so that large vocabularies cost little memory
 
 
@@ -18,7 +19,7 @@ def mean_loss(loss: Loss, dense: Tensor, candidate: Tensor) -> float:
     """Return the mean of `loss` over the rows; infinity for a candidate that is not finite.
 
     Raises:
-        UsageError: the dense outputs are not finite.
+        UsageError: the dense outputs are not finite, or too large.
     """
     require_finite(dense)
     if not torch.isfinite(candidate).all():
@@ -32,10 +33,19 @@ def require_finite(dense: Tensor) -> None:
     """Refuse dense outputs that nothing can be compared with.
 
     Raises:
-        UsageError: one of them is NaN or infinite.
+        UsageError: one of them is NaN, infinite, or too large to be squared.
     """
-    if not torch.isfinite(dense).all():
-        raise UsageError("The dense model gives NaN or infinity on the search data.")
+    low, high = (float(end) for end in torch.aminmax(dense))
+    if math.isfinite(low) and math.isfinite(high):
+        if max(-low, high) <= LARGEST:
+            return
+        found = f"numbers as large as {max(-low, high):.0e}"
+    else:
+        found = "NaN or infinity"
+    raise UsageError(
+        f"The dense model gives {found} on the search data: nothing can be compared with that. "
+        "Check the scale of the data."
+    )
 
 
 def divergence(dense: Tensor, candidate: Tensor) -> Tensor:

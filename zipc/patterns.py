@@ -77,7 +77,7 @@ def notes_on(
         sparse = sparse_level(prepared, site, whole)
         if sparse is None:
             found = refusals(prepared, site, whole)
-            reasons.append(next(f"{m}: {why}" for m, why in found.items() if why is not None))
+            reasons.append("; ".join(f"{m}: {why}" for m, why in found.items()))
         else:
             gains.append(ms(name, whole) / ms(name, sparse))
     offered = sum(any(r.level.pattern == SPARSE for r in ld.rungs) for ld in ladders.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,7 +27,7 @@ JETSON = """
 # dropped without an error; the script says if that happened."""
 SCRIPT = """#!/bin/sh
 # Builds engines of model.onnx and reference.onnx with trtexec, times them in turns (GPU compute,
-# without transfers) and prints the speedup. Flags are passed on to the builds, as in
+# without transfers) and prints the speedup, then the one below. Flags are passed on to the builds, as in
 #     sh build.sh --builderOptimizationLevel=5
 # BUILDS=3 sh build.sh builds anew as often, without a timing cache: what differs is luck.
 # {expected}
@@ -62,9 +63,10 @@ build() {{
 }}
 
 median() {{
-    trtexec --loadEngine="$1.engine" $timing{run_shapes} {warm_up} --duration=3 \\
+    ms=$(trtexec --loadEngine="$1.engine" $timing{run_shapes} {warm_up} --duration=3 \\
         --percentile=50,90,99 --exportTimes="$1.times.json" 2>&1 |
-        sed -n 's/.*GPU Compute Time:.* median = \\([0-9.]*\\) ms.*/\\1/p'
+        sed -n 's/.*GPU Compute Time:.* median = \\([0-9.]*\\) ms.*/\\1/p')
+    echo "${{ms:-0}}"
 }}
 
 if command -v nvpmodel >/dev/null; then nvpmodel -q || true; fi
@@ -92,6 +94,7 @@ while [ "$turn" -lt "$builds" ]; do
             print ""
         }}'
 done
+echo {told}
 """
 
 
@@ -119,9 +122,13 @@ def build_script(
         f'{m}????) typing="{" ".join(TYPING[m])}" timing="{" ".join(TIMING[m])}" ;;' for m in TYPING
     )
     best = profile_texts(found).get("opt")
+    expected = (
+        f"{known}: {ms:.3g} ms, {timing.speedup:.2f}x of reference.onnx, "
+        f"95 % {low:.2f} to {high:.2f}"
+    )
     return SCRIPT.format(
-        expected=f"{known}: {ms:.3g} ms, {timing.speedup:.2f}x of reference.onnx, "
-        f"95 % {low:.2f} to {high:.2f}",
+        expected=expected,
+        told=shlex.quote(expected),
         inputs=", ".join(f"{n} {sizes(p.most)}" for n, p in found.items()),
         jetson=_jetson(target),
         majors="\n".join(majors),

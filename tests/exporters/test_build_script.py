@@ -93,6 +93,7 @@ def test_one_command_builds_both_and_prints_the_speedup(tmp_path: Path) -> None:
     assert ended.code == 0
     assert "model 1.0000 ms, reference 2.0000 ms, speedup 2.000x" in ended.out
     assert "(1.667 to 2.500 over 5 turns)" in ended.out
+    assert ended.out.endswith("Predicted: 1.23 ms, 2.00x of reference.onnx, 95 % 1.50 to 2.50\n")
     assert {p.name for p in tmp_path.glob("*.engine*")} == {"model.engine", "reference.engine"}
     assert "Found 12 layer(s) eligible to use sparse tactics\n" in ended.out
     assert "Chose 8 layer(s) using sparse tactics\n" in ended.out
@@ -158,6 +159,16 @@ def test_an_engine_that_does_not_run_is_an_error(tmp_path: Path) -> None:
     ended = call(tmp_path, also="ms=")
     assert ended.code == 1
     assert "no times" in ended.err
+
+
+@pytest.mark.parametrize("broken", ["model", "reference"])
+def test_an_engine_that_gives_no_times_beside_one_that_does_is_an_error(
+    tmp_path: Path, broken: str
+) -> None:
+    ended = call(tmp_path, also=f'case "$*" in *--loadEngine={broken}*) ms= ;; esac')
+    assert ended.code == 1
+    assert "no times" in ended.err
+    assert "speedup" not in ended.out
 
 
 def test_memory_that_ran_out_while_building_is_told(tmp_path: Path) -> None:

@@ -151,6 +151,23 @@ def test_sizes_computed_in_the_graph_are_followed() -> None:
     assert found == Pass((2 * 64 * H + 16 * H) * 2)
 
 
+def test_numbers_that_onnx_cannot_work_out_by_itself_stay_open() -> None:
+    """As the token types of a BERT that is given none, gathered from a buffer by position."""
+    nodes = [
+        helper.make_node("Shape", ["x"], ["sizes"], end=2),
+        helper.make_node("Expand", ["zero", "sizes"], ["places"]),
+        helper.make_node("GatherElements", ["table", "places"], ["rows"], axis=1),
+        helper.make_node("Gather", ["types", "rows"], ["kinds"]),
+        helper.make_node("Add", ["x", "kinds"], ["y"]),
+    ]
+    arrays = {
+        "zero": np.zeros((1, 1), np.int64),
+        "table": np.zeros((4, 512), np.int64),
+        "types": weight(2, H),
+    }
+    assert kernels_of(model(nodes, arrays), WORKLOAD)
+
+
 def test_a_pass_over_what_comes_in_is_not_launched() -> None:
     """All that is left of a site without units: the whole network normalises one kernel before."""
     nodes = [

@@ -13,7 +13,7 @@ import pytest
 from zipc import closed_loop
 from zipc.closed_loop import SLACK, ClosedLoop, _Attempt, _bias, _toll
 from zipc.core.request import Request
-from zipc.core.types import Allocation, Level, Silent
+from zipc.core.types import Allocation, Level, PairedTiming, Silent
 from zipc.effort import EFFORTS
 from zipc.pruner.allocate.search import SearchState
 
@@ -58,6 +58,25 @@ def test_a_small_loss_under_default_options_is_covered_by_the_margin() -> None:
     loop.attempts = [look(toll=1.2)]
     assert loop.needed(2.0) == pytest.approx(2.0 * _toll(loop.attempts, 2.0) / SLACK)
     assert loop.needed(2.0) > 2.2
+
+
+def test_a_look_under_default_options_that_disappoints_is_taken_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looks = iter([1.3, 1.6, 1.2, 1.1, 1.9])
+    loop = ClosedLoop.__new__(ClosedLoop)
+    loop.device, loop.dense = SimpleNamespace(kind="measured"), b""  # type: ignore[assignment]
+    loop.request, loop.progress = Request(model="m"), Silent()
+
+    def timed(*_: Any) -> PairedTiming:
+        speedup = next(looks)
+        return PairedTiming((), (), speedup, (speedup, speedup))
+
+    monkeypatch.setattr(closed_loop, "by_default", timed)
+    for expected in (1.6, 1.2, 1.9):
+        found = loop.by_default(b"", enough=1.5)
+        assert found is not None
+        assert found.speedup == expected
 
 
 def fresh_loop() -> ClosedLoop:

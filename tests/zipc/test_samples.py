@@ -410,6 +410,8 @@ def test_several_outputs_are_judged_by_their_relative_error(tmp_path: Path) -> N
     assert before.value == pytest.approx(100)
     expected = (1 + np.maximum(1 - relative("test"), 0)) / 2
     assert after.value == pytest.approx(100 * expected.mean(), rel=1e-5)
+    with pytest.raises(UsageError, match="numbers as large as"):  # no square of them is a number
+        on_torch(samples, TwoHeads(*(1e20 * head for head in dense)), inputs=("x",))
 
 
 @pytest.mark.parametrize("metric", [None, "accuracy"])
@@ -683,6 +685,18 @@ def test_a_module_that_fails_on_the_data_is_told(tmp_path: Path) -> None:
     data = save(tmp_path / "a.npz", **good())
     with pytest.raises(UsageError, match=r"does not run on rows .*\(2, 3, 4, 4\)"):
         opened(source_of(MeanColour(WEIGHT[:2])), data)
+
+
+def test_outputs_whose_rows_are_not_first_are_refused(tmp_path: Path) -> None:
+    class States(torch.nn.Module):
+        """As an LSTM of one layer and two directions gives its last states."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.stack([x, -x])
+
+    x = RNG.normal(size=(90, 5)).astype(np.float32)
+    with pytest.raises(UsageError, match=r"output states .* \(2, 3, 5\) for 3 rows; .* is the row"):
+        opened(source_of(States(), specs=[VECTOR], outputs=["states"]), save(tmp_path / "a.npz", x=x))
 
 
 def test_a_model_of_one_batch_size_is_fed_that_size(tmp_path: Path) -> None:

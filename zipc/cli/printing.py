@@ -364,5 +364,5 @@ _COLUMNS: tuple[tuple[str, Literal["left", "right"]], ...] = (
     ("kept", "right"),
     ("numeric", "left"),
     ("ms, priced alone", "right"),
-    ("error", "right"),
+    ("error of the cut", "right"),
 )

@@ -181,8 +181,15 @@ def probe(source: SourceModel, feeds: Mapping[str, Array]) -> list[Shape]:
     """
     _check_sizes(source, feeds)
     fixed = {spec.shape[0] for spec in source.specs if isinstance(spec.shape[0], int)}
-    batch = _filled(feeds, next(iter(fixed), None))
-    tensors = _tensors({name: batch[name] for name in source.inputs}, source)
+    given = len(next(iter(feeds.values())))
+    found: list[Shape] = []
+    for rows in [*fixed][:1] or (given + 1, given):  # an axis of as many may be another one
+        found = _output_shapes(source, _filled(feeds, rows), rows)
+    return found
+
+
+def _output_shapes(source: SourceModel, feeds: Mapping[str, Array], rows: int) -> list[Shape]:
+    tensors = _tensors({name: feeds[name] for name in source.inputs}, source)
     shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in tensors.items())
     try:
         with torch.inference_mode():
@@ -193,13 +200,13 @@ def probe(source: SourceModel, feeds: Mapping[str, Array]) -> list[Shape]:
             f"{source.source} does not run on rows of --data ({shapes}): "
             f"{type(error).__name__}: {first}. Check the shapes and the values of the data."
         ) from error
-    rows = len(next(iter(tensors.values())))
     found = []
     for output, (_, name) in zip(outputs, source.outputs, strict=True):
         if output.dim() == 0 or len(output) != rows:
             raise UsageError(
                 f"The output {name} of {source.source} has the shape {tuple(output.shape)} for "
-                f"{rows} rows; zipc reads outputs whose first axis is the row."
+                f"{rows} rows; zipc reads outputs whose first axis is the row. Have forward return "
+                "it so, or not at all."
             )
         found.append((name, tuple(output.shape[1:])))
     return found
