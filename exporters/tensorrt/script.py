@@ -27,7 +27,7 @@ JETSON = """
 # dropped without an error; the script says if that happened."""
 SCRIPT = """#!/bin/sh
 # Builds engines of model.onnx and reference.onnx with trtexec, times them in turns (GPU compute,
-# without transfers) and prints the speedup, then the one below. Flags are passed on to the builds, as in
+# without transfers) and prints the speedup, then the one below. Flags are passed on to the builds:
 #     sh build.sh --builderOptimizationLevel=5
 # BUILDS=3 sh build.sh builds anew as often, without a timing cache: what differs is luck.
 # {expected}

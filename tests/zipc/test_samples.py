@@ -411,7 +411,7 @@ def test_several_outputs_are_judged_by_their_relative_error(tmp_path: Path) -> N
     expected = (1 + np.maximum(1 - relative("test"), 0)) / 2
     assert after.value == pytest.approx(100 * expected.mean(), rel=1e-5)
     with pytest.raises(UsageError, match="numbers as large as"):  # no square of them is a number
-        on_torch(samples, TwoHeads(*(1e20 * head for head in dense)), inputs=("x",))
+        on_torch(samples, *[TwoHeads(*(1e20 * h for h in dense))] * 2, inputs=("x",))
 
 
 @pytest.mark.parametrize("metric", [None, "accuracy"])
@@ -694,9 +694,10 @@ def test_outputs_whose_rows_are_not_first_are_refused(tmp_path: Path) -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return torch.stack([x, -x])
 
-    x = RNG.normal(size=(90, 5)).astype(np.float32)
-    with pytest.raises(UsageError, match=r"output states .* \(2, 3, 5\) for 3 rows; .* is the row"):
-        opened(source_of(States(), specs=[VECTOR], outputs=["states"]), save(tmp_path / "a.npz", x=x))
+    data = save(tmp_path / "a.npz", x=RNG.normal(size=(90, 5)).astype(np.float32))
+    source = source_of(States(), specs=[VECTOR], outputs=["states"])
+    with pytest.raises(UsageError, match=r"output states .* \(2, 3, 5\) for 3 rows"):
+        opened(source, data)
 
 
 def test_a_model_of_one_batch_size_is_fed_that_size(tmp_path: Path) -> None:

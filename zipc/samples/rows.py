@@ -183,7 +183,7 @@ def probe(source: SourceModel, feeds: Mapping[str, Array]) -> list[Shape]:
     fixed = {spec.shape[0] for spec in source.specs if isinstance(spec.shape[0], int)}
     given = len(next(iter(feeds.values())))
     found: list[Shape] = []
-    for rows in [*fixed][:1] or (given + 1, given):  # an axis of as many may be another one
+    for rows in [*fixed][:1] or (given, given + 1):  # an axis of as many may be another one
         found = _output_shapes(source, _filled(feeds, rows), rows)
     return found
 
