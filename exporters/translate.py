@@ -22,6 +22,7 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         aten.scaled_dot_product_attention.default: _attention,
         aten.linear.default: _linear,
         aten.group_norm.default: _group_norm,
+        aten.instance_norm.default: _instance_norm,
         aten.adaptive_avg_pool1d.default: _adaptive_pool,
         aten.adaptive_avg_pool2d.default: _adaptive_pool,
         aten.split.Tensor: _split,
@@ -133,6 +134,26 @@ def _group_norm(
         if value is not None:
             normal = operator(normal, op.Unsqueeze(value, axes))
     return normal
+
+
+def _instance_norm(
+    x: Any,
+    weight: Any,
+    bias: Any,
+    running_mean: Any,
+    running_var: Any,
+    use_input_stats: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> Any:
+    """Statistics of each channel alone, or those of training; `resize_` knows both operators."""
+    op = _ops()
+    scale = op.Constant(value_floats=[1.0] * x.shape[1]) if weight is None else weight
+    shift = op.Constant(value_floats=[0.0] * x.shape[1]) if bias is None else bias
+    if use_input_stats:
+        return op.InstanceNormalization(x, scale, shift, epsilon=eps)
+    return op.BatchNormalization(x, scale, shift, running_mean, running_var, epsilon=eps)
 
 
 def _adaptive_pool(x: Any, output_size: Sequence[int]) -> Any:

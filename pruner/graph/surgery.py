@@ -36,7 +36,10 @@ REMEMBERED: dict[str, tuple[str, tuple[str, ...]]] = {
         ["ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d"],
         ("weight", ("in_channels", "out_channels")),
     ),
-    **dict.fromkeys(["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"], ("weight", ("num_features",))),
+    **dict.fromkeys(
+        [f"{kind}Norm{n}d" for kind in ("Batch", "Instance") for n in (1, 2, 3)],
+        ("weight", ("num_features",)),
+    ),
     "GroupNorm": ("weight", ("num_channels",)),
     "Embedding": ("weight", ("num_embeddings", "embedding_dim")),
     "PReLU": ("weight", ("num_parameters",)),

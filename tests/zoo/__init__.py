@@ -79,6 +79,7 @@ ZOO: dict[str, Family] = {
         _image("bottleneck-resnet", vision.BottleneckResNet),
         _image("resnext", partial(vision.BottleneckResNet, inner=8, groups=2)),
         _image("groupnorm", vision.GroupNormNet, size=16),
+        _image("instancenorm", vision.InstanceNormNet, size=16),
         _image("vgg", vision.Vgg, size=16),
         _image("googlenet", vision.GoogLeNet, size=16),
         _image("densenet", vision.DenseNet, size=16),

@@ -140,6 +140,27 @@ class GroupNormNet(nn.Module):
         return logits
 
 
+class InstanceNormNet(nn.Module):
+    """Channels normalised each by itself: with a scale, without, and by statistics of training."""
+
+    def __init__(self, *, classes: int = 5) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, stride=2, padding=1, bias=False)
+        self.norm1 = nn.InstanceNorm2d(6, affine=True)
+        self.down = nn.Conv2d(6, 8, 3, stride=2, padding=1)
+        self.norm2 = nn.InstanceNorm2d(8)
+        self.last = nn.Conv2d(8, 6, 3, padding=1, bias=False)
+        self.norm3 = nn.InstanceNorm2d(6, affine=True, track_running_stats=True)
+        self.head = nn.Linear(6, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm1(self.stem(x)))
+        x = F.silu(self.norm2(self.down(x)))
+        x = F.relu(self.norm3(self.last(x)))
+        logits: Tensor = self.head(x.mean(dim=(2, 3)))
+        return logits
+
+
 class SoundNet(nn.Module):
     """Convolutions along time; the norm takes every channel alone, as that of wav2vec 2.0."""
 

@@ -146,10 +146,10 @@ def add_target(path: Path, *, name: str | None = None) -> Path:
     Raises:
         UsageError: it does not describe a target, or there is one of that name.
     """
+    read_target(path)
     name = path.stem if name is None else name
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise UsageError(f"'{name}' cannot be the name of a target: letters, digits, '.-_' only.")
-    read_target(path)
     held = target_files().get(name)
     if held is not None:
         raise UsageError(f"There is a target '{name}' already: {held}. Give another --name.")

@@ -53,7 +53,7 @@ RULES: dict[str, Rule] = {
     "scaled_dot_product_attention": maps.attention,
     "layer_norm": norms.layer_norm,
     "prelu": norms.prelu,
-    "batch_norm": norms.batch_norm,
+    **dict.fromkeys(["batch_norm", "instance_norm"], norms.batch_norm),
     "group_norm": norms.group_norm,
     "embedding": maps.embedding,
     "gather": layout.gather,

@@ -30,7 +30,8 @@ def prelu(axes: Axes, node: fx.Node) -> list[Dim]:
 
 
 def batch_norm(axes: Axes, node: fx.Node) -> list[Dim]:
-    """Per channel: the statistics of evaluation mode are parameters like any other."""
+    """Per channel: the statistics of evaluation mode are parameters like any other, or those of
+    each channel alone."""
     if op_name(node) == "batch_norm" and argument(node, 5, "training", False):
         return unknown(axes, node)
     dims = axes.dims(node.args[0])
