@@ -484,9 +484,8 @@ class ClosedLoop:
         """A graph against the dense one under the runtime's default options, where it can be timed
         with more than one thread.
 
-        Where that is less than `enough`, it is timed once more and the better of both counts: what
-        other programs do to a network of many threads, and to a small one before a large one, is
-        to slow it down.
+        Where that is less than `enough`, it is timed once more and the better of both counts: other
+        programs only ever slow the threads of a graph down, those of a small one most.
         """
         if self.device.kind != "measured":
             return None
