@@ -147,7 +147,7 @@ class InstanceNormNet(nn.Module):
         super().__init__()
         self.stem = nn.Conv2d(3, 6, 3, stride=2, padding=1, bias=False)
         self.norm1 = nn.InstanceNorm2d(6, affine=True)
-        self.down = nn.Conv2d(6, 8, 3, stride=2, padding=1)
+        self.down = nn.Conv2d(6, 8, 3, stride=2, padding=1, bias=False)  # the norm takes it out
         self.norm2 = nn.InstanceNorm2d(8)
         self.last = nn.Conv2d(8, 6, 3, padding=1, bias=False)
         self.norm3 = nn.InstanceNorm2d(6, affine=True, track_running_stats=True)
