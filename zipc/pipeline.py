@@ -11,7 +11,7 @@ import numpy as np
 
 from zipc.build import checkpoint, dense_model
 from zipc.clock import Clock, one_thread
-from zipc.closed_loop import FINALISTS, SLACK, ClosedLoop, Found, choose, make_problem
+from zipc.closed_loop import FINALISTS, ClosedLoop, Found, choose, make_problem
 from zipc.core.engine_options import EngineOptions
 from zipc.core.errors import UsageError
 from zipc.core.figures import three_digits
@@ -167,9 +167,9 @@ class _Proof:
         return short if free is None else max(short, goal / free.speedup)
 
     def slow(self, goal: float, request: Request) -> PairedTiming | None:
-        """The timing under default options, where that is below the goal by more than noise."""
+        """The timing under default options, where that is below the goal."""
         free = self.by_default if request.by_default else None
-        return None if free is None or free.speedup * SLACK >= goal else free
+        return None if free is None or free.speedup >= goal else free
 
 
 def _proved(loop: ClosedLoop, goal: float | None) -> _Proof:
