@@ -491,8 +491,8 @@ class ClosedLoop:
             return None
         graphs, workload = [self.dense, model], self.request.workload
         first = by_default(self.device, graphs, workload, self.progress)
-        if first is None or first.speedup >= enough:
-            return first
+        if first is None or not self.request.by_default or first.speedup >= enough:
+            return first  # fast enough, or no more than told
         again = by_default(self.device, graphs, workload, self.progress)
         return max((t for t in (first, again) if t is not None), key=lambda t: t.speedup)
 
