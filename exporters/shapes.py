@@ -62,6 +62,8 @@ def resize_(graph: OnnxGraph, size_of: SizeOf) -> None:
             _regroup_(graph, node, new_size)
         elif node.op_type == "InstanceNormalization":
             _regroup_norm_(graph, node, new_size)
+        elif node.op_type == "BatchNormalization" and node.input[3] in graph.arrays:
+            _shorten_(graph, node, len(graph.arrays[node.input[3]]))
         elif node.op_type == "GatherElements" and node.input[1] in spread:
             _respread_(graph, node, *spread[node.input[1]], new_entry)
 
@@ -172,9 +174,16 @@ def _regroup_norm_(
     if left != groups:
         if split is not None and target is not None:
             write_target_(graph, split, [target[0], target[1] and left, *target[2:]])
-        for place in (1, 2):
+        _shorten_(graph, node, left)
+
+
+def _shorten_(graph: OnnxGraph, node: NodeProto, left: int) -> None:
+    """As many scales and shifts of a norm as are `left`: constants, one like the other."""
+    for place in (1, 2):
+        held = graph.arrays.get(node.input[place])
+        if held is not None and len(held) > left:
             name = f"{node.input[place]}_{left}"
-            graph.arrays[name] = graph.arrays[node.input[place]][:left]
+            graph.arrays[name] = held[:left]
             node.input[place] = name
 
 

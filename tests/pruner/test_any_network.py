@@ -54,7 +54,7 @@ SITES: dict[str, str] = {
     "bottleneck-resnet": "c6 c4+ c4+ w12 c4+ c4+ c8+ c8+ w16 c8+ c8+",
     "resnext": "c6 c2+ c4 c4+ w12 c2+ c4 c4+ c2+ c8 c8+ w16 c2+ c8 c8+",
     "groupnorm": "c4+ c6",
-    "instancenorm": "c6 c8 c6",
+    "instancenorm": "c6 c8 c6 c8",
     "vgg": "c4 c6 c6 c8 f12",
     "googlenet": "c6 c4 c3+ c5 c2+ c3 c4 c3 c4+ c6 c2+ c4 c3",
     "densenet": "c6 c8+ c4 c8+ c4 c8+ c4 c9 c8+ c4 c8+ c4",

@@ -141,7 +141,8 @@ class GroupNormNet(nn.Module):
 
 
 class InstanceNormNet(nn.Module):
-    """Channels normalised each by itself: with a scale, without, and by statistics of training."""
+    """Channels normalised each by itself: with a scale, without, and by statistics of training,
+    with a scale and without."""
 
     def __init__(self, *, classes: int = 5) -> None:
         super().__init__()
@@ -151,12 +152,15 @@ class InstanceNormNet(nn.Module):
         self.norm2 = nn.InstanceNorm2d(8)
         self.last = nn.Conv2d(8, 6, 3, padding=1, bias=False)
         self.norm3 = nn.InstanceNorm2d(6, affine=True, track_running_stats=True)
-        self.head = nn.Linear(6, classes)
+        self.wide = nn.Conv2d(6, 8, 1)
+        self.norm4 = nn.InstanceNorm2d(8, track_running_stats=True)
+        self.head = nn.Linear(8, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.norm1(self.stem(x)))
         x = F.silu(self.norm2(self.down(x)))
         x = F.relu(self.norm3(self.last(x)))
+        x = F.relu(self.norm4(self.wide(x)))
         logits: Tensor = self.head(x.mean(dim=(2, 3)))
         return logits
 
