@@ -8,7 +8,7 @@ by 50 % where tied, by 22 % where not.)
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby, pairwise
@@ -51,6 +51,7 @@ def sweep(
     progress: Progress,
     rounds: int = 12,
     untimed: int = 1,
+    filler: Runner | None = None,
     quiet: float = QUIET,
     seconds_budget: float | None = None,
     group: int = GROUP,
@@ -65,7 +66,8 @@ def sweep(
     order of their neighbours are measured again and their samples pooled; a real staircase stays.
     Spent, `seconds_budget` (an aim, not a promise) ends the extra rounds: every graph still gets
     the first `max(6, rounds / 2)`. The runners of `group` graphs are alive together; each timed run
-    follows `untimed` ones of its own.
+    follows `untimed` ones of its own, or, given a `filler`, a run of that, which leaves it nothing
+    in the cache, and one of its neighbour in width, which has its code there again.
 
     `on_entries` receives the entries of each finished group, and later their pooled replacements,
     so that an interrupted sweep can be resumed from what was saved.
@@ -74,7 +76,7 @@ def sweep(
     report = on_entries or (lambda _: None)
     groups = list(_batches(todo, group))
     started = clock()
-    measure = partial(_measure, anchor, make_runner, untimed=untimed, quiet=quiet)
+    measure = partial(_measure, anchor, make_runner, untimed=untimed, filler=filler, quiet=quiet)
     measured: dict[EntryKey, Entry] = {}
     progress.stage(stage, total=len(todo))
     for number, together in enumerate(groups, start=1):
@@ -105,6 +107,7 @@ def _measure(
     *,
     rounds: int,
     untimed: int,
+    filler: Runner | None,
     quiet: float,
     may_extend: Callable[[], bool],
 ) -> list[Entry]:
@@ -118,7 +121,11 @@ def _measure(
     while active:
         flights = list(_batches(active, BESIDE))
         beside = [r for flight in flights for r in (anchor, *(runners[i] for i in flight))]
-        samples = iter(interleave(beside, rounds=chunk, untimed=untimed))
+        if filler is None:
+            samples = iter(interleave(beside, rounds=chunk, untimed=untimed))
+        else:
+            alike = {runners[i]: runners[j] for i, j in _neighbours(group).items()}
+            samples = iter(_filled(beside, filler, alike, rounds=chunk))
         for flight in flights:
             anchor_ms = tuple(next(samples))
             for index in flight:
@@ -134,6 +141,36 @@ def _measure(
             break
         active = [i for i in active if _wants_more(entries[i], rounds, quiet)]
     return [entry for entry in entries if entry is not None]
+
+
+def _filled(
+    runners: Sequence[Runner], filler: Runner, alike: Mapping[Runner, Runner], *, rounds: int
+) -> list[list[float]]:
+    """Time runners in turns, each after the filler and, if there is one, a runner of the same code
+    with weights of its own: in a whole model it is the weights that are cold."""
+    lap: list[Runner] = []
+    timed = []
+    for runner in runners:
+        before = [alike[runner]] if runner in alike else []
+        timed.append(len(lap) + 1 + len(before))
+        lap += [filler, *before, runner]
+    samples: list[list[float]] = [[] for _ in runners]
+    for _ in range(rounds):  # never backwards
+        times = interleave(lap, rounds=1, untimed=0)
+        for held, place in zip(samples, timed, strict=True):
+            held += times[place]
+    return samples
+
+
+def _neighbours(group: Sequence[PricedGraph]) -> dict[int, int]:
+    """Of each graph of a group the next, or else the one before, that differs in width alone."""
+    lines = [_order(graph)[:-1] for graph in group]
+    found: dict[int, int] = {}
+    for index, line in enumerate(lines):
+        for other in (index + 1, index - 1):
+            if 0 <= other < len(lines) and lines[other] == line:
+                found.setdefault(index, other)
+    return found
 
 
 def _wants_more(entry: Entry | None, rounds: int, quiet: float) -> bool:

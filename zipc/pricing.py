@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from zipc.build import dense_model
+from zipc.cold import cache_filler
 from zipc.core.errors import TableMissing
 from zipc.core.files import fingerprint as short_hash
 from zipc.core.request import Request
@@ -47,7 +48,11 @@ PLACE_SECONDS = 60.0
 PLACE_UNTIMED = 1, 4
 PLACE_UNTIMED_MS = 6.0  # more than this much of it is not needed
 PLACE_GROUP = 2, GROUP  # whole models that are held beside the dense one: as many as fit
-PLACE_BYTES = 400e6
+HELD_BYTES = 400e6
+MANY = (
+    128  # parts that are held at once, where they fit: a machine may run integers at another pace
+)
+# for seconds, as where another program has half of its core, and no part should meet that alone
 TRUSTED_ERROR = 0.06  # a table whose sums are further off than this (median) is not kept, or than
 TRUSTED_SHARED = 0.12  # this, where sites share maps: their times go by products of widths
 
@@ -63,6 +68,7 @@ class How:
     untimed: int = 1  # runs of a graph before each one that is timed
     quiet: float = QUIET  # noise below which fewer rounds do
     in_place: bool = False
+    filler: bytes | None = None  # a graph that empties the cache of what is timed next
 
 
 ALONE = How(rounds=20, seconds=200.0, group=GROUP, stage="measuring prices")
@@ -106,8 +112,10 @@ def price(
     own = prepared.structure.sites
     signatures, parts = surroundings(prepared.dense, own)
     offered = {s.name: offered_levels(prepared, s, target) for s in own}
-    path, stored = _stored(prepared, target, request, signatures, device, store, progress)
     dense_bytes = dense_model(prepared)
+    filler = cache_filler(device, request.workload, len(dense_bytes))
+    cold = filler is not None
+    path, stored = _stored(prepared, target, request, signatures, cold, device, store, progress)
     dense, whole = Level(1, prepared.floats), Level(1, prepared.numeric)
     undiminished = dense_bytes if dense == whole else whole_model(prepared, {})
     graphs = [PricedGraph(WHOLE, whole, lambda: undiminished)]
@@ -129,11 +137,13 @@ def price(
         anchor=hashlib.sha256(anchor).hexdigest(),
     )
     extend = partial(_extended, device=device, store=store, path=path, progress=progress)
-    table, seconds = extend(table, graphs, anchor, ALONE)
+    table, seconds = extend(table, graphs, anchor, _alone(device, len(dense_bytes), filler))
     sites = SitePrices(table, signatures, {s.name: Level(s.units) for s in own}, prepared.numeric)
     calls = {s.name: s.calls for s in own}
     whole_ms = table.price(WHOLE, whole)
-    placed = in_place(prepared, sites, offered, part_ms=MIN_PART * whole_ms)
+    placed = list[PricedGraph]()
+    if filler is None:  # else caches are as in the whole already
+        placed += in_place(prepared, sites, offered, part_ms=MIN_PART * whole_ms)
     shared = overlapping(prepared, sites, calls, whole_ms)
     fastest = fastest_widths(prepared, target, sites) if shared else None
     if fastest is not None:
@@ -166,7 +176,16 @@ def price(
         doubt=device.doubt(dense_bytes, request.workload),
     )
     if table.correction is None:
-        fitted = fit_correction(prepared, target, prices, device.timer(), progress)
+        fitted, points = fit_correction(prepared, target, prices, device.timer(), progress)
+        if dense != whole:  # what one moment tells of integers beside floats may not last
+            floats = Entry(
+                signature=WHOLE,
+                level=dense,
+                samples_ms=tuple(ms for p in points for ms in p.floats_ms),
+                anchor_ms=tuple(ms for p in points for ms in p.whole_ms),
+            )
+            table = table.with_entries([floats], in_place=True)
+            prices.dense_ms = floats.ratio * whole_ms
         prices.table = _noted(table.with_correction(fitted), device)
         trusted = TRUSTED_ERROR if fastest is None else TRUSTED_SHARED
         if fitted.median_error <= trusted or prices.doubt is not None:
@@ -185,6 +204,7 @@ def _stored(
     target: Target,
     request: Request,
     signatures: Mapping[str, str],
+    cold: bool,
     device: Device,
     store: TableStore,
     progress: Progress,
@@ -196,6 +216,7 @@ def _stored(
         target.width_step,
         sorted(prepared.dense.op_counts().items()),
         *([] if prepared.body is None else [prepared.numeric]),
+        *(["cold"] if cold else []),
     )
     prints = device.fingerprint()
     place = f"{target.name}@{prints['host']}" if "host" in prints else target.name
@@ -266,6 +287,7 @@ def _extended(
             progress=progress,
             rounds=how.rounds,
             untimed=how.untimed,
+            filler=None if how.filler is None else timer.load(how.filler, workload=workload),
             quiet=how.quiet,
             seconds_budget=how.seconds,
             group=how.group,
@@ -279,12 +301,22 @@ def _extended(
     return held[0], time.monotonic() - started
 
 
+def _alone(device: Device, size: int, filler: bytes | None) -> How:
+    """How parts of a model of so many bytes are swept.
+
+    What was measured is kept group by group, so that engines, which take long to build, stay in
+    small ones.
+    """
+    held = GROUP if device.runtime == TENSORRT else as_fits(HELD_BYTES / size, GROUP, MANY)
+    return replace(ALONE, group=held, filler=filler)
+
+
 def _gently(whole_ms: float, size: int) -> How:
     """How whole models of so many milliseconds and bytes are swept."""
     return How(
         rounds=as_fits(PLACE_MS / (2 * whole_ms), *PLACE_ROUNDS),
         seconds=PLACE_SECONDS,
-        group=as_fits(PLACE_BYTES / size, *PLACE_GROUP),
+        group=as_fits(HELD_BYTES / size, *PLACE_GROUP),
         stage="measuring prices in place",
         untimed=as_fits(PLACE_UNTIMED_MS / whole_ms, *PLACE_UNTIMED),
         quiet=PLACE_QUIET,

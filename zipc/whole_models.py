@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -92,24 +93,45 @@ def whole_model(prepared: Prepared, levels: Mapping[str, Level]) -> bytes:
     return prepared.deployed(prepared.dense, edit)
 
 
+@dataclass(frozen=True, slots=True)
+class WholePoint:
+    """A whole model at some levels: its sum of prices, relative to that of the undiminished whole,
+    and times of it, of the undiminished whole and of the dense model in floats, in turns."""
+
+    total: float
+    ms: Sequence[float]
+    whole_ms: Sequence[float]
+    floats_ms: Sequence[float]
+
+    @property
+    def measured(self) -> float:
+        """Its latency relative to the undiminished whole."""
+        return _ratio(self.ms, self.whole_ms)
+
+    @property
+    def over_floats(self) -> float:
+        """Its latency relative to the dense model in floats."""
+        return _ratio(self.ms, self.floats_ms)
+
+
 def fit_correction(
     prepared: Prepared, target: Target, prices: Prices, timer: GraphTimer, progress: Progress
-) -> correction.Correction:
+) -> tuple[correction.Correction, list[WholePoint]]:
     """Measure whole models until they agree on what sums of prices get wrong, or are enough."""
     least, most = CORRECTION_POINTS
     progress.stage("check prices on whole models")
-    rng, points = np.random.default_rng(0), list[tuple[float, float]]()
+    rng, points = np.random.default_rng(0), list[WholePoint]()
     while True:
         points += measure_points(
             prepared, target, prices, timer=timer, points=least, rng=rng, progress=progress
         )
-        fitted = correction.fit(points)
+        fitted = correction.fit((p.total, p.measured) for p in points)
         if fitted.median_error <= AGREED or len(points) >= most or prices.doubt is not None:
             break
     progress.done(
         f"sum of prices off by {fitted.median_error:.1%} (median), {fitted.worst_error:.1%} (worst)"
     )
-    return fitted
+    return fitted, points
 
 
 def measure_points(
@@ -122,29 +144,34 @@ def measure_points(
     rng: np.random.Generator,
     rounds: int | None = None,
     progress: Progress,
-) -> list[tuple[float, float]]:
-    """(sum of prices, measured latency), both relative to the undiminished whole, of random
-    allocations; no sum is less than the least that `Prices.ratio` reads.
+) -> list[WholePoint]:
+    """Random allocations; no sum is less than the least that `Prices.ratio` reads.
 
     Without `rounds`, each is timed as often as its time allows.
     """
-    workload = prices.table.workload
-    dense = timer.load(dense_model(prepared), workload=workload)
+    load = partial(timer.load, workload=prices.table.workload)
+    beside = [load(dense_model(prepared))]
+    if prepared.numeric != prepared.floats:
+        beside.append(load(whole_model(prepared, {})))
     if rounds is None:  # a round runs each graph twice
         rounds = as_fits(CORRECTION_MS / (4 * prices.dense_ms), *CORRECTION_ROUNDS)
-    warm_up(dense)
+    for runner in beside:
+        warm_up(runner)
     found = []
     for _ in range(points):
         levels = random_levels(prepared, target, prices, rng)
-        runner = timer.load(whole_model(prepared, levels), workload=workload)
+        runner = load(whole_model(prepared, levels))
         warm_up(runner, max_runs=WARM_RUNS)
-        base, times = interleave([dense, runner], rounds=rounds)
+        floats, *whole, ms = interleave([*beside, runner], rounds=rounds)
         total = prices.add.fixed_ms + sum(prices.ms(n, lv) for n, lv in levels.items())
-        measured = float(np.median(np.array(times) / np.array(base)))
         raw = max(total / prices.whole_ms, LEAST_RATIO)
-        found.append((raw, measured * prices.dense_ms / prices.whole_ms))
+        found.append(WholePoint(raw, ms, whole[0] if whole else floats, floats))
         progress.advance()
     return found
+
+
+def _ratio(ms: Sequence[float], beside: Sequence[float]) -> float:
+    return float(np.median(np.array(ms) / np.array(beside)))
 
 
 def random_levels(

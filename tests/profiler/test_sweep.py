@@ -58,7 +58,7 @@ class FakeRunner:
         return ms
 
 
-ANCHOR = -1
+ANCHOR, FILLER = -1, -2
 
 
 def run(
@@ -69,6 +69,7 @@ def run(
     seconds_budget: float | None = None,
     group: int = GROUP,
     untimed: int = 1,
+    filler: FakeRunner | None = None,
     quiet: float = QUIET,
     on_entries: Callable[[list[Entry]], None] | None = None,
 ) -> dict[int, Entry]:
@@ -80,6 +81,7 @@ def run(
         progress=Silent(),
         group=group,
         untimed=untimed,
+        filler=filler,
         quiet=quiet,
         seconds_budget=seconds_budget,
         on_entries=on_entries,
@@ -115,6 +117,25 @@ def test_each_timed_run_follows_an_untimed_one_of_the_same_runner() -> None:
     doubled = machine.log[-2 * 3 * 6 :]
     assert doubled[::2] == doubled[1::2]
     assert doubled.count(ANCHOR) == len(doubled) // 3
+
+
+def test_each_timed_run_follows_one_of_the_filler_and_one_of_its_neighbour() -> None:
+    """What follows a run of its own is free of what is paid in the whole model."""
+
+    def streamed(cold_ms: float) -> Behaviour:
+        def cost(machine: Machine, _: int) -> float:
+            own = {1: [FILLER, 2], 2: [FILLER, 1]}
+            return cold_ms if machine.log[-2:] in own.values() else 0.001
+
+        return cost
+
+    machine = Machine({ANCHOR: 2.0, FILLER: 5.0, 1: streamed(1.0), 2: streamed(3.0), 3: 4.0})
+    filler = machine.runner(str(FILLER).encode())
+    graphs = [machine.graph(1), machine.graph(2), machine.graph(3, numeric="int8-static")]
+    entries = run(machine, graphs, filler=filler)
+    assert {w: e.ratio for w, e in entries.items()} == pytest.approx({1: 0.5, 2: 1.5, 3: 2.0})
+    first = [FILLER, ANCHOR, FILLER, 2, 1, FILLER, 1, 2]
+    assert machine.log[-12:] == [*first, FILLER, ANCHOR, FILLER, 3]
 
 
 def test_a_graph_with_a_cold_cache_is_priced_warm() -> None:

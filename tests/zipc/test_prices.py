@@ -127,10 +127,12 @@ def test_sums_that_overlapping_parts_make_negative_are_read_as_the_least(
         monkeypatch.setattr(whole_models, name, lambda *_, value=value: value)
     monkeypatch.setattr(whole_models, "warm_up", lambda *_, **__: None)
     monkeypatch.setattr(whole_models, "interleave", lambda *_, **__: ([4.0, 4.0], [1.0, 1.0]))
-    unused: Any = SimpleNamespace(load=lambda *_, **__: None)
+    unused: Any = SimpleNamespace(load=lambda *_, **__: None, numeric="fp32", floats="fp32")
     rng = np.random.default_rng(0)
     points = whole_models.measure_points(
         unused, unused, held, timer=unused, points=2, rng=rng, progress=Silent()
     )
-    assert points == [(LEAST_RATIO, 0.25)] * 2
-    assert correction.fit(points).apply(LEAST_RATIO) > 0
+    read = [(p.total, p.measured) for p in points]
+    assert read == [(LEAST_RATIO, 0.25)] * 2
+    assert [p.over_floats for p in points] == [0.25] * 2
+    assert correction.fit(read).apply(LEAST_RATIO) > 0

@@ -1,0 +1,101 @@
+"""Prices of a decode step whose weights fit no cache: each part finds its own in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import onnx
+import pytest
+
+from tests.tiny_folders import family_folder
+from tests.tiny_project import fake_clock
+from zipc import cold
+from zipc.cold import UNKNOWN_CACHE, cache_filler, last_cache, product_of_one_row
+from zipc.core.request import Request
+from zipc.core.types import Silent, Workload
+from zipc.groundwork import Priced, price_model
+from zipc.pricing import FASTEST, WHOLE
+from zipc.profiler.runners.onnxruntime import OnnxRuntimeRunner
+from zipc.profiler.runners.session import SessionRunner
+
+DECODE = Workload(sequence_length=1, past_length=15)
+
+
+def device(**changed: Any) -> Any:
+    told: dict[str, Any] = {"caches": ["L2 1024K", "L3 32768K"]}
+    facts: dict[str, Any] = {"kind": "measured", "runtime": "onnxruntime"} | changed
+    return SimpleNamespace(fingerprint=lambda: told, **facts)
+
+
+@pytest.mark.parametrize(
+    ("told", "size"),
+    [
+        (["L1 48K", "L3 32768K"], 32 << 20),
+        (["L3 96M"], 96 << 20),
+        ([], UNKNOWN_CACHE),
+        (["L3"], UNKNOWN_CACHE),
+        (["L3 lots"], UNKNOWN_CACHE),
+    ],
+)
+def test_the_last_cache_is_as_large_as_the_system_tells(told: list[str], size: int) -> None:
+    assert last_cache(told) == size
+
+
+def test_the_filler_reads_twice_the_last_cache() -> None:
+    filler = cache_filler(device(), DECODE, 33 << 20)
+    assert filler is not None
+    (weight,) = onnx.load_from_string(filler).graph.initializer
+    assert len(weight.raw_data) == 64 << 20
+
+
+@pytest.mark.parametrize("size", [1, 1 << 16])
+def test_a_filler_runs_whatever_the_workload(size: int) -> None:
+    assert OnnxRuntimeRunner(product_of_one_row(size), workload=DECODE).run() > 0
+
+
+@pytest.mark.parametrize(
+    ("changed", "workload", "size"),
+    [
+        ({}, DECODE, 32 << 20),  # fits
+        ({}, Workload(), 1 << 30),  # many rows for every weight
+        ({"kind": "modelled"}, DECODE, 1 << 30),
+        ({"runtime": "tensorrt"}, DECODE, 1 << 30),
+    ],
+)
+def test_what_does_not_wait_for_memory_is_timed_warm(
+    changed: dict[str, str], workload: Workload, size: int
+) -> None:
+    assert cache_filler(device(**changed), workload, size) is None
+
+
+def priced(folder: Path) -> Priced:
+    model = str(family_folder(folder, "llama"))
+    asked = Request(model=model, phase="decode", past_length=15, cache_dir=folder / "cache")
+    return price_model(asked, progress=Silent())
+
+
+def test_a_decode_step_beyond_the_cache_has_a_table_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_clock(monkeypatch)
+    ran: list[bool] = []
+    timed = SessionRunner.run
+
+    def run(self: SessionRunner) -> float:
+        ran.append("filler" in self._feeds)
+        return timed(self)
+
+    monkeypatch.setattr(SessionRunner, "run", run)
+    warm = priced(tmp_path).prices
+    assert {e.signature for e in warm.table.in_place} - {WHOLE, FASTEST}
+    assert not any(ran)
+    monkeypatch.setattr(cold, "last_cache", lambda _: 1 << 14)
+    found = priced(tmp_path).prices
+    assert sum(ran) > len(found.table.entries)
+    assert {e.signature for e in found.table.in_place} <= {WHOLE, FASTEST}  # no site
+    assert found.path != warm.path
+    again = priced(tmp_path).prices
+    assert again.from_cache
+    assert again.path == found.path
