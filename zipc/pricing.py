@@ -304,10 +304,11 @@ def _extended(
 def _alone(device: Device, size: int, filler: bytes | None) -> How:
     """How parts of a model of so many bytes are swept.
 
-    What was measured is kept group by group, so that engines, which take long to build, stay in
-    small ones.
+    What was measured is kept group by group, so that boards, which may be lost or take minutes to
+    build engines, have small ones.
     """
-    held = GROUP if device.runtime == TENSORRT else as_fits(HELD_BYTES / size, GROUP, MANY)
+    on_board = "host" in device.fingerprint()
+    held = GROUP if on_board else as_fits(HELD_BYTES / size, GROUP, MANY)
     return replace(ALONE, group=held, filler=filler)
 
 
