@@ -11,7 +11,7 @@ import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
 from zipc.core.types import Workload
-from zipc.exporters.onnx_export import OPSET
+from zipc.exporters.onnx_export import serialised
 from zipc.profiler.device import Device
 from zipc.targets import ON_CPU
 
@@ -49,7 +49,4 @@ def product_of_one_row(size: int) -> bytes:
         [helper.make_tensor_value_info("filled", TensorProto.FLOAT, [1, COLUMNS])],
         [numpy_helper.from_array(weight, "weight")],
     )
-    opset = helper.make_opsetid("", OPSET)
-    lowest = helper.find_min_ir_version_for([opset])
-    model = helper.make_model(graph, opset_imports=[opset], ir_version=lowest)
-    return bytes(model.SerializeToString())
+    return serialised(graph)

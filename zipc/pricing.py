@@ -49,10 +49,9 @@ PLACE_UNTIMED = 1, 4
 PLACE_UNTIMED_MS = 6.0  # more than this much of it is not needed
 PLACE_GROUP = 2, GROUP  # whole models that are held beside the dense one: as many as fit
 HELD_BYTES = 400e6
-MANY = (
-    128  # parts that are held at once, where they fit: a machine may run integers at another pace
-)
-# for seconds, as where another program has half of its core, and no part should meet that alone
+# A machine may run integers at another pace for seconds, as where another program has half of its
+# core: no part should meet that alone.
+MANY = 128  # parts that are held at once, where they fit
 TRUSTED_ERROR = 0.06  # a table whose sums are further off than this (median) is not kept, or than
 TRUSTED_SHARED = 0.12  # this, where sites share maps: their times go by products of widths
 

@@ -9,7 +9,7 @@ from onnx import TensorProto, helper
 
 from zipc.core.types import Site, Workload
 from zipc.exporters.graph import OnnxGraph
-from zipc.exporters.onnx_export import OPSET
+from zipc.exporters.onnx_export import serialised
 from zipc.exporters.specialise import Edit, specialise
 from zipc.pricing import surroundings
 from zipc.profiler.device import GraphTimer
@@ -49,7 +49,4 @@ def _nothing() -> bytes:
     node = helper.make_node("Constant", [], ["y"], value_float=0.0)
     y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [])
     graph = helper.make_graph([node], "nothing", [], [y])
-    opset = helper.make_opsetid("", OPSET)
-    lowest = helper.find_min_ir_version_for([opset])
-    model = helper.make_model(graph, opset_imports=[opset], ir_version=lowest)
-    return bytes(model.SerializeToString())
+    return serialised(graph)
