@@ -154,17 +154,25 @@ def added_up(
     }
     # What is priced as sites of their own is not counted in the mixture again.
     inside = {n: min(fastest[n], sum(dense[m] for m in names)) for n, names in inner.items()}
-    share, fixed_ms = 1.0, whole_ms - sum(ms - inside.get(n, 0.0) for n, ms in dense.items())
+    sums = {n: ms - inside.get(n, 0.0) for n, ms in dense.items()}
+    least = {n: ms - inside.get(n, 0.0) for n, ms in fastest.items()}
+    share = 1.0
     if together is not None:
-        gains = sum(calls[n] * sites.saved_ms(n, lv) for n, lv in together[0].items())
-        share = min(max(together[1] / gains, MIN_SHARE), 1.0) if gains > 0 else 1.0
+        levels, saved_ms = together
+        share = _share(saved_ms, sum(calls[n] * sites.saved_ms(n, lv) for n, lv in levels.items()))
     elif measured:
-        # No whole is faster than one of its parts. Prices of a busy machine can say so; the check
-        # on whole models then finds them out. Those of a model are exact: where kernels of several
-        # parts run as one, as the first maps of all experts do, parts add up to more.
-        least = [dense[n] - inside[n] if n in inside else ms for n, ms in fastest.items()]
-        fixed_ms = max(fixed_ms, max(least) - sum(least))
+        # No whole is faster than one of its parts. Sums that say so are of parts that each take
+        # more than in the whole, as where each waits anew for its first weights from memory. Those
+        # of a model are exact: where kernels of several parts run as one, as the first maps of all
+        # experts do, parts add up to more.
+        share = _share(whole_ms - max(least.values()), sum(sums.values()) - sum(least.values()))
+    fixed_ms = whole_ms - sum(sums.values())
     return Addition(share, inside, fixed_ms)
+
+
+def _share(saved_ms: float, gains_ms: float) -> float:
+    """Of what levels save one site at a time, what all of them save together."""
+    return min(max(saved_ms / gains_ms, MIN_SHARE), 1.0) if gains_ms > 0 else 1.0
 
 
 @dataclass(slots=True)

@@ -21,7 +21,8 @@ from zipc.profiler.timing import interleave, warm_up
 from zipc.pruner.graph.mixtures import settled
 
 CORRECTION_POINTS = 6, 18  # at least, and at most where they do not agree
-AGREED = 0.02  # median error of left-out points below which no more are measured
+AGREED, ALL_AGREED = 0.02, 0.05  # errors of left-out points, in the median and at worst, below
+# which no more are measured
 CORRECTION_ROUNDS = 10, 200  # of a whole model beside dense: as many as fit
 CORRECTION_MS = 2000.0
 WARM_RUNS = 6
@@ -126,7 +127,8 @@ def fit_correction(
             prepared, target, prices, timer=timer, points=least, rng=rng, progress=progress
         )
         fitted = correction.fit((p.total, p.measured) for p in points)
-        if fitted.median_error <= AGREED or len(points) >= most or prices.doubt is not None:
+        agreed = fitted.median_error <= AGREED and fitted.worst_error <= ALL_AGREED
+        if agreed or len(points) >= most or prices.doubt is not None:
             break
     progress.done(
         f"sum of prices off by {fitted.median_error:.1%} (median), {fitted.worst_error:.1%} (worst)"

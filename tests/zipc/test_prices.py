@@ -56,19 +56,19 @@ def table(*, spread: float = 0.0, placed: bool = True) -> LatencyTable:
     )
 
 
-def prices(held: LatencyTable, *, in_place: bool = True) -> Prices:
+def prices(held: LatencyTable, *, in_place: bool = True, whole_ms: float = WHOLE_MS) -> Prices:
     names = [f"layer.{i}" for i in range(CALLS)]
     calls = dict.fromkeys(names, 1)
     sites = SitePrices(held, dict.fromkeys(names, KIND), dict.fromkeys(names, Level(UNITS)), "fp32")
     if in_place:
-        sites = with_savings_in_place(sites, calls, WHOLE_MS)
+        sites = with_savings_in_place(sites, calls, whole_ms)
     add = added_up(
         *(sites, calls, dict.fromkeys(names, LEVELS), {}),
-        whole_ms=WHOLE_MS,
+        whole_ms=whole_ms,
         together=None,
         measured=True,
     )
-    return Prices(held, Path("table"), sites, calls, WHOLE_MS, WHOLE_MS, add, 1.0, False, None)
+    return Prices(held, Path("table"), sites, calls, whole_ms, whole_ms, add, 1.0, False, None)
 
 
 def total(made: Prices, level: Level) -> float:
@@ -85,6 +85,17 @@ def test_without_measurements_in_place_a_level_saves_what_it_saves_alone() -> No
     made = prices(table(placed=False))
     saved = WHOLE_MS - total(made, Level(2))
     assert saved == pytest.approx(CALLS * (alone_ms(Level(UNITS)) - alone_ms(Level(2))))
+
+
+def test_parts_that_take_more_than_the_whole_save_less_in_it() -> None:
+    """A part of a decode step waits anew for its first weights; the whole reads on."""
+    alone = CALLS * alone_ms(Level(UNITS))
+    made = prices(table(placed=False), in_place=False, whole_ms=0.8 * alone)
+    half = Level(UNITS // 2)
+    saved = CALLS * (alone_ms(Level(UNITS)) - alone_ms(half))
+    assert total(made, Level(UNITS)) == pytest.approx(0.8 * alone)
+    assert total(made, half) == pytest.approx(0.8 * (alone - saved), rel=0.05)
+    assert total(made, Level(0)) > 0
 
 
 def test_noise_in_place_is_not_taken_for_a_saving() -> None:
