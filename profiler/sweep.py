@@ -67,7 +67,9 @@ def sweep(
     Spent, `seconds_budget` (an aim, not a promise) ends the extra rounds: every graph still gets
     the first `max(6, rounds / 2)`. The runners of `group` graphs are alive together; each timed run
     follows `untimed` ones of its own, or, given a `filler`, a run of that, which leaves it nothing
-    in the cache, and one of its neighbour in width, which has its code there again.
+    in the cache, and one of its neighbour in width, which has its code there again. Weights that
+    are read from memory take some percent more or less by where in it they lie: beside a filler
+    every graph is loaded at least twice.
 
     `on_entries` receives the entries of each finished group, and later their pooled replacements,
     so that an interrupted sweep can be resumed from what was saved.
@@ -112,12 +114,14 @@ def _measure(
     may_extend: Callable[[], bool],
 ) -> list[Entry]:
     """Time one group, run by run, the anchor beside every few graphs in every round."""
-    runners = [make_runner(graph.build()) for graph in group]
+    models = [graph.build() for graph in group]
+    runners = [make_runner(model) for model in models]
     for runner in (anchor, *runners):
         warm_up(runner, max_runs=6)
     entries: list[Entry | None] = [None] * len(group)
     active = list(range(len(group)))
     chunk = max(MIN_ROUNDS, rounds // 2)
+    quiet = quiet if filler is None else 0.0  # how long a graph is quiet tells nothing of loads
     while active:
         flights = list(_batches(active, BESIDE))
         beside = [r for flight in flights for r in (anchor, *(runners[i] for i in flight))]
@@ -140,6 +144,10 @@ def _measure(
         if not may_extend():
             break
         active = [i for i in active if _wants_more(entries[i], rounds, quiet)]
+        if filler is not None:
+            for index in active:
+                runners[index] = make_runner(models[index])
+                warm_up(runners[index], max_runs=6)
     return [entry for entry in entries if entry is not None]
 
 

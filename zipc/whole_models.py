@@ -15,10 +15,11 @@ from zipc.offered import float_widths, suits
 from zipc.plain_edits import first_units, plain_edit
 from zipc.prepare import Prepared
 from zipc.prices import LEAST_RATIO, Prices, SitePrices, cut_together
-from zipc.profiler.device import GraphTimer
+from zipc.profiler.device import GraphTimer, TimedGraph
 from zipc.profiler.sweep import PricedGraph
 from zipc.profiler.timing import interleave, warm_up
 from zipc.pruner.graph.mixtures import settled
+from zipc.targets import ON_CPU
 
 CORRECTION_POINTS = 6, 18  # at least, and at most where they do not agree
 AGREED, ALL_AGREED = 0.02, 0.05  # errors of left-out points, in the median and at worst, below
@@ -149,21 +150,26 @@ def measure_points(
 ) -> list[WholePoint]:
     """Random allocations; no sum is less than the least that `Prices.ratio` reads.
 
-    Without `rounds`, each is timed as often as its time allows.
+    Without `rounds`, each is timed as often as its time allows. A model takes some percent more or
+    less by where in memory it lies, so that what it is timed beside is loaded anew for each, but
+    where it takes minutes to build.
     """
     load = partial(timer.load, workload=prices.table.workload)
-    beside = [load(dense_model(prepared))]
+    models = [dense_model(prepared)]
     if prepared.numeric != prepared.floats:
-        beside.append(load(whole_model(prepared, {})))
+        models.append(whole_model(prepared, {}))
     if rounds is None:  # a round runs each graph twice
         rounds = as_fits(CORRECTION_MS / (4 * prices.dense_ms), *CORRECTION_ROUNDS)
-    for runner in beside:
-        warm_up(runner)
+    anew = prices.table.runtime in ON_CPU and "host" not in prices.table.fingerprint
+    beside: list[TimedGraph] = []
     found = []
     for _ in range(points):
         levels = random_levels(prepared, target, prices, rng)
         runner = load(whole_model(prepared, levels))
-        warm_up(runner, max_runs=WARM_RUNS)
+        if anew or not beside:
+            beside = [load(model) for model in models]
+        for timed in (*beside, runner):
+            warm_up(timed, max_runs=WARM_RUNS)
         floats, *whole, ms = interleave([*beside, runner], rounds=rounds)
         total = prices.add.fixed_ms + sum(prices.ms(n, lv) for n, lv in levels.items())
         raw = max(total / prices.whole_ms, LEAST_RATIO)
