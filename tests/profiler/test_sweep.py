@@ -138,6 +138,21 @@ def test_each_timed_run_follows_one_of_the_filler_and_one_of_its_neighbour() -> 
     assert machine.log[-12:] == [*first, FILLER, ANCHOR, FILLER, 3]
 
 
+def test_what_is_timed_cold_is_loaded_twice() -> None:
+    """By where in memory its weights lie, a graph takes some percent more or less."""
+    loads = 0
+
+    def placed(_: Machine, runs: int) -> float:
+        nonlocal loads
+        loads += runs == 0
+        return 0.99 if loads == 1 else 1.01
+
+    machine = Machine({ANCHOR: 2.0, FILLER: 5.0, 1: placed})
+    entry = run(machine, [machine.graph(1)], filler=machine.runner(str(FILLER).encode()))[1]
+    assert loads == 2
+    assert entry.ratio == pytest.approx(0.5)
+
+
 def test_a_graph_with_a_cold_cache_is_priced_warm() -> None:
     """Runs after another graph cost double; the timed run never does."""
 

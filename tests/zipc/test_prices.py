@@ -127,22 +127,41 @@ def test_no_sum_of_prices_promises_a_model_that_takes_nothing() -> None:
     assert made.ratio(-1.0) == made.ratio(0.0) > 0
 
 
+def measured_points(
+    held: Prices, monkeypatch: pytest.MonkeyPatch
+) -> tuple[list[whole_models.WholePoint], list[bytes]]:
+    """Two whole models of nothing, four times as fast as the dense one, and what was loaded."""
+    levels, loaded = {name: Level(0) for name in held.calls}, list[bytes]()
+    made = {"dense_model": b"dense", "whole_model": b"small", "random_levels": levels}
+    for name, value in made.items():
+        monkeypatch.setattr(whole_models, name, lambda *_, value=value: value)
+    monkeypatch.setattr(whole_models, "warm_up", lambda *_, **__: None)
+    monkeypatch.setattr(whole_models, "interleave", lambda *_, **__: ([4.0, 4.0], [1.0, 1.0]))
+    unused: Any = SimpleNamespace(numeric="fp32", floats="fp32")
+    timer: Any = SimpleNamespace(load=lambda model, **_: loaded.append(model))
+    rng = np.random.default_rng(0)
+    points = whole_models.measure_points(
+        unused, unused, held, timer=timer, points=2, rng=rng, progress=Silent()
+    )
+    return points, loaded
+
+
+@pytest.mark.parametrize(("place", "loads"), [({}, 2), ({"host": "board"}, 1)])
+def test_whole_models_are_timed_beside_dense_ones_loaded_anew_but_on_boards(
+    place: dict[str, str], loads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = prices(table())
+    held.table = held.table.model_copy(update={"fingerprint": place})
+    assert measured_points(held, monkeypatch)[1].count(b"dense") == loads
+
+
 def test_sums_that_overlapping_parts_make_negative_are_read_as_the_least(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """In a RegNet what units save in each part they are in can add up to more than the whole."""
     held = prices(table(placed=False), in_place=False)
     held.add = replace(held.add, fixed_ms=-2 * WHOLE_MS)
-    levels = {name: Level(0) for name in held.calls}
-    for name, value in {"dense_model": b"", "whole_model": b"", "random_levels": levels}.items():
-        monkeypatch.setattr(whole_models, name, lambda *_, value=value: value)
-    monkeypatch.setattr(whole_models, "warm_up", lambda *_, **__: None)
-    monkeypatch.setattr(whole_models, "interleave", lambda *_, **__: ([4.0, 4.0], [1.0, 1.0]))
-    unused: Any = SimpleNamespace(load=lambda *_, **__: None, numeric="fp32", floats="fp32")
-    rng = np.random.default_rng(0)
-    points = whole_models.measure_points(
-        unused, unused, held, timer=unused, points=2, rng=rng, progress=Silent()
-    )
+    points, _ = measured_points(held, monkeypatch)
     read = [(p.total, p.measured) for p in points]
     assert read == [(LEAST_RATIO, 0.25)] * 2
     assert [p.over_floats for p in points] == [0.25] * 2
