@@ -46,7 +46,7 @@ class PricedGraph:
 def sweep(
     graphs: Iterable[PricedGraph],
     *,
-    anchor: Runner,
+    anchor: Callable[[], Runner],
     make_runner: Callable[[bytes], Runner],
     progress: Progress,
     rounds: int = 12,
@@ -60,6 +60,8 @@ def sweep(
     clock: Callable[[], float] = time.monotonic,
 ) -> list[Entry]:
     """Measure every graph once, as paired samples with the anchor.
+
+    `anchor` is asked for once a group, and may be loaded anew for each or not.
 
     Graphs of equal signature and level are measured once. An entry stops early when its noise is
     below `quiet` and gets up to four times the rounds while it is above 3 %. Entries that break the
@@ -76,7 +78,8 @@ def sweep(
     """
     todo = sorted({g.key: g for g in reversed(list(graphs))}.values(), key=_order)
     report = on_entries or (lambda _: None)
-    groups = list(_batches(todo, group))
+    batches = partial(_batches, size=group) if filler is None else partial(_lines, size=group)
+    groups = list(batches(todo))
     started = clock()
     measure = partial(_measure, anchor, make_runner, untimed=untimed, filler=filler, quiet=quiet)
     measured: dict[EntryKey, Entry] = {}
@@ -90,7 +93,7 @@ def sweep(
 
     in_time = _until(_share(started, seconds_budget, 1.0), clock)
     suspects = _out_of_order(measured)
-    for together in _batches([g for g in todo if g.key in suspects], group):
+    for together in batches([g for g in todo if g.key in suspects]):
         if not in_time():
             break
         again = measure(together, rounds=2 * rounds, may_extend=in_time)
@@ -103,7 +106,7 @@ def sweep(
 
 
 def _measure(
-    anchor: Runner,
+    make_anchor: Callable[[], Runner],
     make_runner: Callable[[bytes], Runner],
     group: Sequence[PricedGraph],
     *,
@@ -114,6 +117,7 @@ def _measure(
     may_extend: Callable[[], bool],
 ) -> list[Entry]:
     """Time one group, run by run, the anchor beside every few graphs in every round."""
+    anchor = make_anchor()
     models = [graph.build() for graph in group]
     runners = [make_runner(model) for model in models]
     for runner in (anchor, *runners):
@@ -212,6 +216,15 @@ def _share(started: float, seconds: float | None, share: float) -> float | None:
 
 def _until(deadline: float | None, clock: Callable[[], float]) -> Callable[[], bool]:
     return lambda: deadline is None or clock() < deadline
+
+
+def _lines(todo: Sequence[PricedGraph], size: int) -> Iterator[Sequence[PricedGraph]]:
+    """Batches of graphs that differ in width alone, each of which has its neighbour beside it."""
+    for _, alike in groupby(todo, key=lambda g: _order(g)[:-1]):
+        line = list(alike)
+        count = max(len(line) // size, 1)
+        ends = [len(line) * number // count for number in range(count + 1)]
+        yield from (line[start:end] for start, end in pairwise(ends))
 
 
 def _batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:

@@ -67,6 +67,7 @@ class How:
     untimed: int = 1  # runs of a graph before each one that is timed
     quiet: float = QUIET  # noise below which fewer rounds do
     in_place: bool = False
+    anchors: bool = False  # whether the anchor is loaded anew for every group
     filler: bytes | None = None  # a graph that empties the cache of what is timed next
 
 
@@ -140,16 +141,15 @@ def price(
     sites = SitePrices(table, signatures, {s.name: Level(s.units) for s in own}, prepared.numeric)
     calls = {s.name: s.calls for s in own}
     whole_ms = table.price(WHOLE, whole)
-    placed = list[PricedGraph]()
-    if filler is None:  # else caches are as in the whole already
-        placed += in_place(prepared, sites, offered, part_ms=MIN_PART * whole_ms)
+    placed = in_place(prepared, sites, offered, part_ms=MIN_PART * whole_ms)
     shared = overlapping(prepared, sites, calls, whole_ms)
     fastest = fastest_widths(prepared, target, sites) if shared else None
     if fastest is not None:
         placed.append(PricedGraph(FASTEST, whole, lambda: whole_model(prepared, fastest)))
     if dense != whole:  # a speedup is over the model in floats
         placed.append(PricedGraph(WHOLE, dense, lambda: dense_bytes))
-    table, more = extend(table, placed, undiminished, _gently(whole_ms, len(undiminished)))
+    gently = _gently(whole_ms, len(undiminished), anchors=cold)
+    table, more = extend(table, placed, undiminished, gently)
     sites = with_savings_in_place(replace(sites, table=table), calls, whole_ms)
     ratios = {e.key: e.ratio for e in table.in_place}
     dense_ms = ratios.get((WHOLE, dense), 1.0) * whole_ms
@@ -277,16 +277,18 @@ def _extended(
             store.save(held[0], path)
             saved[0] = time.monotonic()
 
-    saved, workload, timer = [started], table.workload, device.timer()
+    saved = [started]
+    load = partial(device.timer().load, workload=table.workload)
+    fixed = None if how.anchors else load(anchor)
     try:
         sweep(
             missing,
-            anchor=timer.load(anchor, workload=workload),
-            make_runner=lambda model: timer.load(model, workload=workload),
+            anchor=lambda: fixed or load(anchor),
+            make_runner=load,
             progress=progress,
             rounds=how.rounds,
             untimed=how.untimed,
-            filler=None if how.filler is None else timer.load(how.filler, workload=workload),
+            filler=None if how.filler is None else load(how.filler),
             quiet=how.quiet,
             seconds_budget=how.seconds,
             group=how.group,
@@ -311,7 +313,7 @@ def _alone(device: Device, size: int, filler: bytes | None) -> How:
     return replace(ALONE, group=held, filler=filler)
 
 
-def _gently(whole_ms: float, size: int) -> How:
+def _gently(whole_ms: float, size: int, *, anchors: bool) -> How:
     """How whole models of so many milliseconds and bytes are swept."""
     return How(
         rounds=as_fits(PLACE_MS / (2 * whole_ms), *PLACE_ROUNDS),
@@ -321,6 +323,7 @@ def _gently(whole_ms: float, size: int) -> How:
         untimed=as_fits(PLACE_UNTIMED_MS / whole_ms, *PLACE_UNTIMED),
         quiet=PLACE_QUIET,
         in_place=True,
+        anchors=anchors,
     )
 
 

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping
+from functools import partial
+from itertools import pairwise
 
 import pytest
 
 from zipc.core.errors import NoisyMeasurement
-from zipc.core.types import Level, Silent
+from zipc.core.types import Level, Runner, Silent
 from zipc.latency_tables.table import Entry
 from zipc.profiler.sweep import GROUP, QUIET, PricedGraph, sweep
 
@@ -75,7 +77,7 @@ def run(
 ) -> dict[int, Entry]:
     entries = sweep(
         graphs,
-        anchor=machine.runner(b"-1"),
+        anchor=partial(machine.runner, b"-1"),
         make_runner=machine.runner,
         rounds=rounds,
         progress=Silent(),
@@ -134,8 +136,33 @@ def test_each_timed_run_follows_one_of_the_filler_and_one_of_its_neighbour() -> 
     graphs = [machine.graph(1), machine.graph(2), machine.graph(3, numeric="int8-static")]
     entries = run(machine, graphs, filler=filler)
     assert {w: e.ratio for w, e in entries.items()} == pytest.approx({1: 0.5, 2: 1.5, 3: 2.0})
-    first = [FILLER, ANCHOR, FILLER, 2, 1, FILLER, 1, 2]
-    assert machine.log[-12:] == [*first, FILLER, ANCHOR, FILLER, 3]
+    round_of_one = [FILLER, ANCHOR, FILLER, 3]
+    round_of_two = [FILLER, ANCHOR, FILLER, 2, 1, FILLER, 1, 2]
+    assert machine.log[-4:] == round_of_one
+    assert round_of_two in [machine.log[i : i + 8] for i in range(len(machine.log))]
+
+
+@pytest.mark.parametrize("levels", [7, 8, 9, 15, 17, 33])
+def test_beside_a_filler_every_graph_of_a_line_has_a_neighbour(levels: int) -> None:
+    machine = Machine({ANCHOR: 2.0, FILLER: 5.0} | {w: 1.0 + w for w in range(levels)})
+    filler = machine.runner(str(FILLER).encode())
+    run(machine, [machine.graph(w) for w in range(levels)], filler=filler)
+    ran = [(a, b) for a, b in pairwise(machine.log) if FILLER not in (a, b)]
+    timed = {b for a, b in ran if abs(a - b) == 1 and a >= 0}
+    assert timed == set(range(levels))
+    assert machine.most_alive < 2 * GROUP
+
+
+def test_an_anchor_may_be_loaded_anew_for_every_group() -> None:
+    machine, loads = Machine({ANCHOR: 2.0} | {w: 1.0 + w for w in range(5)}), list[Runner]()
+
+    def load() -> Runner:
+        loads.append(machine.runner(b"-1"))
+        return loads[-1]
+
+    graphs = [machine.graph(w) for w in range(5)]
+    sweep(graphs, anchor=load, make_runner=machine.runner, group=2, progress=Silent())
+    assert len(loads) == 3
 
 
 def test_what_is_timed_cold_is_loaded_twice() -> None:
@@ -313,7 +340,7 @@ def test_progress_hears_of_every_graph() -> None:
     machine, counter = Machine({ANCHOR: 1.0} | dict.fromkeys(range(20), 1.0)), Counter()
     sweep(
         [machine.graph(w) for w in range(20)],
-        anchor=machine.runner(b"-1"),
+        anchor=partial(machine.runner, b"-1"),
         make_runner=machine.runner,
         progress=counter,
     )
