@@ -46,7 +46,7 @@ class PricedGraph:
 def sweep(
     graphs: Iterable[PricedGraph],
     *,
-    anchor: Callable[[], Runner],
+    anchor: Runner,
     make_runner: Callable[[bytes], Runner],
     progress: Progress,
     rounds: int = 12,
@@ -60,8 +60,6 @@ def sweep(
     clock: Callable[[], float] = time.monotonic,
 ) -> list[Entry]:
     """Measure every graph once, as paired samples with the anchor.
-
-    `anchor` is asked for once a group, and may be loaded anew for each or not.
 
     Graphs of equal signature and level are measured once. An entry stops early when its noise is
     below `quiet` and gets up to four times the rounds while it is above 3 %. Entries that break the
@@ -106,7 +104,7 @@ def sweep(
 
 
 def _measure(
-    make_anchor: Callable[[], Runner],
+    anchor: Runner,
     make_runner: Callable[[bytes], Runner],
     group: Sequence[PricedGraph],
     *,
@@ -117,7 +115,6 @@ def _measure(
     may_extend: Callable[[], bool],
 ) -> list[Entry]:
     """Time one group, run by run, the anchor beside every few graphs in every round."""
-    anchor = make_anchor()
     models = [graph.build() for graph in group]
     runners = [make_runner(model) for model in models]
     for runner in (anchor, *runners):

@@ -130,6 +130,11 @@ class Addition:
     share: float  # of what levels save one site at a time, what all of them save together
     inside: Mapping[str, float]  # mixture -> ms of the dense sites in its experts
     fixed_ms: float  # what no site has
+    apart_ms: float = 0.0  # what a call of a site takes more in a graph of its own
+
+    def in_place(self, alone_ms: float) -> float:
+        """What a call of a site takes in the whole model that takes so much alone."""
+        return max(alone_ms - self.apart_ms, LEAST_RATIO * alone_ms)
 
 
 def added_up(
@@ -141,38 +146,41 @@ def added_up(
     whole_ms: float,
     together: tuple[Mapping[str, Level], float] | None,
     measured: bool,
+    cold: bool = False,
 ) -> Addition:
     """The addition by which the dense model takes `whole_ms`.
+
+    Each part that is timed `cold` waits anew for its first weights, where the whole reads on: what
+    all dense ones take too much is an equal time for each.
 
     `inner` has the sites in the experts of a mixture. Where sites share maps, `together` has
     a level for each, and what all of them save.
     """
-    dense = {n: sites.dense_ms(n) * count for n, count in calls.items()}
+    apart_ms = 0.0
+    if cold:
+        alone = {n: sites.dense_ms(n) * count for n, count in calls.items()}
+        twice = sum(alone[n] for names in inner.values() for n in names)
+        apart_ms = max(sum(alone.values()) - twice - whole_ms, 0.0) / sum(calls.values())
+    placed = Addition(1.0, {}, 0.0, apart_ms)
+    dense = {n: placed.in_place(sites.dense_ms(n)) * count for n, count in calls.items()}
     fastest = {
-        n: dense[n] - calls[n] * max(sites.saved_ms(n, lv) for lv in levels)
+        n: calls[n]
+        * placed.in_place(sites.dense_ms(n) - max(sites.saved_ms(n, lv) for lv in levels))
         for n, levels in offered.items()
     }
     # What is priced as sites of their own is not counted in the mixture again.
     inside = {n: min(fastest[n], sum(dense[m] for m in names)) for n, names in inner.items()}
-    sums = {n: ms - inside.get(n, 0.0) for n, ms in dense.items()}
-    least = {n: ms - inside.get(n, 0.0) for n, ms in fastest.items()}
-    share = 1.0
+    share, fixed_ms = 1.0, whole_ms - sum(ms - inside.get(n, 0.0) for n, ms in dense.items())
     if together is not None:
-        levels, saved_ms = together
-        share = _share(saved_ms, sum(calls[n] * sites.saved_ms(n, lv) for n, lv in levels.items()))
+        gains = sum(calls[n] * sites.saved_ms(n, lv) for n, lv in together[0].items())
+        share = min(max(together[1] / gains, MIN_SHARE), 1.0) if gains > 0 else 1.0
     elif measured:
-        # No whole is faster than one of its parts. Sums that say so are of parts that each take
-        # more than in the whole, as where each waits anew for its first weights from memory. Those
-        # of a model are exact: where kernels of several parts run as one, as the first maps of all
-        # experts do, parts add up to more.
-        share = _share(whole_ms - max(least.values()), sum(sums.values()) - sum(least.values()))
-    fixed_ms = whole_ms - sum(sums.values())
-    return Addition(share, inside, fixed_ms)
-
-
-def _share(saved_ms: float, gains_ms: float) -> float:
-    """Of what levels save one site at a time, what all of them save together."""
-    return min(max(saved_ms / gains_ms, MIN_SHARE), 1.0) if gains_ms > 0 else 1.0
+        # No whole is faster than one of its parts. Prices of a busy machine can say so; the check
+        # on whole models then finds them out. Those of a model are exact: where kernels of several
+        # parts run as one, as the first maps of all experts do, parts add up to more.
+        least = [dense[n] - inside[n] if n in inside else ms for n, ms in fastest.items()]
+        fixed_ms = max(fixed_ms, max(least) - sum(least))
+    return Addition(share, inside, fixed_ms, apart_ms)
 
 
 @dataclass(slots=True)
@@ -193,7 +201,7 @@ class Prices:
     def ms(self, site: str, level: Level) -> float:
         """Time of all calls of a site at a level, as part of the whole model."""
         once = self.sites.dense_ms(site) - self.add.share * self.sites.saved_ms(site, level)
-        return once * self.calls[site] - self.add.inside.get(site, 0.0)
+        return self.add.in_place(once) * self.calls[site] - self.add.inside.get(site, 0.0)
 
     def gains(self, site: str, level: Level, *, asked: Collection[Difference] = ()) -> bool:
         """Whether a level is faster beyond doubt than without its numeric, and than without its

@@ -67,7 +67,6 @@ class How:
     untimed: int = 1  # runs of a graph before each one that is timed
     quiet: float = QUIET  # noise below which fewer rounds do
     in_place: bool = False
-    anchors: bool = False  # whether the anchor is loaded anew for every group
     filler: bytes | None = None  # a graph that empties the cache of what is timed next
 
 
@@ -141,15 +140,16 @@ def price(
     sites = SitePrices(table, signatures, {s.name: Level(s.units) for s in own}, prepared.numeric)
     calls = {s.name: s.calls for s in own}
     whole_ms = table.price(WHOLE, whole)
-    placed = in_place(prepared, sites, offered, part_ms=MIN_PART * whole_ms)
+    placed = list[PricedGraph]()
+    if not cold:  # else caches are as in the whole already
+        placed += in_place(prepared, sites, offered, part_ms=MIN_PART * whole_ms)
     shared = overlapping(prepared, sites, calls, whole_ms)
     fastest = fastest_widths(prepared, target, sites) if shared else None
     if fastest is not None:
         placed.append(PricedGraph(FASTEST, whole, lambda: whole_model(prepared, fastest)))
     if dense != whole:  # a speedup is over the model in floats
         placed.append(PricedGraph(WHOLE, dense, lambda: dense_bytes))
-    gently = _gently(whole_ms, len(undiminished), anchors=cold)
-    table, more = extend(table, placed, undiminished, gently)
+    table, more = extend(table, placed, undiminished, _gently(whole_ms, len(undiminished)))
     sites = with_savings_in_place(replace(sites, table=table), calls, whole_ms)
     ratios = {e.key: e.ratio for e in table.in_place}
     dense_ms = ratios.get((WHOLE, dense), 1.0) * whole_ms
@@ -169,13 +169,16 @@ def price(
             whole_ms=whole_ms,
             together=together,
             measured=device.kind == "measured",
+            cold=cold,
         ),
         seconds=seconds + more,
         from_cache=seconds + more == 0.0,
         doubt=device.doubt(dense_bytes, request.workload),
     )
     if table.correction is None:
-        fitted, points = fit_correction(prepared, target, prices, device.timer(), progress)
+        fitted, points = fit_correction(
+            *(prepared, target, prices, device.timer(), progress), cold=cold
+        )
         if dense != whole:  # what one moment tells of integers beside floats may not last
             floats = Entry(
                 signature=WHOLE,
@@ -279,11 +282,10 @@ def _extended(
 
     saved = [started]
     load = partial(device.timer().load, workload=table.workload)
-    fixed = None if how.anchors else load(anchor)
     try:
         sweep(
             missing,
-            anchor=lambda: fixed or load(anchor),
+            anchor=load(anchor),
             make_runner=load,
             progress=progress,
             rounds=how.rounds,
@@ -313,7 +315,7 @@ def _alone(device: Device, size: int, filler: bytes | None) -> How:
     return replace(ALONE, group=held, filler=filler)
 
 
-def _gently(whole_ms: float, size: int, *, anchors: bool) -> How:
+def _gently(whole_ms: float, size: int) -> How:
     """How whole models of so many milliseconds and bytes are swept."""
     return How(
         rounds=as_fits(PLACE_MS / (2 * whole_ms), *PLACE_ROUNDS),
@@ -323,7 +325,6 @@ def _gently(whole_ms: float, size: int, *, anchors: bool) -> How:
         untimed=as_fits(PLACE_UNTIMED_MS / whole_ms, *PLACE_UNTIMED),
         quiet=PLACE_QUIET,
         in_place=True,
-        anchors=anchors,
     )
 
 

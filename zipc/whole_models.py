@@ -21,9 +21,12 @@ from zipc.profiler.timing import interleave, warm_up
 from zipc.pruner.graph.mixtures import settled
 from zipc.targets import ON_CPU
 
-CORRECTION_POINTS = 6, 18  # at least, and at most where they do not agree
+CORRECTION_POINTS = 6, 18  # at a time, and at most where they do not agree
+COLD_POINTS = 12  # at least, where parts are timed cold: the same graph, loaded again, takes 3 %
+# more or less, and points that agree may do so by chance
 AGREED, ALL_AGREED = 0.02, 0.05  # errors of left-out points, in the median and at worst, below
 # which no more are measured
+LOADED_FOR = 3  # points that are timed beside one load of the dense model
 CORRECTION_ROUNDS = 10, 200  # of a whole model beside dense: as many as fit
 CORRECTION_MS = 2000.0
 WARM_RUNS = 6
@@ -117,19 +120,26 @@ class WholePoint:
 
 
 def fit_correction(
-    prepared: Prepared, target: Target, prices: Prices, timer: GraphTimer, progress: Progress
+    prepared: Prepared,
+    target: Target,
+    prices: Prices,
+    timer: GraphTimer,
+    progress: Progress,
+    *,
+    cold: bool,
 ) -> tuple[correction.Correction, list[WholePoint]]:
     """Measure whole models until they agree on what sums of prices get wrong, or are enough."""
-    least, most = CORRECTION_POINTS
+    step, most = CORRECTION_POINTS
+    least = COLD_POINTS if cold else step
     progress.stage("check prices on whole models")
     rng, points = np.random.default_rng(0), list[WholePoint]()
     while True:
         points += measure_points(
-            prepared, target, prices, timer=timer, points=least, rng=rng, progress=progress
+            prepared, target, prices, timer=timer, points=step, rng=rng, progress=progress
         )
         fitted = correction.fit((p.total, p.measured) for p in points)
         agreed = fitted.median_error <= AGREED and fitted.worst_error <= ALL_AGREED
-        if agreed or len(points) >= most or prices.doubt is not None:
+        if (agreed and len(points) >= least) or len(points) >= most or prices.doubt is not None:
             break
     progress.done(
         f"sum of prices off by {fitted.median_error:.1%} (median), {fitted.worst_error:.1%} (worst)"
@@ -151,8 +161,8 @@ def measure_points(
     """Random allocations; no sum is less than the least that `Prices.ratio` reads.
 
     Without `rounds`, each is timed as often as its time allows. A model takes some percent more or
-    less by where in memory it lies, so that what it is timed beside is loaded anew for each, but
-    where it takes minutes to build.
+    less by where in memory it lies, so that what others are timed beside is loaded anew for every
+    few of them, but where it takes minutes to build.
     """
     load = partial(timer.load, workload=prices.table.workload)
     models = [dense_model(prepared)]
@@ -163,10 +173,10 @@ def measure_points(
     anew = prices.table.runtime in ON_CPU and "host" not in prices.table.fingerprint
     beside: list[TimedGraph] = []
     found = []
-    for _ in range(points):
+    for number in range(points):
         levels = random_levels(prepared, target, prices, rng)
         runner = load(whole_model(prepared, levels))
-        if anew or not beside:
+        if not beside or (anew and number % LOADED_FOR == 0):
             beside = [load(model) for model in models]
         for timed in (*beside, runner):
             warm_up(timed, max_runs=WARM_RUNS)

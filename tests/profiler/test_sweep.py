@@ -2,13 +2,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping
-from functools import partial
 from itertools import pairwise
 
 import pytest
 
 from zipc.core.errors import NoisyMeasurement
-from zipc.core.types import Level, Runner, Silent
+from zipc.core.types import Level, Silent
 from zipc.latency_tables.table import Entry
 from zipc.profiler.sweep import GROUP, QUIET, PricedGraph, sweep
 
@@ -77,7 +76,7 @@ def run(
 ) -> dict[int, Entry]:
     entries = sweep(
         graphs,
-        anchor=partial(machine.runner, b"-1"),
+        anchor=machine.runner(b"-1"),
         make_runner=machine.runner,
         rounds=rounds,
         progress=Silent(),
@@ -151,18 +150,6 @@ def test_beside_a_filler_every_graph_of_a_line_has_a_neighbour(levels: int) -> N
     timed = {b for a, b in ran if abs(a - b) == 1 and a >= 0}
     assert timed == set(range(levels))
     assert machine.most_alive < 2 * GROUP
-
-
-def test_an_anchor_may_be_loaded_anew_for_every_group() -> None:
-    machine, loads = Machine({ANCHOR: 2.0} | {w: 1.0 + w for w in range(5)}), list[Runner]()
-
-    def load() -> Runner:
-        loads.append(machine.runner(b"-1"))
-        return loads[-1]
-
-    graphs = [machine.graph(w) for w in range(5)]
-    sweep(graphs, anchor=load, make_runner=machine.runner, group=2, progress=Silent())
-    assert len(loads) == 3
 
 
 def test_what_is_timed_cold_is_loaded_twice() -> None:
@@ -340,7 +327,7 @@ def test_progress_hears_of_every_graph() -> None:
     machine, counter = Machine({ANCHOR: 1.0} | dict.fromkeys(range(20), 1.0)), Counter()
     sweep(
         [machine.graph(w) for w in range(20)],
-        anchor=partial(machine.runner, b"-1"),
+        anchor=machine.runner(b"-1"),
         make_runner=machine.runner,
         progress=counter,
     )

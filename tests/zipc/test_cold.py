@@ -94,7 +94,7 @@ def test_a_decode_step_beyond_the_cache_has_a_table_of_its_own(
     monkeypatch.setattr(cold, "last_cache", lambda _: 1 << 14)
     found = priced(tmp_path).prices
     assert sum(ran) > len(found.table.entries)
-    assert {e.signature for e in found.table.in_place} - {WHOLE, FASTEST}
+    assert {e.signature for e in found.table.in_place} <= {WHOLE, FASTEST}  # no site
     assert found.path != warm.path
     again = priced(tmp_path).prices
     assert again.from_cache

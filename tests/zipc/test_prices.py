@@ -56,7 +56,9 @@ def table(*, spread: float = 0.0, placed: bool = True) -> LatencyTable:
     )
 
 
-def prices(held: LatencyTable, *, in_place: bool = True, whole_ms: float = WHOLE_MS) -> Prices:
+def prices(
+    held: LatencyTable, *, in_place: bool = True, whole_ms: float = WHOLE_MS, cold: bool = False
+) -> Prices:
     names = [f"layer.{i}" for i in range(CALLS)]
     calls = dict.fromkeys(names, 1)
     sites = SitePrices(held, dict.fromkeys(names, KIND), dict.fromkeys(names, Level(UNITS)), "fp32")
@@ -67,6 +69,7 @@ def prices(held: LatencyTable, *, in_place: bool = True, whole_ms: float = WHOLE
         whole_ms=whole_ms,
         together=None,
         measured=True,
+        cold=cold,
     )
     return Prices(held, Path("table"), sites, calls, whole_ms, whole_ms, add, 1.0, False, None)
 
@@ -87,15 +90,21 @@ def test_without_measurements_in_place_a_level_saves_what_it_saves_alone() -> No
     assert saved == pytest.approx(CALLS * (alone_ms(Level(UNITS)) - alone_ms(Level(2))))
 
 
-def test_parts_that_take_more_than_the_whole_save_less_in_it() -> None:
+def test_cold_parts_that_take_more_than_the_whole_take_so_much_more_each() -> None:
     """A part of a decode step waits anew for its first weights; the whole reads on."""
-    alone = CALLS * alone_ms(Level(UNITS))
-    made = prices(table(placed=False), in_place=False, whole_ms=0.8 * alone)
-    half = Level(UNITS // 2)
-    saved = CALLS * (alone_ms(Level(UNITS)) - alone_ms(half))
-    assert total(made, Level(UNITS)) == pytest.approx(0.8 * alone)
-    assert total(made, half) == pytest.approx(0.8 * (alone - saved), rel=0.05)
-    assert total(made, Level(0)) > 0
+    more = 0.25  # of a call; a removed site takes but 0.1 alone
+    whole_ms = CALLS * (alone_ms(Level(UNITS)) - more)
+    made = prices(table(placed=False), in_place=False, whole_ms=whole_ms, cold=True)
+    assert total(made, Level(UNITS)) == pytest.approx(whole_ms)
+    assert total(made, Level(4)) == pytest.approx(CALLS * (alone_ms(Level(4)) - more))
+    assert 0 < total(made, Level(0)) < 0.01 * whole_ms
+    assert total(made, Level(2, "int8-static")) < total(made, Level(4, "int8-static"))
+
+
+def test_cold_parts_that_take_less_than_the_whole_leave_it_the_rest() -> None:
+    made = prices(table(placed=False), in_place=False, cold=True)
+    hot = prices(table(placed=False), in_place=False)
+    assert [total(made, lv) for lv in LEVELS] == [total(hot, lv) for lv in LEVELS]
 
 
 def test_noise_in_place_is_not_taken_for_a_saving() -> None:
@@ -130,7 +139,7 @@ def test_no_sum_of_prices_promises_a_model_that_takes_nothing() -> None:
 def measured_points(
     held: Prices, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[list[whole_models.WholePoint], list[bytes]]:
-    """Two whole models of nothing, four times as fast as the dense one, and what was loaded."""
+    """Four whole models of nothing, four times as fast as the dense one, and what was loaded."""
     levels, loaded = {name: Level(0) for name in held.calls}, list[bytes]()
     made = {"dense_model": b"dense", "whole_model": b"small", "random_levels": levels}
     for name, value in made.items():
@@ -141,7 +150,7 @@ def measured_points(
     timer: Any = SimpleNamespace(load=lambda model, **_: loaded.append(model))
     rng = np.random.default_rng(0)
     points = whole_models.measure_points(
-        unused, unused, held, timer=timer, points=2, rng=rng, progress=Silent()
+        unused, unused, held, timer=timer, points=4, rng=rng, progress=Silent()
     )
     return points, loaded
 
@@ -163,6 +172,6 @@ def test_sums_that_overlapping_parts_make_negative_are_read_as_the_least(
     held.add = replace(held.add, fixed_ms=-2 * WHOLE_MS)
     points, _ = measured_points(held, monkeypatch)
     read = [(p.total, p.measured) for p in points]
-    assert read == [(LEAST_RATIO, 0.25)] * 2
-    assert [p.over_floats for p in points] == [0.25] * 2
+    assert read == [(LEAST_RATIO, 0.25)] * 4
+    assert [p.over_floats for p in points] == [0.25] * 4
     assert correction.fit(read).apply(LEAST_RATIO) > 0
