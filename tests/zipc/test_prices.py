@@ -164,6 +164,29 @@ def test_whole_models_are_timed_beside_dense_ones_loaded_anew_but_on_boards(
     assert measured_points(held, monkeypatch)[1].count(b"dense") == loads
 
 
+@pytest.mark.parametrize(
+    ("off", "cold", "enough"),
+    [(0.0, False, 6), (0.0, True, 12), (0.08, False, 18), (0.03, False, 6)],
+)
+def test_prices_are_checked_on_more_models_where_one_is_far_off_or_parts_are_cold(
+    off: float, cold: bool, enough: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(*_: object, points: int, **__: object) -> list[whole_models.WholePoint]:
+        sums = np.linspace(0.3, 0.9, points)
+        ratios = [s * (1 + off * (number == 2)) for number, s in enumerate(sums)]
+        return [
+            whole_models.WholePoint(float(s), [r], [1.0], [1.0])
+            for s, r in zip(sums, ratios, strict=True)
+        ]
+
+    monkeypatch.setattr(whole_models, "measure_points", measured)
+    unused: Any = None
+    fitted, points = whole_models.fit_correction(
+        unused, unused, prices(table()), unused, Silent(), cold=cold
+    )
+    assert fitted.n == len(points) == enough
+
+
 def test_sums_that_overlapping_parts_make_negative_are_read_as_the_least(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
