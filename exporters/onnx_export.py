@@ -220,12 +220,12 @@ def check_parity(
     return worst
 
 
-__all__ = ["OPSET", "check_parity", "export_dense"]
-
-
 def serialised(graph: onnx.GraphProto) -> bytes:
     """A graph made by hand as the bytes of a file, readable from the oldest runtime on that can."""
     opset = onnx.helper.make_opsetid("", OPSET)
     lowest = onnx.helper.find_min_ir_version_for([opset])
     model = onnx.helper.make_model(graph, opset_imports=[opset], ir_version=lowest)
     return bytes(model.SerializeToString())
+
+
+__all__ = ["OPSET", "check_parity", "export_dense", "serialised"]

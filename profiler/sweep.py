@@ -115,8 +115,7 @@ def _measure(
     may_extend: Callable[[], bool],
 ) -> list[Entry]:
     """Time one group, run by run, the anchor beside every few graphs in every round."""
-    models = [graph.build() for graph in group]
-    runners = [make_runner(model) for model in models]
+    runners = [make_runner(graph.build()) for graph in group]
     for runner in (anchor, *runners):
         warm_up(runner, max_runs=6)
     entries: list[Entry | None] = [None] * len(group)
@@ -129,7 +128,8 @@ def _measure(
         if filler is None:
             samples = iter(interleave(beside, rounds=chunk, untimed=untimed))
         else:
-            alike = {runners[i]: runners[j] for i, j in _neighbours(group).items()}
+            # the next in width, or of the widest the one before
+            alike = dict([*pairwise(reversed(runners)), *pairwise(runners)])
             samples = iter(_filled(beside, filler, alike, rounds=chunk))
         for flight in flights:
             anchor_ms = tuple(next(samples))
@@ -147,7 +147,7 @@ def _measure(
         active = [i for i in active if _wants_more(entries[i], rounds, quiet)]
         if filler is not None:
             for index in active:
-                runners[index] = make_runner(models[index])
+                runners[index] = make_runner(group[index].build())
                 warm_up(runners[index], max_runs=6)
     return [entry for entry in entries if entry is not None]
 
@@ -169,17 +169,6 @@ def _filled(
         for held, place in zip(samples, timed, strict=True):
             held += times[place]
     return samples
-
-
-def _neighbours(group: Sequence[PricedGraph]) -> dict[int, int]:
-    """Of each graph of a group the next, or else the one before, that differs in width alone."""
-    lines = [_order(graph)[:-1] for graph in group]
-    found: dict[int, int] = {}
-    for index, line in enumerate(lines):
-        for other in (index + 1, index - 1):
-            if 0 <= other < len(lines) and lines[other] == line:
-                found.setdefault(index, other)
-    return found
 
 
 def _wants_more(entry: Entry | None, rounds: int, quiet: float) -> bool:
