@@ -37,7 +37,7 @@ from zipc.core.request import Request
 from zipc.core.types import Silent
 from zipc.groundwork import price_model
 from zipc.latency_tables.store import default_cache_dir
-from zipc.whole_models import as_fits, measure_points
+from zipc.whole_models import as_fits, measure_points, random_levels
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "latency_prediction.json"
@@ -126,14 +126,17 @@ def measure(arguments: argparse.Namespace, request: Request) -> dict[str, Any]:
     priced = price_model(request, progress=Silent())
     prices, state = priced.prices, priced.device.state()
     rounds = as_fits(ROUNDS_MS / (4 * prices.dense_ms), *ROUNDS)
+    rng = np.random.default_rng(arguments.seed)
+    chosen = [
+        random_levels(priced.prepared, priced.target, prices, rng)
+        for _ in range(arguments.allocations)
+    ]
     passes = [
         measure_points(
             priced.prepared,
-            priced.target,
             prices,
+            chosen,
             timer=priced.device.timer(),
-            points=arguments.allocations,
-            rng=np.random.default_rng(arguments.seed),
             rounds=rounds,
             progress=Silent(),
         )

@@ -161,7 +161,7 @@ def read_table(path: Path) -> LatencyTable:
         )
     digest = document.pop("digest", None)
     edited = digest != digest_of(document)
-    if version == 1:  # had nothing measured in place, and a correction fitted without it
+    if version in (1, 2):  # 1 had nothing measured in place, and a correction fitted without it
         document |= {"schema_version": SCHEMA_VERSION}
     try:
         table = LatencyTable.model_validate(document)

@@ -21,7 +21,7 @@ from zipc.core.types import Level, TableKind, Workload
 from zipc.core.workload import WorkloadField
 from zipc.latency_tables.correction import Correction
 
-SCHEMA_VERSION: Literal[2] = 2  # 2: what levels save in the whole model
+SCHEMA_VERSION: Literal[3] = 3  # 2: what levels save in the whole model; 3: `each_ms`
 MAD_TO_SIGMA = 1.4826  # of a normal distribution
 OUTLIER_SIGMAS = 5.0
 
@@ -103,7 +103,7 @@ class LatencyTable(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    schema_version: Literal[2] = SCHEMA_VERSION
+    schema_version: Literal[3] = SCHEMA_VERSION
     kind: TableKind = "measured"
     target: str
     runtime: str

@@ -43,6 +43,8 @@ def least_filler(load: Callable[[bytes], Runner], most: int) -> bytes | None:
     What a system tells of its last cache does not say what of it a program gets: a virtual machine
     that was told of 480 MB had a hundred.
     """
+    if most < 2 * LEAST:
+        return None
     filler = product_of_one_row(most)
     memory = _ms(load(filler)) / most
     size = most // 2

@@ -200,8 +200,11 @@ class Prices:
 
     def ms(self, site: str, level: Level) -> float:
         """Time of all calls of a site at a level, as part of the whole model."""
-        once = self.sites.dense_ms(site) - self.add.share * self.sites.saved_ms(site, level)
-        return self.add.in_place(once) * self.calls[site] - self.add.inside.get(site, 0.0)
+        alone = self.sites.dense_ms(site) - self.add.share * self.sites.saved_ms(site, level)
+        once = self.add.in_place(alone)
+        if self.table.correction is not None and not level.removed:
+            once = max(once + self.table.correction.each_ms, LEAST_RATIO * once)
+        return once * self.calls[site] - self.add.inside.get(site, 0.0)
 
     def gains(self, site: str, level: Level, *, asked: Collection[Difference] = ()) -> bool:
         """Whether a level is faster beyond doubt than without its numeric, and than without its

@@ -22,14 +22,15 @@ from zipc.pruner.graph.mixtures import settled
 from zipc.targets import ON_CPU
 
 CORRECTION_POINTS = 6, 18  # at a time, and at most where they do not agree
-COLD_POINTS = 12  # at least, where parts are timed cold: the same graph, loaded again, takes 3 %
-# more or less, and points that agree may do so by chance
 AGREED, ALL_AGREED = 0.02, 0.05  # errors of left-out points, in the median and at worst, below
 # which no more are measured
 LOADED_FOR = 3  # points that are timed beside one load of the dense model
 CORRECTION_ROUNDS = 10, 200  # of a whole model beside dense: as many as fit
 CORRECTION_MS = 2000.0
 WARM_RUNS = 6
+DENSITIES = 0.15, 0.95  # of random allocations
+MIXED = 0.3  # share of them whose sites have numerics of their own
+R2 = 0.7548776662466927, 0.5698402909980532
 TOO_MUCH = 1.5  # of the whole: by less, parts take more because each is a graph of its own
 
 
@@ -104,6 +105,7 @@ class WholePoint:
     and times of it, of the undiminished whole and of the dense model in floats, in turns."""
 
     total: float
+    present: float  # calls of sites that are not removed, of all
     ms: Sequence[float]
     whole_ms: Sequence[float]
     floats_ms: Sequence[float]
@@ -130,14 +132,15 @@ def fit_correction(
 ) -> tuple[correction.Correction, list[WholePoint]]:
     """Measure whole models until they agree on what sums of prices get wrong, or are enough."""
     step, most = CORRECTION_POINTS
-    least = COLD_POINTS if cold else step
+    least = most if cold else step  # loaded again, such a graph takes 3 % more or less: points
+    # may agree by chance
     progress.stage("check prices on whole models")
     rng, points = np.random.default_rng(0), list[WholePoint]()
     while True:
-        points += measure_points(
-            prepared, target, prices, timer=timer, points=step, rng=rng, progress=progress
-        )
-        fitted = correction.fit((p.total, p.measured) for p in points)
+        numbers = range(len(points), len(points) + step)
+        chosen = [spread_levels(prepared, target, prices, number, rng) for number in numbers]
+        points += measure_points(prepared, prices, chosen, timer=timer, progress=progress)
+        fitted = _fitted(prices, points, cold=cold)
         agreed = fitted.median_error <= AGREED and fitted.worst_error <= ALL_AGREED
         if (agreed and len(points) >= least) or len(points) >= most or prices.doubt is not None:
             break
@@ -147,18 +150,32 @@ def fit_correction(
     return fitted, points
 
 
+def _fitted(prices: Prices, points: Sequence[WholePoint], *, cold: bool) -> correction.Correction:
+    """The correction of the sums of prices of some models.
+
+    Parts that are timed `cold` take, each, some time more or less than in the whole, all the same.
+    Removed ones do not: the time is the intercept of a line for models that have all of them.
+    """
+    each = 0.0
+    if cold:
+        line = correction.fit((p.total / p.present, p.measured / p.present) for p in points)
+        each = line.intercept / line.slope
+    sums = [max(p.total + each * p.present, LEAST_RATIO) for p in points]
+    fitted = correction.fit((s, p.measured) for s, p in zip(sums, points, strict=True))
+    each_ms = each * prices.whole_ms / sum(prices.calls.values())
+    return fitted.model_copy(update={"each_ms": each_ms})
+
+
 def measure_points(
     prepared: Prepared,
-    target: Target,
     prices: Prices,
+    allocations: Sequence[Mapping[str, Level]],
     *,
     timer: GraphTimer,
-    points: int,
-    rng: np.random.Generator,
     rounds: int | None = None,
     progress: Progress,
 ) -> list[WholePoint]:
-    """Random allocations; no sum is less than the least that `Prices.ratio` reads.
+    """Time whole models; no sum is less than the least that `Prices.ratio` reads.
 
     Without `rounds`, each is timed as often as its time allows. A model takes some percent more or
     less by where in memory it lies, so that what others are timed beside is loaded anew for every
@@ -173,8 +190,8 @@ def measure_points(
     anew = prices.table.runtime in ON_CPU and "host" not in prices.table.fingerprint
     beside: list[TimedGraph] = []
     found = []
-    for number in range(points):
-        levels = random_levels(prepared, target, prices, rng)
+    calls = sum(prices.calls.values())
+    for number, levels in enumerate(allocations):
         runner = load(whole_model(prepared, levels))
         if not beside or (anew and number % LOADED_FOR == 0):
             beside = [load(model) for model in models]
@@ -183,7 +200,9 @@ def measure_points(
         floats, *whole, ms = interleave([*beside, runner], rounds=rounds)
         total = prices.add.fixed_ms + sum(prices.ms(n, lv) for n, lv in levels.items())
         raw = max(total / prices.whole_ms, LEAST_RATIO)
-        found.append(WholePoint(raw, ms, whole[0] if whole else floats, floats))
+        there = sum(prices.calls[name] for name, level in levels.items() if not level.removed)
+        present = max(there, 1) / calls
+        found.append(WholePoint(raw, present, ms, whole[0] if whole else floats, floats))
         progress.advance()
     return found
 
@@ -195,13 +214,39 @@ def _ratio(ms: Sequence[float], beside: Sequence[float]) -> float:
 def random_levels(
     prepared: Prepared, target: Target, prices: Prices, rng: np.random.Generator
 ) -> dict[str, Level]:
-    """A random allocation: widths around a random overall density, one numeric policy.
+    """A random allocation: widths around a random overall density, one numeric policy."""
+    return _levels(prepared, target, prices, rng.uniform(), rng.uniform(), rng)
+
+
+def spread_levels(
+    prepared: Prepared, target: Target, prices: Prices, number: int, rng: np.random.Generator
+) -> dict[str, Level]:
+    """One of a series of such allocations that has densities and policies in equal shares.
+
+    They follow the sequence R2 (Roberts, 2018), which leaves no gaps however long it is.
+    """
+    overall, policy = ((0.5 + number * step) % 1 for step in R2)
+    return _levels(prepared, target, prices, overall, policy, rng)
+
+
+def _levels(
+    prepared: Prepared,
+    target: Target,
+    prices: Prices,
+    overall: float,
+    policy_at: float,
+    rng: np.random.Generator,
+) -> dict[str, Level]:
+    """Widths around a density, which `overall` in [0, 1) tells, and one numeric for all or mixed
+    ones, which `policy_at` tells.
 
     Of widths that a search may choose: none that costs as much as a wider one.
     """
-    density = rng.uniform(0.15, 0.95)
+    least, most = DENSITIES
+    density = least + (most - least) * overall
     mixed = list(target.numerics)
-    policy = mixed[int(rng.integers(len(mixed)))] if rng.random() < 0.7 else None
+    index = int((policy_at - MIXED) / (1 - MIXED) * len(mixed))
+    policy = mixed[index] if policy_at >= MIXED else None
     levels = {}
     for site in prepared.structure.sites:
         numeric = policy or mixed[int(rng.integers(len(mixed)))]

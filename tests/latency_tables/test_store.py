@@ -15,7 +15,7 @@ from zipc.core.files import read_json, write_json
 from zipc.core.types import Level, Workload
 from zipc.latency_tables.correction import fit
 from zipc.latency_tables.store import TableStore, default_cache_dir
-from zipc.latency_tables.table import Entry, LatencyTable
+from zipc.latency_tables.table import SCHEMA_VERSION, Entry, LatencyTable
 
 FINGERPRINT = {"cpu": "EPYC", "isa": ["avx2"], "runtime_version": "1.20.0"}
 
@@ -167,7 +167,7 @@ def test_a_malformed_table_is_corrupt(
 
 
 def test_a_newer_schema_asks_for_an_upgrade(store: TableStore, saved: Path) -> None:
-    edit(saved, lambda d: d.update(schema_version=3, unheard_of=True))
+    edit(saved, lambda d: d.update(schema_version=SCHEMA_VERSION + 1, unheard_of=True))
     with pytest.raises(CorruptFile, match="pip install --upgrade"):
         store.load(saved, fingerprint=FINGERPRINT)
 
@@ -181,6 +181,18 @@ def test_a_table_of_schema_1_has_nothing_in_place(
     write_json(saved, document | {"digest": digest_of(document)})
     assert store.load(saved, fingerprint=FINGERPRINT) == table
     assert table.in_place == ()
+
+
+def test_a_table_of_schema_2_has_calls_that_take_their_prices(
+    store: TableStore, table: LatencyTable, saved: Path
+) -> None:
+    fitted = fit([(0.5, 0.55), (0.8, 0.82)])
+    store.save(table.with_correction(fitted), saved)
+    document = read_json(saved)
+    del document["digest"], document["correction"]["each_ms"]
+    document["schema_version"] = 2
+    write_json(saved, document | {"digest": digest_of(document)})
+    assert store.load(saved, fingerprint=FINGERPRINT) == table.with_correction(fitted)
 
 
 def test_a_failed_write_leaves_the_old_table(

@@ -11,7 +11,7 @@ import pytest
 
 from tests.tiny_folders import family_folder
 from tests.tiny_project import fake_clock
-from zipc import cold
+from zipc import pricing
 from zipc.cold import UNKNOWN_CACHE, cache_filler, last_cache, product_of_one_row
 from zipc.core.request import Request
 from zipc.core.types import Silent, Workload
@@ -23,10 +23,22 @@ from zipc.profiler.runners.session import SessionRunner
 DECODE = Workload(sequence_length=1, past_length=15)
 
 
-def device(**changed: Any) -> Any:
-    told: dict[str, Any] = {"caches": ["L2 1024K", "L3 32768K"]}
+def device(*, gets: int = 32 << 20, **changed: Any) -> Any:
+    """One whose programs get so many bytes of the last cache, and read twice as fast from it."""
+    told: dict[str, Any] = {"caches": ["L2 1024K", "L3 491520K"]}
+
+    def load(graph: bytes, *, workload: Workload) -> Any:
+        size = weights_of(graph)
+        return SimpleNamespace(run=lambda: size * (1.0 if size <= gets else 2.0))
+
     facts: dict[str, Any] = {"kind": "measured", "runtime": "onnxruntime"} | changed
-    return SimpleNamespace(fingerprint=lambda: told, **facts)
+    timer = SimpleNamespace(load=load)
+    return SimpleNamespace(fingerprint=lambda: told, timer=lambda: timer, **facts)
+
+
+def weights_of(graph: bytes) -> int:
+    (shape,) = onnx.load_from_string(graph).graph.initializer
+    return 4 * int(onnx.numpy_helper.to_array(shape).prod())
 
 
 @pytest.mark.parametrize(
@@ -43,11 +55,21 @@ def test_the_last_cache_is_as_large_as_the_system_tells(told: list[str], size: i
     assert last_cache(told) == size
 
 
-def test_the_filler_reads_twice_the_last_cache() -> None:
-    filler = cache_filler(device(), DECODE, 33 << 20)
-    assert filler is not None
-    (weight,) = onnx.load_from_string(filler).graph.initializer
-    assert len(weight.raw_data) == 64 << 20
+@pytest.mark.parametrize(
+    ("model", "gets", "filler"),
+    [
+        (800, 32, 50),
+        (800, 100, 200),
+        (4000, 100, 120),  # of twice what the system tells
+        (33, 32, 33),
+    ],
+)
+def test_the_filler_is_the_smallest_that_is_read_from_memory(
+    model: float, gets: float, filler: float
+) -> None:
+    found = cache_filler(device(gets=int(gets * 2**20)), DECODE, int(model * 2**20))
+    assert found is not None
+    assert weights_of(found) == pytest.approx(filler * 2**20, rel=0.01)
 
 
 @pytest.mark.parametrize("size", [1, 1 << 16])
@@ -59,13 +81,16 @@ def test_a_filler_runs_whatever_the_workload(size: int) -> None:
     ("changed", "workload", "size"),
     [
         ({}, DECODE, 32 << 20),  # fits
+        ({"gets": 1 << 40}, DECODE, 1 << 30),  # as fast from memory
+        ({"gets": 1 << 20}, DECODE, 1 << 30),  # parts of a few MB alone read memory, too
+        ({"gets": 1 << 20}, DECODE, 1 << 20),
         ({}, Workload(), 1 << 30),  # many rows for every weight
         ({"kind": "modelled"}, DECODE, 1 << 30),
         ({"runtime": "tensorrt"}, DECODE, 1 << 30),
     ],
 )
 def test_what_does_not_wait_for_memory_is_timed_warm(
-    changed: dict[str, str], workload: Workload, size: int
+    changed: dict[str, Any], workload: Workload, size: int
 ) -> None:
     assert cache_filler(device(**changed), workload, size) is None
 
@@ -91,7 +116,7 @@ def test_a_decode_step_beyond_the_cache_has_a_table_of_its_own(
     warm = priced(tmp_path).prices
     assert {e.signature for e in warm.table.in_place} - {WHOLE, FASTEST}
     assert not any(ran)
-    monkeypatch.setattr(cold, "last_cache", lambda _: 1 << 14)
+    monkeypatch.setattr(pricing, "cache_filler", lambda *_: product_of_one_row(1 << 15))
     found = priced(tmp_path).prices
     assert sum(ran) > len(found.table.entries)
     assert {e.signature for e in found.table.in_place} <= {WHOLE, FASTEST}  # no site
