@@ -22,7 +22,8 @@ from zipc.targets import ON_CPU
 UNKNOWN_CACHE = 32 << 20  # bytes of a last cache whose size the system does not tell
 TIMES = 2  # as much as the last cache is what streams from memory beyond doubt
 LEAST = 4 << 20  # bytes of weights below which what a run takes beside reading them shows
-FASTER = 0.9  # time per byte, relative to memory, below which weights are in a cache
+STREAMED, CACHED = 0.9, 0.7  # time per byte, relative to memory, of weights that come from it and
+# of those that do not; what a cache holds in part is priced as if it were there
 RUNS = 7
 COLUMNS = 4096
 
@@ -38,21 +39,22 @@ def cache_filler(device: Device, workload: Workload, model_bytes: int) -> bytes 
 
 def least_filler(load: Callable[[bytes], Runner], most: int) -> bytes | None:
     """Of products that read `most` bytes, or half as many, and so on, the smallest that takes as
-    long per byte as the largest; None where none is faster.
+    long per byte as the largest; None where none is much faster.
 
     What a system tells of its last cache does not say what of it a program gets: a virtual machine
     that was told of 480 MB had a hundred.
     """
-    if most < 2 * LEAST:
-        return None
-    filler = product_of_one_row(most)
-    memory = _ms(load(filler)) / most
-    size = most // 2
+    memory = filler = None
+    size = most
     while size >= LEAST:
-        smaller = product_of_one_row(size)
-        if _ms(load(smaller)) / size < FASTER * memory:
+        product = product_of_one_row(size)
+        per_byte = _ms(load(product)) / size
+        memory = memory or per_byte
+        if per_byte < CACHED * memory:
             return filler
-        filler, size = smaller, size // 2
+        if per_byte > STREAMED * memory:
+            filler = product
+        size //= 2
     return None
 
 
