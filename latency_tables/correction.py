@@ -41,8 +41,8 @@ class Correction(BaseModel):
     points: tuple[tuple[Ratio, Ratio], ...] = Field(min_length=1)
     median_error: float = Field(ge=0, allow_inf_nan=False)
     worst_error: float = Field(ge=0, allow_inf_nan=False)
-    each_ms: float = Field(default=0.0, allow_inf_nan=False)  # what every call of a site that is
-    # not removed takes beyond its price: predicted ratios are with it
+    each_ms: float = Field(default=0.0, ge=0, allow_inf_nan=False)  # what every call of a site that
+    # is not removed takes beyond its price: predicted ratios are with it
 
     @property
     def n(self) -> int:

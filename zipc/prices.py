@@ -203,7 +203,7 @@ class Prices:
         alone = self.sites.dense_ms(site) - self.add.share * self.sites.saved_ms(site, level)
         once = self.add.in_place(alone)
         if self.table.correction is not None and not level.removed:
-            once = max(once + self.table.correction.each_ms, LEAST_RATIO * once)
+            once += self.table.correction.each_ms
         return once * self.calls[site] - self.add.inside.get(site, 0.0)
 
     def gains(self, site: str, level: Level, *, asked: Collection[Difference] = ()) -> bool:

@@ -153,14 +153,15 @@ def fit_correction(
 def _fitted(prices: Prices, points: Sequence[WholePoint], *, cold: bool) -> correction.Correction:
     """The correction of the sums of prices of some models.
 
-    Parts that are timed `cold` take, each, some time more or less than in the whole, all the same.
-    Removed ones do not: the time is the intercept of a line for models that have all of them.
+    Of what all parts that are timed `cold` take too much, some is not the same for each but a share
+    of it. So each that is not removed takes some time more than was left of it: the intercept of
+    a line for models that have all of them.
     """
     each = 0.0
     if cold:
         line = correction.fit((p.total / p.present, p.measured / p.present) for p in points)
-        each = line.intercept / line.slope
-    sums = [max(p.total + each * p.present, LEAST_RATIO) for p in points]
+        each = max(line.intercept / line.slope, 0.0)
+    sums = [p.total + each * p.present for p in points]
     fitted = correction.fit((s, p.measured) for s, p in zip(sums, points, strict=True))
     each_ms = each * prices.whole_ms / sum(prices.calls.values())
     return fitted.model_copy(update={"each_ms": each_ms})
