@@ -1,9 +1,8 @@
-"""Prices with cold caches: what a part costs in a model that reads all its weights in turn.
+"""Prices with cold caches: what a part costs in a model that streams its weights from memory.
 
-A decode step reads every weight once for one row, and takes as long as that reading. A part finds
-its own where the model has left them since its last turn: in memory, or in the last cache where
-that holds the whole model. Timed alone, run after run, it would find them in a cache nearer by, and
-seem to be up to three times as fast.
+A decode step reads every weight once for one row, and takes as long as that reading. Where all
+weights together do not fit the last cache, a part finds none of its own there when its turn comes;
+timed alone, run after run, it would find them all, and seem to be up to three times as fast.
 """
 
 from __future__ import annotations
@@ -23,14 +22,15 @@ from zipc.targets import ON_CPU
 UNKNOWN_CACHE = 32 << 20  # bytes of a last cache whose size the system does not tell
 TIMES = 2  # as much as the last cache is what streams from memory beyond doubt
 LEAST = 4 << 20  # bytes of weights below which what a run takes beside reading them shows
-SAME = 0.9  # time per byte, relative to another, that is of the same cache or memory
+STREAMED, CACHED = 0.9, 0.7  # time per byte, relative to memory, of weights that come from it and
+# of those that do not; what a cache holds in part is priced as if it were there
 RUNS = 7
 COLUMNS = 4096
 
 
 def cache_filler(device: Device, workload: Workload, model_bytes: int) -> bytes | None:
-    """A graph to run before each timed run, so that it finds its weights where a model of so many
-    bytes would; None where that waits for other things than its weights."""
+    """A graph to run before each timed run, so that it finds its weights in memory; None where a
+    deployed model of so many bytes would find them in the cache, or does not wait for them."""
     if workload.past_length is None or device.kind != "measured" or device.runtime not in ON_CPU:
         return None
     most = min(TIMES * last_cache(device.fingerprint().get("caches", [])), model_bytes)
@@ -39,21 +39,23 @@ def cache_filler(device: Device, workload: Workload, model_bytes: int) -> bytes 
 
 def least_filler(load: Callable[[bytes], Runner], most: int) -> bytes | None:
     """Of products that read `most` bytes, or half as many, and so on, the smallest that takes as
-    long per byte as the largest; None where all are too small to tell.
+    long per byte as the largest; None where none is much faster.
 
     What a system tells of its last cache does not say what of it a program gets: a virtual machine
     that was told of 480 MB had a hundred.
     """
-    filler, slowest = None, 0.0
+    memory = filler = None
     size = most
     while size >= LEAST:
         product = product_of_one_row(size)
         per_byte = _ms(load(product)) / size
-        slowest = slowest or per_byte
-        if per_byte < SAME * slowest:
-            break
-        filler, size = product, size // 2
-    return filler
+        memory = memory or per_byte
+        if per_byte < CACHED * memory:
+            return filler
+        if per_byte > STREAMED * memory:
+            filler = product
+        size //= 2
+    return None
 
 
 def _ms(runner: Runner) -> float:
