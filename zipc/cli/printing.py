@@ -118,11 +118,11 @@ def show_fields(console: Console, document: Mapping[str, Any]) -> None:
     console.print(table)
 
 
-def show_damaged(console: Console, rows: Iterable[Mapping[str, Any]]) -> None:
+def show_unread(console: Console, rows: Iterable[Mapping[str, Any]]) -> None:
     """Print the `error` of every row of a list that has one."""
     for row in rows:
         if row["error"] is not None:
-            console.print(f"damaged: {row['error']}", markup=False, soft_wrap=True)
+            console.print(f"not read: {row['error']}", markup=False, soft_wrap=True)
 
 
 Row = tuple[str, Level, int | None, float | None, float | None]  # site, level, units, ms, error

@@ -258,7 +258,7 @@ def validate_verb(
     *,
     format: FormatFlag = "table",
 ) -> None:
-    """Check files of tables: schema, digest, samples. Exit 2 when one is damaged."""
+    """Check files of tables: schema, digest, samples. Exit 2 when one cannot be read."""
 
     def body(progress: Progress) -> Outcome:
         rows = [_summary(path) for path in files]

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from zipc.cli.printing import show_damaged, show_fields
+from zipc.cli.printing import show_fields, show_unread
 from zipc.core.figures import three_digits
 from zipc.latency_tables.compare import Comparison
 from zipc.latency_tables.store import short_name
@@ -47,7 +47,7 @@ def show_list(console: Console, document: Mapping[str, Any]) -> None:
             )
     if table.row_count:
         console.print(table)
-    show_damaged(console, rows)
+    show_unread(console, rows)
 
 
 def show_table(console: Console, document: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from zipc.cli.flags import FormatFlag
-from zipc.cli.printing import show_damaged, show_fields
+from zipc.cli.printing import show_fields, show_unread
 from zipc.cli.running import Outcome, run_verb
 from zipc.core.errors import UsageError
 from zipc.core.types import Progress
@@ -132,4 +132,4 @@ def _show_list(console: Console, rows: list[dict[str, Any]]) -> None:
                 escape(row["description"]),
             )
     console.print(table)
-    show_damaged(console, rows)
+    show_unread(console, rows)
