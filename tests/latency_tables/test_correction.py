@@ -101,6 +101,33 @@ def test_a_steep_line_never_promises_more_than_the_points_show() -> None:
     assert correction.invert(0.35 / 2) == pytest.approx(0.25)
 
 
+def with_bend(p: float) -> float:
+    """Below 0.25 weights come from a cache, in part at first."""
+    return 0.02 + 0.96 * p - 0.2 * max(0.25 - p, 0.0)
+
+
+def test_small_models_may_be_faster_than_the_line_of_the_others() -> None:
+    rng = random.Random(0)
+    predicted = [0.15 + 0.8 * i / 12 for i in range(12)] + [0.08, 0.1, 0.12, 0.18, 0.21, 0.25]
+    correction = fit((p, with_bend(p) * rng.gauss(1, 0.01)) for p in predicted)
+    assert correction.bend == pytest.approx(0.25, abs=0.07)
+    for p in (0.09, 0.2, 0.3, 0.9):
+        assert correction.apply(p) == pytest.approx(with_bend(p), rel=0.03)
+    assert correction.worst_error < 0.08
+    assert correction.reach < 0.08
+    for p in (0.01, 0.05, 0.1, 0.24, 0.26, 0.8):
+        assert correction.invert(correction.apply(p)) == pytest.approx(p)
+        assert 0 < correction.apply(p) < correction.apply(p + 0.001)
+
+
+def test_a_bend_is_seen_by_many_points_only_and_not_in_noise() -> None:
+    rng = random.Random(0)
+    predicted = [0.1 + 0.8 * i / 17 for i in range(18)]
+    assert fit((p, with_bend(p)) for p in predicted[:11]).bend == 0
+    bends = [fit((p, p * rng.gauss(1, 0.03)) for p in predicted).bend for _ in range(8)]
+    assert sum(bend > 0 for bend in bends) <= 1
+
+
 def test_what_no_allocation_can_reach_inverts_to_nothing() -> None:
     correction = fit([(0.5, 0.6), (0.25, 0.4)])  # intercept 0.2
     assert correction.invert(0.1) <= 0
