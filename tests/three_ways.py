@@ -33,6 +33,7 @@ Feeds = dict[str, Tensor]
 EXACT = 1e-10
 ROUNDED = 1e-5  # of families that round to float32 inside, whatever they are given
 IN_ONNX = 1e-4  # norm of the difference, relative to the norm
+AMPLIFIED = 4.0  # times what fp32 is off fp64: networks may amplify what they round
 LIMITS = {"batch": 64, "sequence": LONGEST, "target": LONGEST}
 
 

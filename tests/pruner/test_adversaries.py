@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 
 from tests.three_ways import (
+    AMPLIFIED,
     EXACT,
     IN_ONNX,
     Feeds,
@@ -98,8 +99,6 @@ def test_every_map_is_in_a_site_or_left_alone_with_a_reason(name: str) -> None:
     assert {call.module for call in made.program.maps} <= inside | set(outside)
     assert all(outside.values())
 
-
-AMPLIFIED = 4.0  # units that are gone may leave a network that amplifies more
 
 # --- random graphs -------------------------------------------------------------------------------
 
