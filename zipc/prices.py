@@ -224,7 +224,7 @@ class Prices:
 
     def ratio(self, allocation_ms: float) -> float:
         """Latency relative to dense that a sum of prices means for the whole model."""
-        raw = max(allocation_ms / self.whole_ms, LEAST_RATIO)
+        raw = max(allocation_ms / self._summed_ms, LEAST_RATIO)
         whole = self.table.correction.apply(raw) if self.table.correction else raw
         return whole * self.whole_ms / self.dense_ms
 
@@ -232,7 +232,13 @@ class Prices:
         """Sum of prices that comes out at `ratio` of the dense latency."""
         whole = ratio * self.dense_ms / self.whole_ms
         raw = self.table.correction.invert(whole) if self.table.correction else whole
-        return max(raw, 0.0) * self.whole_ms
+        return max(raw, 0.0) * self._summed_ms
+
+    @property
+    def _summed_ms(self) -> float:
+        """The sum of prices of the undiminished whole."""
+        each_ms = self.table.correction.each_ms if self.table.correction else 0.0
+        return self.whole_ms + each_ms * sum(self.calls.values())
 
 
 def cut_together(signatures: Mapping[str, str], signature: str, level: Level) -> list[str]:

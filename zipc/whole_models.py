@@ -161,7 +161,7 @@ def _fitted(prices: Prices, points: Sequence[WholePoint], *, cold: bool) -> corr
     if cold:
         line = correction.fit((p.total / p.present, p.measured / p.present) for p in points)
         each = max(line.intercept / line.slope, 0.0)
-    sums = [p.total + each * p.present for p in points]
+    sums = [(p.total + each * p.present) / (1 + each) for p in points]  # 1 of the undiminished
     fitted = correction.fit((s, p.measured) for s, p in zip(sums, points, strict=True))
     each_ms = each * prices.whole_ms / sum(prices.calls.values())
     return fitted.model_copy(update={"each_ms": each_ms})

@@ -148,6 +148,7 @@ def test_what_cold_calls_take_apart_is_told_by_models_that_lack_some_of_them(
     assert made.add.apart_ms - fitted.each_ms == pytest.approx(apart / kept, rel=0.1)
     assert fitted.each_ms > 0.3 * made.add.apart_ms
     made.table = made.table.with_correction(fitted)
+    assert made.ratio(total(made, Level(UNITS))) == pytest.approx(1, rel=0.01)
     for chosen in (levels() for _ in range(20)):
         assert made.ratio(sum(made.ms(n, lv) for n, lv in chosen.items())) == pytest.approx(
             truth(chosen), rel=0.02
