@@ -149,7 +149,7 @@ def measure(arguments: argparse.Namespace, request: Request) -> dict[str, Any]:
         total = points[0].total
         seen = [point.over_floats for point in points]
         measured = median(seen)
-        predicted = prices.ratio(total * prices.whole_ms)
+        predicted = prices.ratio(total * prices.summed_ms)
         rows.append(
             {
                 "sum_of_prices": total * prices.whole_ms / prices.dense_ms,

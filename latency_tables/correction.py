@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterable, Sequence
 from itertools import combinations
 from statistics import fmean, median
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -27,8 +27,22 @@ MIN_SHARE = 0.5  # of the smallest predicted ratio: what the line must leave of 
 
 Ratio = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Point = tuple[float, float]  # (predicted ratio, measured ratio)
-Line = tuple[float, float]  # (intercept, slope)
-Bent = tuple[float, float, float, float]  # (intercept, slope, bend, what it is steeper below)
+
+
+class Line(NamedTuple):
+    """Straight, or steeper below a bend."""
+
+    intercept: float
+    slope: float
+    bend: float = 0.0
+    steeper: float = 0.0
+
+    def at(self, predicted: float) -> float:
+        below = max(self.bend - predicted, 0.0)
+        return self.intercept + self.slope * predicted - self.steeper * below
+
+
+SAME = Line(0.0, 1.0)  # measured is what is predicted
 
 
 class Correction(BaseModel):
@@ -71,22 +85,22 @@ class Correction(BaseModel):
         """Predict the measured ratio. Monotone, and positive for every positive `ratio`."""
         knee = self._knee
         if ratio >= knee:
-            return self._bent(ratio)
-        return ratio * self._bent(knee) / knee
+            return self._line.at(ratio)
+        return ratio * self._line.at(knee) / knee
 
     def invert(self, ratio: float) -> float:
         """Predicted ratio at which the measured one is `ratio`; may be <= 0: out of reach."""
         knee = self._knee
         straight = (ratio - self.intercept) / self.slope
         if straight < self.bend:
-            straight = self.bend + (ratio - self._bent(self.bend)) / (self.slope + self.steeper)
+            straight = self.bend + (ratio - self._line.at(self.bend)) / (self.slope + self.steeper)
         if straight >= knee:
             return straight
-        return ratio * knee / self._bent(knee)
+        return ratio * knee / self._line.at(knee)
 
-    def _bent(self, ratio: float) -> float:
-        below = max(self.bend - ratio, 0.0)
-        return self.intercept + self.slope * ratio - self.steeper * below
+    @property
+    def _line(self) -> Line:
+        return Line(self.intercept, self.slope, self.bend, self.steeper)
 
     @property
     def _knee(self) -> float:
@@ -94,7 +108,7 @@ class Correction(BaseModel):
 
         Beyond the points such a line would promise ever more, and in the end negative latencies.
         """
-        return min(p for p, _ in self.points) if self._bent(0.0) < 0 else 0.0
+        return min(p for p, _ in self.points) if self._line.at(0.0) < 0 else 0.0
 
 
 def fit(points: Iterable[Point]) -> Correction:
@@ -118,25 +132,19 @@ def fit(points: Iterable[Point]) -> Correction:
             bent = _left_out_errors(cloud, at)
             if fmean(bent) < enough:
                 bend, errors, enough = at, bent, fmean(bent)
-    intercept, slope, bend, steeper = _least_absolute(cloud, bend)
     return Correction(
-        intercept=intercept,
-        slope=slope,
-        bend=bend,
-        steeper=steeper,
+        **_least_absolute(cloud, bend)._asdict(),
         points=cloud,
         median_error=median(errors),
         worst_error=max(errors),
     )
 
 
-def _least_absolute(cloud: Sequence[Point], bend: float) -> Bent:
-    if bend == 0.0:
-        return (*_least_absolute_line(cloud), 0.0, 0.0)
-    return _least_absolute_bent(cloud, bend)
+def _least_absolute(cloud: Sequence[Point], bend: float) -> Line:
+    return _least_absolute_bent(cloud, bend) if bend else _least_absolute_line(cloud)
 
 
-def _least_absolute_bent(cloud: Sequence[Point], bend: float) -> Bent:
+def _least_absolute_bent(cloud: Sequence[Point], bend: float) -> Line:
     """The same with a bend, as a linear program: every deviation is what it is above less what it
     is below."""
     from scipy.optimize import linprog  # slow to import, and few callers need it
@@ -168,7 +176,7 @@ def _least_absolute_bent(cloud: Sequence[Point], bend: float) -> Bent:
     )
     assert found.x is not None, found.message  # measured = predicted is always legal
     intercept, slope, steeper = (float(x) for x in found.x[:3])
-    return intercept, min(max(slope, MIN_SLOPE), MAX_SLOPE), bend, steeper
+    return Line(intercept, min(max(slope, MIN_SLOPE), MAX_SLOPE), bend, steeper)
 
 
 def _least_absolute_line(cloud: Sequence[Point]) -> Line:
@@ -178,34 +186,32 @@ def _least_absolute_line(cloud: Sequence[Point]) -> Line:
     limits.append((smallest, MIN_SHARE * smallest))
     pivots = [*points, *limits]
     lines = [_through(a, b) for a, b in combinations(pivots, 2) if a[0] != b[0]]
-    lines += [(m - slope * p, slope) for p, m in pivots for slope in (MIN_SLOPE, MAX_SLOPE)]
+    lines += [Line(m - slope * p, slope) for p, m in pivots for slope in (MIN_SLOPE, MAX_SLOPE)]
     legal = [line for line in lines if _is_legal(line, smallest)]
-    return min([(0.0, 1.0), *legal], key=lambda line: (_deviation(line, points), abs(line[0])))
+    return min([SAME, *legal], key=lambda line: (_deviation(line, points), abs(line.intercept)))
 
 
 def _through(a: Point, b: Point) -> Line:
     slope = (b[1] - a[1]) / (b[0] - a[0])
-    return a[1] - slope * a[0], slope
+    return Line(a[1] - slope * a[0], slope)
 
 
 def _is_legal(line: Line, smallest: float) -> bool:
-    intercept, slope = line
     return (
-        MIN_SLOPE <= slope <= MAX_SLOPE
-        and abs(intercept + slope - 1) <= DENSE_TOLERANCE + 1e-12
-        and intercept + slope * smallest >= MIN_SHARE * smallest - 1e-12
+        MIN_SLOPE <= line.slope <= MAX_SLOPE
+        and abs(line.at(1.0) - 1) <= DENSE_TOLERANCE + 1e-12
+        and line.at(smallest) >= MIN_SHARE * smallest - 1e-12
     )
 
 
 def _deviation(line: Line, points: Sequence[Point]) -> float:
-    return sum(abs(line[0] + line[1] * p - m) / m for p, m in points)
+    return sum(abs(line.at(p) - m) / m for p, m in points)
 
 
 def _left_out_errors(cloud: Sequence[Point], bend: float = 0.0) -> list[float]:
     errors = []
-    for index, (predicted, measured) in enumerate(cloud):
+    for index, point in enumerate(cloud):
         rest = [*cloud[:index], *cloud[index + 1 :]]
-        intercept, slope, _, steeper = _least_absolute(rest, bend) if rest else (0.0, 1.0, 0.0, 0.0)
-        found = intercept + slope * predicted - steeper * max(bend - predicted, 0.0)
-        errors.append(abs(found / measured - 1))
+        line = _least_absolute(rest, bend) if rest else SAME
+        errors.append(_deviation(line, [point]))
     return errors

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 from zipc.core.types import Runner, Workload
 from zipc.exporters.onnx_export import serialised
 from zipc.profiler.device import Device
-from zipc.profiler.timing import warm_up
+from zipc.profiler.timing import interleave, warm_up
 from zipc.targets import ON_CPU
 
 UNKNOWN_CACHE = 32 << 20  # bytes of a last cache whose size the system does not tell
@@ -61,7 +61,8 @@ def least_filler(load: Callable[[bytes], Runner], most: int) -> bytes | None:
 def _ms(runner: Runner) -> float:
     """The least of some runs: others on the machine only slow it down."""
     warm_up(runner, max_runs=3)
-    return min(runner.run() for _ in range(RUNS))
+    (times,) = interleave([runner], rounds=RUNS, untimed=0)
+    return min(times)
 
 
 def last_cache(told: list[str]) -> int:

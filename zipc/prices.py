@@ -201,9 +201,7 @@ class Prices:
     def ms(self, site: str, level: Level) -> float:
         """Time of all calls of a site at a level, as part of the whole model."""
         alone = self.sites.dense_ms(site) - self.add.share * self.sites.saved_ms(site, level)
-        once = self.add.in_place(alone)
-        if self.table.correction is not None and not level.removed:
-            once += self.table.correction.each_ms
+        once = self.add.in_place(alone) + (0.0 if level.removed else self._each_ms)
         return once * self.calls[site] - self.add.inside.get(site, 0.0)
 
     def gains(self, site: str, level: Level, *, asked: Collection[Difference] = ()) -> bool:
@@ -224,7 +222,7 @@ class Prices:
 
     def ratio(self, allocation_ms: float) -> float:
         """Latency relative to dense that a sum of prices means for the whole model."""
-        raw = max(allocation_ms / self._summed_ms, LEAST_RATIO)
+        raw = max(allocation_ms / self.summed_ms, LEAST_RATIO)
         whole = self.table.correction.apply(raw) if self.table.correction else raw
         return whole * self.whole_ms / self.dense_ms
 
@@ -232,13 +230,16 @@ class Prices:
         """Sum of prices that comes out at `ratio` of the dense latency."""
         whole = ratio * self.dense_ms / self.whole_ms
         raw = self.table.correction.invert(whole) if self.table.correction else whole
-        return max(raw, 0.0) * self._summed_ms
+        return max(raw, 0.0) * self.summed_ms
 
     @property
-    def _summed_ms(self) -> float:
+    def summed_ms(self) -> float:
         """The sum of prices of the undiminished whole."""
-        each_ms = self.table.correction.each_ms if self.table.correction else 0.0
-        return self.whole_ms + each_ms * sum(self.calls.values())
+        return self.whole_ms + self._each_ms * sum(self.calls.values())
+
+    @property
+    def _each_ms(self) -> float:
+        return self.table.correction.each_ms if self.table.correction else 0.0
 
 
 def cut_together(signatures: Mapping[str, str], signature: str, level: Level) -> list[str]:

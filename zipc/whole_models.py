@@ -132,8 +132,8 @@ def fit_correction(
 ) -> tuple[correction.Correction, list[WholePoint]]:
     """Measure whole models until they agree on what sums of prices get wrong, or are enough."""
     step, most = CORRECTION_POINTS
-    least = most if cold else step  # loaded again, such a graph takes 3 % more or less: points
-    # may agree by chance
+    if cold:  # loaded again, such a graph takes 3 % more or less: points may agree by chance
+        step = most
     progress.stage("check prices on whole models")
     rng, points = np.random.default_rng(0), list[WholePoint]()
     while True:
@@ -142,7 +142,7 @@ def fit_correction(
         points += measure_points(prepared, prices, chosen, timer=timer, progress=progress)
         fitted = _fitted(prices, points, cold=cold)
         agreed = fitted.median_error <= AGREED and fitted.worst_error <= ALL_AGREED
-        if (agreed and len(points) >= least) or len(points) >= most or prices.doubt is not None:
+        if agreed or len(points) >= most or prices.doubt is not None:
             break
     progress.done(
         f"sum of prices off by {fitted.median_error:.1%} (median), {fitted.worst_error:.1%} (worst)"
@@ -200,7 +200,7 @@ def measure_points(
             warm_up(timed, max_runs=WARM_RUNS)
         floats, *whole, ms = interleave([*beside, runner], rounds=rounds)
         total = prices.add.fixed_ms + sum(prices.ms(n, lv) for n, lv in levels.items())
-        raw = max(total / prices.whole_ms, LEAST_RATIO)
+        raw = max(total / prices.summed_ms, LEAST_RATIO)
         there = sum(prices.calls[name] for name, level in levels.items() if not level.removed)
         present = max(there, 1) / calls
         found.append(WholePoint(raw, present, ms, whole[0] if whole else floats, floats))
