@@ -268,7 +268,7 @@ def _numerics(
     known = (BF16, DYNAMIC, STATIC, INT4) if request.quantizer == "zipc" else (STATIC,)
     schemes = tuple(n for n in known if n in target.numerics)
     if prepared.body is not None:
-        ms = prices.add.fixed_ms + sum(prices.ms(n, Level(s.units)) for n, s in sites.items())
+        ms = prices.sum_ms({name: Level(s.units) for name, s in sites.items()})
         notes.append(f"the whole network in {prepared.numeric}, unpruned: {three_digits(ms)} ms")
         return ("fp32",)
     if wanted == prepared.floats:
@@ -295,8 +295,8 @@ def _numerics(
         return ("fp32",)
     for scheme in schemes:
         full = {n: Level(s.units, scheme if n in integers else "fp32") for n, s in sites.items()}
-        ms = prices.add.fixed_ms + sum(prices.ms(n, lv) for n, lv in full.items())
-        notes.append(f"{scheme} everywhere, unpruned: {three_digits(ms)} ms")
+        total = three_digits(prices.sum_ms(full))
+        notes.append(f"{scheme} everywhere, unpruned: {total} ms")
     return schemes if wanted == "int8" else ("fp32", *schemes)
 
 

@@ -132,9 +132,10 @@ class Addition:
     fixed_ms: float  # what no site has
     apart_ms: float = 0.0  # what a call of a site takes more in a graph of its own
 
-    def in_place(self, alone_ms: float) -> float:
-        """What a call of a site takes in the whole model that takes so much alone."""
-        return max(alone_ms - self.apart_ms, LEAST_RATIO * alone_ms)
+    def in_place(self, alone_ms: float, *, back_ms: float = 0.0) -> float:
+        """What a call of a site takes in the whole model that takes so much alone, where it takes
+        so much of `apart_ms` there, too."""
+        return max(alone_ms - (self.apart_ms - back_ms), LEAST_RATIO * alone_ms)
 
 
 def added_up(
@@ -197,12 +198,17 @@ class Prices:
     seconds: float
     from_cache: bool
     doubt: Doubt | None  # how far prices that nobody measured may be off
+    each_ms: float = 0.0  # of what a call takes apart, what it does take in the whole
 
     def ms(self, site: str, level: Level) -> float:
         """Time of all calls of a site at a level, as part of the whole model."""
         alone = self.sites.dense_ms(site) - self.add.share * self.sites.saved_ms(site, level)
-        once = self.add.in_place(alone) + (0.0 if level.removed else self._each_ms)
+        once = self.add.in_place(alone, back_ms=0.0 if level.removed else self.each_ms)
         return once * self.calls[site] - self.add.inside.get(site, 0.0)
+
+    def sum_ms(self, levels: Mapping[str, Level]) -> float:
+        """Sum of the prices of all sites at their levels, and of what no site has."""
+        return self.add.fixed_ms + sum(self.ms(name, level) for name, level in levels.items())
 
     def gains(self, site: str, level: Level, *, asked: Collection[Difference] = ()) -> bool:
         """Whether a level is faster beyond doubt than without its numeric, and than without its
@@ -235,11 +241,7 @@ class Prices:
     @property
     def summed_ms(self) -> float:
         """The sum of prices of the undiminished whole."""
-        return self.whole_ms + self._each_ms * sum(self.calls.values())
-
-    @property
-    def _each_ms(self) -> float:
-        return self.table.correction.each_ms if self.table.correction else 0.0
+        return self.whole_ms + self.each_ms * sum(self.calls.values())
 
 
 def cut_together(signatures: Mapping[str, str], signature: str, level: Level) -> list[str]:

@@ -174,6 +174,7 @@ def price(
         seconds=seconds + more,
         from_cache=seconds + more == 0.0,
         doubt=device.doubt(dense_bytes, request.workload),
+        each_ms=table.correction.each_ms if table.correction else 0.0,
     )
     if table.correction is None:
         fitted, points = fit_correction(
@@ -188,6 +189,7 @@ def price(
             )
             table = table.with_entries([floats], in_place=True)
             prices.dense_ms = floats.ratio * whole_ms
+        prices.each_ms = fitted.each_ms
         prices.table = _noted(table.with_correction(fitted), device)
         trusted = TRUSTED_ERROR if fastest is None else TRUSTED_SHARED
         if fitted.median_error <= trusted or prices.doubt is not None:

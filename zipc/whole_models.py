@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -31,6 +31,7 @@ WARM_RUNS = 6
 DENSITIES = 0.15, 0.95  # of random allocations
 MIXED = 0.3  # share of them whose sites have numerics of their own
 R2 = 0.7548776662466927, 0.5698402909980532
+SHARES = 0.0, 0.25, 0.5, 0.75, 1.0  # of what cold parts take too much: a share of each
 TOO_MUCH = 1.5  # of the whole: by less, parts take more because each is a graph of its own
 
 
@@ -101,11 +102,10 @@ def whole_model(prepared: Prepared, levels: Mapping[str, Level]) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class WholePoint:
-    """A whole model at some levels: its sum of prices, relative to that of the undiminished whole,
-    and times of it, of the undiminished whole and of the dense model in floats, in turns."""
+    """Times of a whole model at some levels, of the undiminished whole and of the dense model in
+    floats, in turns."""
 
-    total: float
-    present: float  # calls of sites that are not removed, of all
+    levels: Mapping[str, Level]
     ms: Sequence[float]
     whole_ms: Sequence[float]
     floats_ms: Sequence[float]
@@ -140,7 +140,7 @@ def fit_correction(
         numbers = range(len(points), len(points) + step)
         chosen = [spread_levels(prepared, target, prices, number, rng) for number in numbers]
         points += measure_points(prepared, prices, chosen, timer=timer, progress=progress)
-        fitted = _fitted(prices, points, cold=cold)
+        fitted = fit_points(prices, points)
         agreed = fitted.median_error <= AGREED and fitted.worst_error <= ALL_AGREED
         if agreed or len(points) >= most or prices.doubt is not None:
             break
@@ -150,21 +150,22 @@ def fit_correction(
     return fitted, points
 
 
-def _fitted(prices: Prices, points: Sequence[WholePoint], *, cold: bool) -> correction.Correction:
+def fit_points(prices: Prices, points: Sequence[WholePoint]) -> correction.Correction:
     """The correction of the sums of prices of some models.
 
-    Of what all parts that are timed `cold` take too much, some is not the same for each but a share
-    of it. So each that is not removed takes some time more than was left of it: the intercept of
-    a line for models that have all of them.
+    What all parts that are timed cold take too much is taken for an equal time of each. Some of it
+    may be a share of what each takes instead: as much as the points agree best on.
     """
-    each = 0.0
-    if cold:
-        line = correction.fit((p.total / p.present, p.measured / p.present) for p in points)
-        each = max(line.intercept / line.slope, 0.0)
-    sums = [(p.total + each * p.present) / (1 + each) for p in points]  # 1 of the undiminished
+    returned = dict.fromkeys(share * prices.add.apart_ms for share in SHARES)
+    fits = [_fit(replace(prices, each_ms=each_ms), points) for each_ms in returned]
+    return min(fits, key=lambda found: found.reach)
+
+
+def _fit(prices: Prices, points: Sequence[WholePoint]) -> correction.Correction:
+    dense_ms = prices.summed_ms
+    sums = [max(prices.sum_ms(p.levels) / dense_ms, LEAST_RATIO) for p in points]
     fitted = correction.fit((s, p.measured) for s, p in zip(sums, points, strict=True))
-    each_ms = each * prices.whole_ms / sum(prices.calls.values())
-    return fitted.model_copy(update={"each_ms": each_ms})
+    return fitted.model_copy(update={"each_ms": prices.each_ms})
 
 
 def measure_points(
@@ -176,7 +177,7 @@ def measure_points(
     rounds: int | None = None,
     progress: Progress,
 ) -> list[WholePoint]:
-    """Time whole models; no sum is less than the least that `Prices.ratio` reads.
+    """Time whole models.
 
     Without `rounds`, each is timed as often as its time allows. A model takes some percent more or
     less by where in memory it lies, so that what others are timed beside is loaded anew for every
@@ -191,7 +192,6 @@ def measure_points(
     anew = prices.table.runtime in ON_CPU and "host" not in prices.table.fingerprint
     beside: list[TimedGraph] = []
     found = []
-    calls = sum(prices.calls.values())
     for number, levels in enumerate(allocations):
         runner = load(whole_model(prepared, levels))
         if not beside or (anew and number % LOADED_FOR == 0):
@@ -199,11 +199,7 @@ def measure_points(
         for timed in (*beside, runner):
             warm_up(timed, max_runs=WARM_RUNS)
         floats, *whole, ms = interleave([*beside, runner], rounds=rounds)
-        total = prices.add.fixed_ms + sum(prices.ms(n, lv) for n, lv in levels.items())
-        raw = max(total / prices.summed_ms, LEAST_RATIO)
-        there = sum(prices.calls[name] for name, level in levels.items() if not level.removed)
-        present = max(there, 1) / calls
-        found.append(WholePoint(raw, present, ms, whole[0] if whole else floats, floats))
+        found.append(WholePoint(levels, ms, whole[0] if whole else floats, floats))
         progress.advance()
     return found
 
