@@ -3,8 +3,8 @@
 Latency adds over sites only roughly: weights that were hot in the cache during the sweep are not
 in the whole graph, and what no site owns has a price of its own. A line from predicted to measured
 ratio (both to the undiminished graph) is fitted on a few random allocations. It stays near (1, 1),
-where that graph is by definition. Small models may be another matter, as those whose weights a
-cache holds: among many points the line may have a bend.
+where that graph is by definition. Where parts are timed with cold caches, small models, whose
+weights a cache holds, are another matter: the line may have a bend there.
 """
 
 from __future__ import annotations
@@ -111,13 +111,13 @@ class Correction(BaseModel):
         return min(p for p, _ in self.points) if self._line.at(0.0) < 0 else 0.0
 
 
-def fit(points: Iterable[Point]) -> Correction:
+def fit(points: Iterable[Point], *, may_bend: bool = False) -> Correction:
     """Fit the line of least absolute relative deviations over the points and the dense point.
 
     The slope is held in [0.5, 2], the line within 8 % of (1, 1), and no point is predicted below
     half of its sum of prices. Least absolute deviations is a linear program in two variables, so
-    the optimum is at a vertex: all of them are tried. Of 12 points or more the line has a bend at
-    one of them where that predicts left-out points much better.
+    the optimum is at a vertex: all of them are tried. Of 12 points or more a line that `may_bend`
+    does so at one of them where that predicts left-out points much better.
 
     Raises:
         ValueError: no points, or one that is not positive and finite.
@@ -126,7 +126,7 @@ def fit(points: Iterable[Point]) -> Correction:
     if not cloud or not all(0 < x < float("inf") for point in cloud for x in point):
         raise ValueError(f"a correction needs positive, finite points, not {cloud}")
     bend, errors = 0.0, _left_out_errors(cloud)
-    if len(cloud) >= BENT_POINTS:
+    if may_bend and len(cloud) >= BENT_POINTS:
         enough = BENT_ERROR * fmean(errors)
         for at in sorted(p for p, _ in cloud)[BENT_ENDS:-BENT_ENDS]:
             bent = _left_out_errors(cloud, at)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import attrgetter
 
 import numpy as np
 
@@ -26,7 +27,9 @@ AGREED, ALL_AGREED = 0.02, 0.05  # errors of left-out points, in the median and 
 # which no more are measured
 LOADED_FOR = 3  # points that are timed beside one load of the dense model
 CORRECTION_ROUNDS = 10, 200  # of a whole model beside dense: as many as fit
-CORRECTION_MS = 2000.0
+CORRECTION_MS = 2000.0  # of each point; a round runs a model and the dense one twice
+LOADS, LOADS_MS = 3, 50.0  # of each point, the median taken, of models that take less than this:
+# one load in thirty is off by 10 % and more
 WARM_RUNS = 6
 DENSITIES = 0.15, 0.95  # of random allocations
 MIXED = 0.3  # share of them whose sites have numerics of their own
@@ -136,11 +139,17 @@ def fit_correction(
         step = most
     progress.stage("check prices on whole models")
     rng, points = np.random.default_rng(0), list[WholePoint]()
+    loads = LOADS if _is_loaded_anew(prices) and prices.dense_ms < LOADS_MS else 1
+    rounds = as_fits(CORRECTION_MS / (4 * loads * prices.dense_ms), *CORRECTION_ROUNDS)
+    measure = partial(measure_points, timer=timer, rounds=rounds, progress=progress)
     while True:
         numbers = range(len(points), len(points) + step)
         chosen = [spread_levels(prepared, target, prices, number, rng) for number in numbers]
-        points += measure_points(prepared, prices, chosen, timer=timer, progress=progress)
-        fitted = fit_points(prices, points)
+        seen = [measure(prepared, prices, chosen) for _ in range(loads)]
+        points += [
+            sorted(p, key=attrgetter("measured"))[loads // 2] for p in zip(*seen, strict=True)
+        ]
+        fitted = fit_points(prices, points, cold=cold)
         agreed = fitted.median_error <= AGREED and fitted.worst_error <= ALL_AGREED
         if agreed or len(points) >= most or prices.doubt is not None:
             break
@@ -150,22 +159,25 @@ def fit_correction(
     return fitted, points
 
 
-def fit_points(prices: Prices, points: Sequence[WholePoint]) -> correction.Correction:
+def fit_points(
+    prices: Prices, points: Sequence[WholePoint], *, cold: bool
+) -> correction.Correction:
     """The correction of the sums of prices of some models.
 
-    What all parts that are timed cold take too much is taken for an equal time of each. Some of it
-    may be a share of what each takes instead: as much as the points agree best on.
+    What all parts that are timed `cold` take too much is taken for an equal time of each. Some of
+    it may be a share of what each takes instead: as much as the points agree best on.
     """
     returned = dict.fromkeys(share * prices.add.apart_ms for share in SHARES)
-    fits = [_fit(replace(prices, each_ms=each_ms), points) for each_ms in returned]
+    fits = [_fit(replace(prices, each_ms=each_ms), points, cold) for each_ms in returned]
     return min(fits, key=lambda found: found.reach)
 
 
-def _fit(prices: Prices, points: Sequence[WholePoint]) -> correction.Correction:
+def _fit(prices: Prices, points: Sequence[WholePoint], cold: bool) -> correction.Correction:
     dense_ms = prices.summed_ms
     sums = [max(prices.sum_ms(p.levels) / dense_ms, LEAST_RATIO) for p in points]
-    fitted = correction.fit((s, p.measured) for s, p in zip(sums, points, strict=True))
-    return fitted.model_copy(update={"each_ms": prices.each_ms})
+    pairs = [(s, p.measured) for s, p in zip(sums, points, strict=True)]
+    found = correction.fit(pairs, may_bend=cold)
+    return found.model_copy(update={"each_ms": prices.each_ms})
 
 
 def measure_points(
@@ -174,22 +186,19 @@ def measure_points(
     allocations: Sequence[Mapping[str, Level]],
     *,
     timer: GraphTimer,
-    rounds: int | None = None,
+    rounds: int,
     progress: Progress,
 ) -> list[WholePoint]:
     """Time whole models.
 
-    Without `rounds`, each is timed as often as its time allows. A model takes some percent more or
-    less by where in memory it lies, so that what others are timed beside is loaded anew for every
-    few of them, but where it takes minutes to build.
+    A model takes some percent more or less by where in memory it lies, so that what others are
+    timed beside is loaded anew for every few of them, but where it takes minutes to build.
     """
     load = partial(timer.load, workload=prices.table.workload)
     models = [dense_model(prepared)]
     if prepared.numeric != prepared.floats:
         models.append(whole_model(prepared, {}))
-    if rounds is None:  # a round runs each graph twice
-        rounds = as_fits(CORRECTION_MS / (4 * prices.dense_ms), *CORRECTION_ROUNDS)
-    anew = prices.table.runtime in ON_CPU and "host" not in prices.table.fingerprint
+    anew = _is_loaded_anew(prices)
     beside: list[TimedGraph] = []
     found = []
     for number, levels in enumerate(allocations):
@@ -202,6 +211,11 @@ def measure_points(
         found.append(WholePoint(levels, ms, whole[0] if whole else floats, floats))
         progress.advance()
     return found
+
+
+def _is_loaded_anew(prices: Prices) -> bool:
+    """Whether a model is loaded in no time, so that one load need not be all that is seen of it."""
+    return prices.table.runtime in ON_CPU and "host" not in prices.table.fingerprint
 
 
 def _ratio(ms: Sequence[float], beside: Sequence[float]) -> float:

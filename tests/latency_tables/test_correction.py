@@ -109,7 +109,9 @@ def with_bend(p: float) -> float:
 def test_small_models_may_be_faster_than_the_line_of_the_others() -> None:
     rng = random.Random(0)
     predicted = [0.15 + 0.8 * i / 12 for i in range(12)] + [0.08, 0.1, 0.12, 0.18, 0.21, 0.25]
-    correction = fit((p, with_bend(p) * rng.gauss(1, 0.01)) for p in predicted)
+    points = [(p, with_bend(p) * rng.gauss(1, 0.01)) for p in predicted]
+    assert fit(points).bend == 0
+    correction = fit(points, may_bend=True)
     assert correction.bend == pytest.approx(0.25, abs=0.07)
     for p in (0.09, 0.2, 0.3, 0.9):
         assert correction.apply(p) == pytest.approx(with_bend(p), rel=0.03)
@@ -123,8 +125,9 @@ def test_small_models_may_be_faster_than_the_line_of_the_others() -> None:
 def test_a_bend_is_seen_by_many_points_only_and_not_in_noise() -> None:
     rng = random.Random(0)
     predicted = [0.1 + 0.8 * i / 17 for i in range(18)]
-    assert fit((p, with_bend(p)) for p in predicted[:11]).bend == 0
-    bends = [fit((p, p * rng.gauss(1, 0.03)) for p in predicted).bend for _ in range(8)]
+    assert fit([(p, with_bend(p)) for p in predicted[:11]], may_bend=True).bend == 0
+    noisy = [[(p, p * rng.gauss(1, 0.03)) for p in predicted] for _ in range(8)]
+    bends = [fit(points, may_bend=True).bend for points in noisy]
     assert sum(bend > 0 for bend in bends) <= 1
 
 

@@ -185,7 +185,9 @@ def measured_points(
     monkeypatch.setattr(whole_models, "interleave", lambda *_, **__: ([4.0, 4.0], [1.0, 1.0]))
     unused: Any = SimpleNamespace(numeric="fp32", floats="fp32")
     timer: Any = SimpleNamespace(load=lambda model, **_: loaded.append(model))
-    points = whole_models.measure_points(unused, held, [levels] * 4, timer=timer, progress=Silent())
+    points = whole_models.measure_points(
+        unused, held, [levels] * 4, timer=timer, rounds=2, progress=Silent()
+    )
     return points, loaded
 
 
@@ -227,6 +229,28 @@ def test_prices_are_checked_on_more_models_where_one_is_far_off_or_parts_are_col
     assert fitted.n == len(points) == enough
 
 
+@pytest.mark.parametrize(("whole_ms", "believed"), [(20.0, 1.0), (200.0, 1.5)])
+def test_one_of_several_loads_of_a_small_model_may_be_off(
+    whole_ms: float, believed: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes = []
+
+    def measured(
+        _: object, __: object, chosen: Sequence[Mapping[str, Level]], **___: object
+    ) -> list[whole_models.WholePoint]:
+        passes.append(len(chosen))
+        off = 1.5 if len(passes) == 1 else 1.0
+        return [whole_models.WholePoint(levels, [off], [1.0], [1.0]) for levels in chosen]
+
+    held = prices(table(placed=False), in_place=False, whole_ms=whole_ms)
+    dense = dict.fromkeys(held.calls, Level(UNITS))
+    monkeypatch.setattr(whole_models, "measure_points", measured)
+    monkeypatch.setattr(whole_models, "spread_levels", lambda *_: dense)
+    unused: Any = None
+    _, points = whole_models.fit_correction(unused, unused, held, unused, Silent(), cold=False)
+    assert [p.measured for p in points[:6]] == [believed] * 6
+
+
 def test_sums_that_overlapping_parts_make_negative_are_read_as_the_least(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -235,6 +259,6 @@ def test_sums_that_overlapping_parts_make_negative_are_read_as_the_least(
     held.add = replace(held.add, fixed_ms=-2 * WHOLE_MS)
     points, _ = measured_points(held, monkeypatch)
     assert [p.over_floats for p in points] == [0.25] * 4
-    fitted = whole_models.fit_points(held, points)
+    fitted = whole_models.fit_points(held, points, cold=False)
     assert fitted.points == ((LEAST_RATIO, 0.25),) * 4
     assert fitted.apply(LEAST_RATIO) > 0
