@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from zipc.core.types import Difference, Level
+from zipc.latency_tables.correction import Correction
 from zipc.latency_tables.modelled import Doubt
 from zipc.latency_tables.table import LatencyTable
 
@@ -199,16 +200,39 @@ class Prices:
     from_cache: bool
     doubt: Doubt | None  # how far prices that nobody measured may be off
     each_ms: float = 0.0  # of what a call takes apart, what it does take in the whole
+    factors: Mapping[str, float] = field(default_factory=dict)  # numeric -> of what calls take
 
     def ms(self, site: str, level: Level) -> float:
         """Time of all calls of a site at a level, as part of the whole model."""
+        factor = self.factors.get(self._numeric(level), 1.0)
+        return factor * self._unscaled_ms(site, level) - self.add.inside.get(site, 0.0)
+
+    def _unscaled_ms(self, site: str, level: Level) -> float:
         alone = self.sites.dense_ms(site) - self.add.share * self.sites.saved_ms(site, level)
-        once = self.add.in_place(alone, back_ms=0.0 if level.removed else self.each_ms)
-        return once * self.calls[site] - self.add.inside.get(site, 0.0)
+        back_ms = 0.0 if level.removed else self.each_ms
+        return self.add.in_place(alone, back_ms=back_ms) * self.calls[site]
 
     def sum_ms(self, levels: Mapping[str, Level]) -> float:
         """Sum of the prices of all sites at their levels, and of what no site has."""
         return self.add.fixed_ms + sum(self.ms(name, level) for name, level in levels.items())
+
+    def _numeric(self, level: Level) -> str:
+        own = self.sites.numeric
+        return own if level.removed else level.within(own).numeric
+
+    def in_others_ms(self, levels: Mapping[str, Level]) -> dict[str, float]:
+        """What of that is of each numeric but the whole's, before `factors`."""
+        found: dict[str, float] = {}
+        for name, level in levels.items():
+            numeric = self._numeric(level)
+            if numeric != self.sites.numeric:
+                found[numeric] = found.get(numeric, 0.0) + self._unscaled_ms(name, level)
+        return found
+
+    def corrected(self, by: Correction) -> Prices:
+        """The same with a correction that was fitted on whole models."""
+        table = self.table.with_correction(by)
+        return replace(self, table=table, each_ms=by.each_ms, factors=by.factors)
 
     def gains(self, site: str, level: Level, *, asked: Collection[Difference] = ()) -> bool:
         """Whether a level is faster beyond doubt than without its numeric, and than without its

@@ -174,32 +174,32 @@ def price(
         seconds=seconds + more,
         from_cache=seconds + more == 0.0,
         doubt=device.doubt(dense_bytes, request.workload),
-        each_ms=table.correction.each_ms if table.correction else 0.0,
     )
-    if table.correction is None:
-        fitted, points = fit_correction(
-            *(prepared, target, prices, device.timer(), progress), cold=cold
+    if table.correction is not None:
+        return prices.corrected(table.correction)
+    fitted, points = fit_correction(
+        *(prepared, target, prices, device.timer(), progress), cold=cold
+    )
+    if dense != whole:  # what one moment tells of integers beside floats may not last
+        floats = Entry(
+            signature=WHOLE,
+            level=dense,
+            samples_ms=tuple(ms for p in points for ms in p.floats_ms),
+            anchor_ms=tuple(ms for p in points for ms in p.whole_ms),
         )
-        if dense != whole:  # what one moment tells of integers beside floats may not last
-            floats = Entry(
-                signature=WHOLE,
-                level=dense,
-                samples_ms=tuple(ms for p in points for ms in p.floats_ms),
-                anchor_ms=tuple(ms for p in points for ms in p.whole_ms),
-            )
-            table = table.with_entries([floats], in_place=True)
-            prices.dense_ms = floats.ratio * whole_ms
-        prices.each_ms = fitted.each_ms
-        prices.table = _noted(table.with_correction(fitted), device)
-        trusted = TRUSTED_ERROR if fastest is None else TRUSTED_SHARED
-        if fitted.median_error <= trusted or prices.doubt is not None:
-            store.save(prices.table, path)
-        else:
-            path.unlink(missing_ok=True)
-            progress.info(
-                f"sums of prices are off by {fitted.median_error:.1%}, as on a busy machine. They "
-                "serve this run only; the next one measures them again"
-            )
+        prices.table = table.with_entries([floats], in_place=True)
+        prices.dense_ms = floats.ratio * whole_ms
+    prices = prices.corrected(fitted)
+    prices.table = _noted(prices.table, device)
+    trusted = TRUSTED_ERROR if fastest is None else TRUSTED_SHARED
+    if fitted.median_error <= trusted or prices.doubt is not None:
+        store.save(prices.table, path)
+    else:
+        path.unlink(missing_ok=True)
+        progress.info(
+            f"sums of prices are off by {fitted.median_error:.1%}, as on a busy machine. They "
+            "serve this run only; the next one measures them again"
+        )
     return prices
 
 

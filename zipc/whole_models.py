@@ -174,9 +174,12 @@ def fit_points(
 
 def _fit(prices: Prices, points: Sequence[WholePoint], cold: bool) -> correction.Correction:
     dense_ms = prices.summed_ms
-    sums = [max(prices.sum_ms(p.levels) / dense_ms, LEAST_RATIO) for p in points]
-    pairs = [(s, p.measured) for s, p in zip(sums, points, strict=True)]
-    found = correction.fit(pairs, may_bend=cold)
+    models = []
+    for point in points:
+        total = max(prices.sum_ms(point.levels) / dense_ms, LEAST_RATIO)
+        others = {n: ms / dense_ms for n, ms in prices.in_others_ms(point.levels).items()}
+        models.append(correction.Model(total, point.measured, others))
+    found = correction.fit(models, may_bend=cold)
     return found.model_copy(update={"each_ms": prices.each_ms})
 
 

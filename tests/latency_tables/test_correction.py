@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from zipc.latency_tables.correction import fit
+from zipc.latency_tables.correction import Model, fit
 
 ratios = st.floats(0.05, 1.5)
 clouds = st.lists(st.tuples(ratios, ratios), min_size=1, max_size=10)
@@ -88,17 +88,27 @@ def test_no_legal_line_deviates_less(
         return sum(abs(intercept + slope * p - m) / m for p, m in [*points, (1.0, 1.0)])
 
     correction = fit(points)
-    intercept, smallest = 1 + miss - slope, min(p for p, _ in points)
-    assume(intercept + slope * smallest >= smallest / 2)
+    intercept = 1 + miss - slope
+    assume(intercept >= 0)
     best = deviation(correction.intercept, correction.slope)
     assert best <= deviation(intercept, slope) + 1e-9
 
 
-def test_a_steep_line_never_promises_more_than_the_points_show() -> None:
-    correction = fit((p, 1.3 * p - 0.3) for p in (0.5, 0.6, 0.8))
-    assert correction.intercept == pytest.approx(-0.3)
-    assert correction.apply(0.25) == pytest.approx(0.35 / 2)  # half of the smallest point
-    assert correction.invert(0.35 / 2) == pytest.approx(0.25)
+def test_no_line_predicts_that_a_small_model_takes_nothing() -> None:
+    correction = fit((p, 1.1 * p - 0.1) for p in (0.2, 0.5, 0.6, 0.8))
+    assert correction.intercept == pytest.approx(0.0)
+    assert 0.92 <= correction.slope < 1
+
+
+def test_a_steep_line_below_a_bend_never_promises_more_than_the_points_show() -> None:
+    predicted = [0.15 + 0.05 * i for i in range(16)]
+    points = [(p, p - 0.8 * max(0.3 - p, 0.0)) for p in predicted]
+    correction = fit(points, may_bend=True)
+    assert correction.bend == pytest.approx(0.3)
+    assert correction.apply(0.15) == pytest.approx(0.15 / 2, abs=0.05)
+    least = correction.apply(0.15)
+    assert correction.apply(0.05) == pytest.approx(least / 3)
+    assert correction.invert(least / 3) == pytest.approx(0.05)
 
 
 def with_bend(p: float) -> float:
@@ -129,6 +139,41 @@ def test_a_bend_is_seen_by_many_points_only_and_not_in_noise() -> None:
     noisy = [[(p, p * rng.gauss(1, 0.03)) for p in predicted] for _ in range(8)]
     bends = [fit(points, may_bend=True).bend for points in noisy]
     assert sum(bend > 0 for bend in bends) <= 1
+
+
+def in_integers(number: int, rng: random.Random, off: float) -> Model:
+    """A model whose parts are in floats, in integers or in both, and what of it is; `off` is what
+    integers take in truth, relative to their prices."""
+    predicted = rng.uniform(0.15, 0.9)
+    integers = (0.0, 0.9, rng.uniform(0.2, 0.7))[number % 3] * predicted
+    measured = predicted + (off - 1) * integers
+    others = {"int8-static": integers} if integers else {}
+    return Model(predicted, measured * rng.gauss(1, 0.01), others)
+
+
+@pytest.mark.parametrize("off", [0.9, 1.0, 1.12])
+def test_prices_of_integers_may_be_off_beside_those_of_floats(off: float) -> None:
+    rng = random.Random(0)
+    correction = fit(in_integers(number, rng, off) for number in range(18))
+    assert correction.factors == {"int8-static": pytest.approx(off, abs=0.03)}
+    for number in range(30):
+        predicted, measured, others = in_integers(number, rng, off)
+        priced = predicted + sum((correction.factors[n] - 1) * ms for n, ms in others.items())
+        assert correction.apply(priced) == pytest.approx(measured, rel=0.05)
+    assert correction.worst_error < 0.05
+    assert correction.reach < 0.06
+
+
+def test_one_model_alone_scales_no_prices() -> None:
+    floats = [(p, p) for p in (0.2, 0.4, 0.6, 0.8)]
+    wild = fit([*floats, Model(0.5, 0.6, {"int8-static": 0.45})])
+    assert wild.factors == {"int8-static": pytest.approx(1.0, abs=1e-6)}
+
+
+def test_prices_of_a_numeric_are_scaled_by_a_quarter_at_most() -> None:
+    found = fit(Model(p, p / 2, {"int4-weights": p}) for p in (0.2, 0.3, 0.4, 0.6))
+    assert 0.75 - 1e-6 <= found.factors["int4-weights"] < 0.76
+    assert all(p > 0 for p, _ in found.points)
 
 
 def test_what_no_allocation_can_reach_inverts_to_nothing() -> None:

@@ -137,7 +137,7 @@ def test_what_cold_calls_take_apart_is_told_by_models_that_lack_some_of_them(
     fitted, _ = whole_models.fit_correction(unused, unused, made, unused, Silent(), cold=True)
     assert made.add.apart_ms - fitted.each_ms == pytest.approx(apart / kept, rel=0.4)
     assert 0 < fitted.each_ms < made.add.apart_ms
-    made.table, made.each_ms = made.table.with_correction(fitted), fitted.each_ms
+    made = made.corrected(fitted)
     assert made.ratio(total(made, Level(UNITS))) == pytest.approx(1, rel=0.01)
     for chosen in (levels() for _ in range(20)):
         assert made.ratio(made.sum_ms(chosen)) == pytest.approx(truth(chosen), rel=0.02)
