@@ -23,7 +23,7 @@ from zipc.exporters.shapes import (
 )
 from zipc.numerics.int4 import BLOCK
 
-EMISSION = 3  # of the way graphs are written: prices of another are not prices of these
+EMISSION = 4  # of the way graphs are written: prices of another are not prices of these
 BLOCKED_OPSET = 21  # the first whose DequantizeLinear has blocks and INT4
 S4 = helper.tensor_dtype_to_np_dtype(TensorProto.INT4)
 FloatArray = np.ndarray[Any, np.dtype[np.float32]]
@@ -309,8 +309,9 @@ class _Rounding:
         graph = self.graph
         if not self.fixed:
             return
-        if part:
+        if part:  # inputs with values of their own, which nobody has to feed
             graph.add_inputs_({name: [1] for name in self.fixed})
+            graph.arrays |= {n: np.array([s], dtype=np.float32) for n, s in self.fixed.items()}
             return
         given = next(i.name for i in graph.proto.graph.input if graph.shapes[i.name])
         axes = len(graph.shapes[given])

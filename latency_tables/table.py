@@ -21,7 +21,7 @@ from zipc.core.types import Level, TableKind, Workload
 from zipc.core.workload import WorkloadField
 from zipc.latency_tables.correction import Correction
 
-SCHEMA_VERSION: Literal[3] = 3  # 2: what levels save in the whole model; 3: `each_ms` and `bend`
+SCHEMA_VERSION: Literal[3] = 3  # 2: what levels save in the whole model; 3: more in corrections
 MAD_TO_SIGMA = 1.4826  # of a normal distribution
 OUTLIER_SIGMAS = 5.0
 

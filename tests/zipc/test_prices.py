@@ -143,6 +143,29 @@ def test_what_cold_calls_take_apart_is_told_by_models_that_lack_some_of_them(
         assert made.ratio(made.sum_ms(chosen)) == pytest.approx(truth(chosen), rel=0.02)
 
 
+def test_prices_of_a_numeric_are_scaled_by_what_models_that_have_it_take() -> None:
+    made, rng = prices(table()), np.random.default_rng(0)
+
+    def truth(levels: Mapping[str, Level]) -> float:
+        in_integers = made.in_others_ms(levels)
+        assert set(in_integers) <= {"int8-static"}
+        return (made.sum_ms(levels) - 0.1 * sum(in_integers.values())) / WHOLE_MS
+
+    def drawn(numerics: Sequence[str]) -> dict[str, Level]:
+        there = [lv for lv in LEVELS if lv.removed or lv.numeric in numerics]
+        return {name: there[int(rng.integers(len(there)))] for name in made.calls}
+
+    policies = [["fp32"], ["int8-static"], ["fp32", "int8-static"]]
+    models = [drawn(policies[number % 3]) for number in range(12)]
+    seen = [whole_models.WholePoint(levels, [truth(levels)], [1.0], [1.0]) for levels in models]
+    fitted = whole_models.fit_points(made, seen, cold=False)
+    assert fitted.factors == {"int8-static": pytest.approx(0.9, abs=0.005)}
+    corrected = made.corrected(fitted)
+    for levels in (drawn(policies[number % 3]) for number in range(12)):
+        predicted = corrected.ratio(corrected.sum_ms(levels))
+        assert predicted == pytest.approx(truth(levels), rel=0.01)
+
+
 def test_noise_in_place_is_not_taken_for_a_saving() -> None:
     made = prices(table(spread=0.9))
     alone = prices(table(), in_place=False)
