@@ -144,12 +144,14 @@ def test_what_cold_calls_take_apart_is_told_by_models_that_lack_some_of_them(
 
 
 def test_prices_of_a_numeric_are_scaled_by_what_models_that_have_it_take() -> None:
-    made, rng = prices(table()), np.random.default_rng(0)
+    whole_ms = 1.1 * CALLS * alone_ms(Level(UNITS))
+    made = prices(table(placed=False), in_place=False, whole_ms=whole_ms)
+    rng = np.random.default_rng(0)
 
     def truth(levels: Mapping[str, Level]) -> float:
         in_integers = made.in_others_ms(levels)
         assert set(in_integers) <= {"int8-static"}
-        return (made.sum_ms(levels) - 0.1 * sum(in_integers.values())) / WHOLE_MS
+        return (made.sum_ms(levels) - 0.1 * sum(in_integers.values())) / whole_ms
 
     def drawn(numerics: Sequence[str]) -> dict[str, Level]:
         there = [lv for lv in LEVELS if lv.removed or lv.numeric in numerics]
