@@ -28,7 +28,7 @@ AGREED, ALL_AGREED = 0.02, 0.05  # errors of left-out points, in the median and 
 LOADED_FOR = 3  # points that are timed beside one load of the dense model
 CORRECTION_ROUNDS = 10, 200  # of a whole model beside dense: as many as fit
 CORRECTION_MS = 2000.0  # of each point; a round runs a model and the dense one twice
-LOADS, LOADS_MS = 3, 50.0  # of each point, the median taken, of models that take less than this:
+LOADS, LOADS_MS = 3, 100.0  # of each point, the median taken, of models that take less than this:
 # one load in thirty is off by 10 % and more
 WARM_RUNS = 6
 DENSITIES = 0.15, 0.95  # of random allocations
