@@ -233,7 +233,7 @@ def test_int4_is_taken_for_a_speedup_alone(
     prepared: Prepared, goal: dict[str, Any], taken: bool
 ) -> None:
     asked = Request(model="m", phase="decode", **goal)
-    prices: Any = SimpleNamespace(add=SimpleNamespace(fixed_ms=0.0), ms=lambda *_: 1.0)
+    prices: Any = SimpleNamespace(sum_ms=lambda levels: float(len(levels)))
     found = _numerics(prepared, prices, requested_target(asked), asked, [])
     assert (INT4 in found) == taken
     assert {"fp32", "int8-dynamic"} <= set(found)
