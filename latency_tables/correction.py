@@ -97,7 +97,9 @@ class Correction(BaseModel):
         """
         from scipy.special import stdtrit  # slow to import, and few callers need it
 
-        errors = self.errors or _left_out_errors([Model(*p) for p in self.points], self.bend)
+        errors: Sequence[float] = self.errors
+        if not errors:
+            errors = _left_out_errors(_left_out([Model(*p) for p in self.points]), self.bend)
         squares = fmean(math.log1p(error) ** 2 for error in errors)
         return float(stdtrit(self.n, 0.975)) * math.sqrt(squares + UNSEEN**2)
 
@@ -147,11 +149,12 @@ def fit(models: Iterable[Model | Point], *, may_bend: bool = False) -> Correctio
     ratios = [ratio for m in cloud for ratio in (m.predicted, m.measured)]
     if not cloud or not all(0 < ratio < float("inf") for ratio in ratios):
         raise ValueError(f"a correction needs positive, finite points, not {cloud}")
-    bend, errors = 0.0, _left_out_errors(cloud)
+    left_out = _left_out(cloud)
+    bend, errors = 0.0, _left_out_errors(left_out)
     if may_bend and len(cloud) >= BENT_POINTS:
         enough = BENT_ERROR * fmean(errors)
         for at in sorted(m.predicted for m in cloud)[BENT_ENDS:-BENT_ENDS]:
-            bent = _left_out_errors(cloud, at)
+            bent = _left_out_errors(left_out, at)
             if fmean(bent) < enough:
                 bend, errors, enough = at, bent, fmean(bent)
     factors = _factors(cloud)
@@ -166,14 +169,21 @@ def fit(models: Iterable[Model | Point], *, may_bend: bool = False) -> Correctio
     )
 
 
-def _left_out_errors(cloud: Sequence[Model], bend: float = 0.0) -> list[float]:
-    errors = []
+def _left_out(cloud: Sequence[Model]) -> list[tuple[Point, list[Point]]]:
+    """Each model and the others, with prices of numerics scaled as the others demand."""
+    found = []
     for index, model in enumerate(cloud):
         rest = [*cloud[:index], *cloud[index + 1 :]]
         factors = _factors(rest)
-        line = _least_absolute([m.point(factors) for m in rest], bend) if rest else SAME
-        errors.append(_deviation(line, [model.point(factors)]))
-    return errors
+        found.append((model.point(factors), [m.point(factors) for m in rest]))
+    return found
+
+
+def _left_out_errors(
+    left_out: Sequence[tuple[Point, list[Point]]], bend: float = 0.0
+) -> list[float]:
+    lines = [_least_absolute(rest, bend) if rest else SAME for _, rest in left_out]
+    return [_deviation(line, [p]) for line, (p, _) in zip(lines, left_out, strict=True)]
 
 
 def _factors(cloud: Sequence[Model]) -> dict[str, float]:
