@@ -52,6 +52,7 @@ HELD_BYTES = 400e6
 # A machine may run integers at another pace for seconds, as where another program has half of its
 # core: no part should meet that alone.
 MANY = 128  # parts that are held at once, where they fit
+MANY_BYTES = 1.5e9  # of them, if all were as large as the largest: about four times what they are
 TRUSTED_ERROR = 0.06  # a table whose sums are further off than this (median) is not kept, or than
 TRUSTED_SHARED = 0.12  # this, where sites share maps: their times go by products of widths
 
@@ -136,7 +137,7 @@ def price(
         anchor=hashlib.sha256(anchor).hexdigest(),
     )
     extend = partial(_extended, device=device, store=store, path=path, progress=progress)
-    table, seconds = extend(table, graphs, anchor, _alone(device, len(dense_bytes), filler))
+    table, seconds = extend(table, graphs, anchor, _alone(device, len(anchor), filler))
     sites = SitePrices(table, signatures, {s.name: Level(s.units) for s in own}, prepared.numeric)
     calls = {s.name: s.calls for s in own}
     whole_ms = table.price(WHOLE, whole)
@@ -307,13 +308,13 @@ def _extended(
 
 
 def _alone(device: Device, size: int, filler: bytes | None) -> How:
-    """How parts of a model of so many bytes are swept.
+    """How parts of a model are swept, of which the largest has so many bytes.
 
     What was measured is kept group by group, so that boards, which may be lost or take minutes to
     build engines, have small ones.
     """
-    on_board = "host" in device.fingerprint()
-    held = GROUP if on_board else as_fits(HELD_BYTES / size, GROUP, MANY)
+    small = "host" in device.fingerprint() or filler is not None
+    held = GROUP if small else as_fits(MANY_BYTES / size, GROUP, MANY)
     return replace(ALONE, group=held, filler=filler)
 
 
