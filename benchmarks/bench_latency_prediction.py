@@ -22,6 +22,7 @@ import argparse
 import math
 import platform
 import tempfile
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -142,7 +143,7 @@ def measure(arguments: argparse.Namespace, request: Request) -> dict[str, Any]:
         )
         for _ in range(as_fits(PASSES_MS / prices.dense_ms, *PASSES))
     ]
-    fitted = prices.table.correction
+    fitted, alone = prices.table.correction, replace(prices, surplus={})
     reach = fitted.reach if fitted else math.nan
     rows = []
     for points in zip(*passes, strict=True):
@@ -152,7 +153,7 @@ def measure(arguments: argparse.Namespace, request: Request) -> dict[str, Any]:
         predicted = prices.ratio(total_ms)
         rows.append(
             {
-                "sum_of_prices": total_ms / prices.summed_ms * prices.whole_ms / prices.dense_ms,
+                "sum_of_prices": alone.sum_ms(points[0].levels) / prices.dense_ms,
                 "predicted": predicted,
                 "measured": measured,
                 "repeat": [ratio / measured - 1 for ratio in seen],

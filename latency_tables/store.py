@@ -161,8 +161,9 @@ def read_table(path: Path) -> LatencyTable:
         )
     digest = document.pop("digest", None)
     edited = digest != digest_of(document)
-    if version in (1, 2):  # 1 had nothing measured in place, and a correction fitted without it
-        document |= {"schema_version": SCHEMA_VERSION}
+    if version in (1, 2, 3):  # 1 had nothing measured in place; none says what parts take beyond
+        # what they take alone: that is measured anew
+        document |= {"schema_version": SCHEMA_VERSION, "correction": None}
     try:
         table = LatencyTable.model_validate(document)
     except ValidationError as error:

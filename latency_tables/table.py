@@ -7,7 +7,7 @@ slowed down half-way through a sweep does not tilt the prices of the sites measu
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from functools import cached_property
 from math import sqrt
@@ -21,7 +21,7 @@ from zipc.core.types import Level, TableKind, Workload
 from zipc.core.workload import WorkloadField
 from zipc.latency_tables.correction import Correction
 
-SCHEMA_VERSION: Literal[3] = 3  # 2: what levels save in the whole model; 3: more in corrections
+SCHEMA_VERSION: Literal[4] = 4  # 2: what levels save in the whole model; 4: other corrections
 MAD_TO_SIGMA = 1.4826  # of a normal distribution
 OUTLIER_SIGMAS = 5.0
 
@@ -103,7 +103,7 @@ class LatencyTable(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    schema_version: Literal[3] = SCHEMA_VERSION
+    schema_version: Literal[4] = SCHEMA_VERSION
     kind: TableKind = "measured"
     target: str
     runtime: str
@@ -173,6 +173,12 @@ class LatencyTable(BaseModel):
         """All priced levels of a signature, ascending."""
         return tuple(sorted(e.level for e in self.entries if e.signature == signature))
 
+    def knots(self, signature: str, level: Level) -> tuple[int, ...]:
+        """Of the priced widths of a signature, in the numeric and pattern of a level: the least,
+        the middle one and the greatest. A removed site has none but its own.
+        """
+        return self._knots[_line(signature, level)]
+
     def with_entries(self, entries: Iterable[Entry], *, in_place: bool = False) -> LatencyTable:
         """Add entries, or measurements in place; one with the key of an old one replaces it."""
         name = "in_place" if in_place else "entries"
@@ -223,6 +229,13 @@ class LatencyTable(BaseModel):
     def _index(self) -> dict[EntryKey, Entry]:
         return {entry.key: entry for entry in self.entries}
 
+    @cached_property
+    def _knots(self) -> dict[tuple[str, str, str, bool], tuple[int, ...]]:
+        lines: dict[tuple[str, str, str, bool], list[int]] = {}
+        for entry in self.entries:
+            lines.setdefault(_line(entry.signature, entry.level), []).append(entry.level.width)
+        return {line: _three(sorted(widths)) for line, widths in lines.items()}
+
     @property
     def _where(self) -> str:
         return f"target '{self.target}' ({self.runtime}, {self.workload.key})"
@@ -239,6 +252,18 @@ class LatencyTable(BaseModel):
 def entry_key(signature: str, level: Level) -> EntryKey:
     """Key of a price. A removed site costs the same whatever its numeric would have been."""
     return signature, Level(0) if level.removed else level
+
+
+def _line(signature: str, level: Level) -> tuple[str, str, str, bool]:
+    if level.removed:
+        level = Level(0)
+    return signature, level.numeric, level.pattern, level.removed
+
+
+def _three(widths: Sequence[int]) -> tuple[int, ...]:
+    least, most = widths[0], widths[-1]
+    middle = min(widths, key=lambda width: abs(2 * width - least - most))
+    return tuple(dict.fromkeys((least, middle, most)))
 
 
 def profile_command(target: str, workload: Workload) -> str:

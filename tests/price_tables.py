@@ -47,6 +47,9 @@ class Chosen(SitePrices):
     def alone_ms(self, site: str, level: Level) -> float:
         return self.ms(level)
 
+    def near(self, site: str, level: Level) -> dict[str, float]:
+        return {}
+
 
 def prices_by(ms: Callable[[Level], float]) -> Prices:
     """Prices of a model of one site, whose levels take what `ms` says."""

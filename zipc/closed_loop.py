@@ -137,7 +137,7 @@ def make_problem(
     return build_problem(
         candidates.ladders,
         losses,
-        fixed_ms=prices.add.fixed_ms,
+        fixed_ms=prices.fixed_ms,
         dense_ms=prices.dense_ms,
         nested={s.name: nested(s, sites) for s in sites if s.experts},
     )

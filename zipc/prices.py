@@ -3,125 +3,55 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-
-import numpy as np
+from statistics import fmean
 
 from zipc.core.types import Difference, Level
 from zipc.latency_tables.correction import Correction
 from zipc.latency_tables.modelled import Doubt
+from zipc.latency_tables.surplus import Terms, Whole, beyond_ms, fit
 from zipc.latency_tables.table import LatencyTable
 
-BELIEVED = 0.5  # a surplus in place may well be so much of what is taken alone
 MIN_SHARE = 0.05
 LEAST_RATIO = 0.01  # of a sum to the whole: where parts overlap, what they save can add up to more
-SURE = 0.002  # no ratio of two whole models is believed to be known better
-
-Kind = tuple[str, str]  # numeric and pattern
+SURE = 0.005  # no ratio of two whole models is believed to be known better
+UNEXPLAINED = 0.02  # of what a whole model takes: what no sum over its parts tells
+# What parts likely take in the whole beyond what they take alone, as standard deviations: at a knot
+# of the widths of a kind, of the part; of all parts of a numeric; of each part that is there, of
+# the mean one; and what no part has, of the whole.
+BELIEVED, SCALED, EACH, FIXED = 0.3, 0.1, 0.02, 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class SitePrices:
-    """What one call of each site takes, alone and in the whole model.
-
-    A part that is timed alone finds its weights in the cache, which the whole model has filled with
-    others, and hides what runs beside it there. So what levels save is also measured in place, at
-    the ends of their widths (`LatencyTable.in_place`); what they save beyond what they save alone
-    goes by straight lines in between.
-    """
+    """What one call of each site takes alone, in a graph of its own."""
 
     table: LatencyTable
     signatures: Mapping[str, str]  # site -> signature in the table
     dense: Mapping[str, Level]
     numeric: str  # of the whole network, which a level in fp32 means too
-    beyond: Mapping[str, Mapping[Kind | None, Sequence[tuple[int, float]]]] = field(
-        default_factory=dict
-    )  # signature -> numeric and pattern, None of a removed site -> (width, ms)
 
     def alone_ms(self, site: str, level: Level) -> float:
-        """Time of one call of a site at a level, in a graph of its own."""
         return self.table.price(self.signatures[site], level.within(self.numeric))
 
-    def saved_ms(self, site: str, level: Level) -> float:
-        """What one call of a site saves at a level, all others dense."""
-        alone = self.alone_ms(site, self.dense[site]) - self.alone_ms(site, level)
-        found = self.beyond.get(self.signatures[site], {})
-        points = found.get(_kind(level.within(self.numeric)))
-        if not points:
-            return alone
-        widths, ms = zip(*points, strict=True)
-        return alone + float(np.interp(level.width, np.array(widths), np.array(ms)))
-
     def dense_ms(self, site: str) -> float:
-        """What a dense site takes in place: no less than any of its levels saves there."""
-        lines = self.beyond.get(self.signatures[site], {}).values()
-        most = max((ms for points in lines for _, ms in points), default=0.0)
-        return self.alone_ms(site, self.dense[site]) + max(most, 0.0)
+        return self.alone_ms(site, self.dense[site])
 
+    def saved_ms(self, site: str, level: Level) -> float:
+        return self.dense_ms(site) - self.alone_ms(site, level)
 
-def with_savings_in_place(
-    sites: SitePrices, calls: Mapping[str, int], whole_ms: float
-) -> SitePrices:
-    """The prices with what the whole model says of them.
-
-    In place a site takes a surplus over what it takes alone. What a level saves there beyond what
-    it saves alone is the surplus of the dense site less its own. That of the dense site shows at
-    every level of a signature, so that all of them are asked for it, each by how sure it is beside
-    how large its own surplus may well be; what is then left of a measurement is its own surplus,
-    or noise, by the same measure.
-    """
-    found = {}
-    for signature in dict.fromkeys(e.signature for e in sites.table.in_place):
-        seen = _savings(sites, calls, whole_ms, signature)
-        if seen:
-            found[signature] = _believed(sites, signature, seen)
-    return replace(sites, beyond=found)
-
-
-@dataclass(frozen=True, slots=True)
-class _Saving:
-    """What one call saves in place at a level, beyond what it saves alone; in ms."""
-
-    level: Level
-    beyond: float
-    own: float  # variance of the surplus of the level itself, as large as it may well be
-    variance: float  # of `beyond`: that of its surplus and of its measurement
-
-
-def _savings(
-    sites: SitePrices, calls: Mapping[str, int], whole_ms: float, signature: str
-) -> list[_Saving]:
-    found = []
-    for entry in sites.table.in_place:
-        alike = cut_together(sites.signatures, signature, entry.level)
-        if entry.signature != signature or not alike:
-            continue
-        each = whole_ms / sum(calls[n] for n in alike)
-        beyond = (1 - entry.ratio) * each - sites.saved_ms(alike[0], entry.level)
-        error = max(entry.noise, SURE) * entry.ratio * each
-        own = (BELIEVED * sites.alone_ms(alike[0], entry.level)) ** 2
-        found.append(_Saving(entry.level, beyond, own, own + error**2))
-    return found
-
-
-def _believed(
-    sites: SitePrices, signature: str, seen: Sequence[_Saving]
-) -> dict[Kind | None, Sequence[tuple[int, float]]]:
-    """Lines through what is believed of the savings of a signature: numeric -> (width, ms)."""
-    site = next(n for n, s in sites.signatures.items() if s == signature)
-    dense = sites.dense[site]
-    likely = (BELIEVED * sites.alone_ms(site, dense)) ** 2
-    surplus = sum(s.beyond / s.variance for s in seen)
-    surplus /= 1 / likely + sum(1 / s.variance for s in seen)
-    lines: dict[Kind | None, list[tuple[int, float]]] = {
-        _kind(dense.within(sites.numeric)): [(dense.width, 0.0)]
-    }
-    for saving in seen:
-        believed = surplus - (surplus - saving.beyond) * saving.own / saving.variance
-        lines.setdefault(_kind(saving.level), []).append((saving.level.width, believed))
-    return {kind: sorted(points) for kind, points in lines.items()}
+    def near(self, site: str, level: Level) -> dict[str, float]:
+        """The knots of the widths of its kind that a level lies between, and how near to each."""
+        level, signature = level.within(self.numeric), self.signatures[site]
+        knots = self.table.knots(signature, level)
+        at = min(bisect_left(knots, level.width), len(knots) - 1)
+        low, high = knots[max(at - 1, 0)], knots[at]
+        share = (level.width - low) / (high - low) if low < high else 1.0
+        found = {low: 1 - share, high: share}
+        return {f"{signature} {replace(level, width=w)}": near for w, near in found.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,10 +63,9 @@ class Addition:
     fixed_ms: float  # what no site has
     apart_ms: float = 0.0  # what a call of a site takes more in a graph of its own
 
-    def in_place(self, alone_ms: float, *, back_ms: float = 0.0) -> float:
-        """What a call of a site takes in the whole model that takes so much alone, where it takes
-        so much of `apart_ms` there, too."""
-        return max(alone_ms - (self.apart_ms - back_ms), LEAST_RATIO * alone_ms)
+    def in_place(self, alone_ms: float) -> float:
+        """What a call of a site takes in the whole model that takes so much alone."""
+        return max(alone_ms - self.apart_ms, LEAST_RATIO * alone_ms)
 
 
 def added_up(
@@ -199,40 +128,78 @@ class Prices:
     seconds: float
     from_cache: bool
     doubt: Doubt | None  # how far prices that nobody measured may be off
-    each_ms: float = 0.0  # of what a call takes apart, what it does take in the whole
-    factors: Mapping[str, float] = field(default_factory=dict)  # numeric -> of what calls take
+    surplus: Terms = field(default_factory=dict)  # term -> ms, or a share: beyond what parts take
+    # alone
 
     def ms(self, site: str, level: Level) -> float:
         """Time of all calls of a site at a level, as part of the whole model."""
-        factor = self.factors.get(self._numeric(level), 1.0)
-        return factor * self._unscaled_ms(site, level) - self.add.inside.get(site, 0.0)
+        alone = self._alone_ms(site, level)
+        ms = max(alone + beyond_ms(self.surplus, self._terms(site, level)), LEAST_RATIO * alone)
+        return ms * self.calls[site] - self.add.inside.get(site, 0.0)
 
-    def _unscaled_ms(self, site: str, level: Level) -> float:
-        alone = self.sites.dense_ms(site) - self.add.share * self.sites.saved_ms(site, level)
-        back_ms = 0.0 if level.removed else self.each_ms
-        return self.add.in_place(alone, back_ms=back_ms) * self.calls[site]
+    @property
+    def fixed_ms(self) -> float:
+        """What no site has."""
+        return self.add.fixed_ms + self.surplus.get("fixed", 0.0)
 
     def sum_ms(self, levels: Mapping[str, Level]) -> float:
         """Sum of the prices of all sites at their levels, and of what no site has."""
-        return self.add.fixed_ms + sum(self.ms(name, level) for name, level in levels.items())
+        return self.fixed_ms + sum(self.ms(name, level) for name, level in levels.items())
 
-    def _numeric(self, level: Level) -> str:
-        own = self.sites.numeric
-        return own if level.removed else level.within(own).numeric
+    def _alone_ms(self, site: str, level: Level) -> float:
+        saved = self.add.share * self.sites.saved_ms(site, level)
+        return self.add.in_place(self.sites.dense_ms(site) - saved)
 
-    def in_others_ms(self, levels: Mapping[str, Level]) -> dict[str, float]:
-        """What of that is of each numeric but the whole's, before `factors`."""
-        found: dict[str, float] = {}
-        for name, level in levels.items():
-            numeric = self._numeric(level)
-            if numeric != self.sites.numeric:
-                found[numeric] = found.get(numeric, 0.0) + self._unscaled_ms(name, level)
+    def _terms(self, site: str, level: Level) -> dict[str, float]:
+        """Of what terms one call takes more than alone, and how much of each."""
+        terms = self.sites.near(site, level)
+        if not level.removed:
+            terms["each"] = 1.0
+            terms[f"all {level.within(self.sites.numeric).numeric}"] = self._alone_ms(site, level)
+        return terms
+
+    @property
+    def likely(self) -> dict[str, float]:
+        """How large the coefficient of each term may well be, as a standard deviation."""
+        dense = [self.sites.dense_ms(name) for name in self.calls]
+        each = EACH * fmean(dense) + self.add.apart_ms / 2  # or a share of what they take
+        found = {"fixed": FIXED * self.whole_ms, "each": each}
+        for signature in dict.fromkeys(self.sites.signatures.values()):
+            for level in self.table.levels(signature):
+                if not level.removed:
+                    found[f"all {level.numeric}"] = SCALED
+                if level.width in self.table.knots(signature, level):
+                    ms = self.table.price(signature, level)
+                    found[f"{signature} {level}"] = BELIEVED * ms
         return found
+
+    def whole(self, levels: Mapping[str, Level], ratio: float, noise: float) -> Whole:
+        """The whole model at some levels, all others dense, that takes so much of the dense one."""
+        levels = {**self.sites.dense, **levels}
+        terms = {"fixed": 1.0}
+        for site, level in levels.items():
+            for name, often in self._terms(site, level).items():
+                terms[name] = terms.get(name, 0.0) + often * self.calls[site]
+        alone_ms = replace(self, surplus={}).sum_ms(levels)
+        return Whole(alone_ms, ratio * self.whole_ms, max(noise, SURE), terms)
+
+    @property
+    def in_place(self) -> list[Whole]:
+        """The dense model, and what was timed with all sites of a signature at one level."""
+        seen = [self.whole({}, 1.0, SURE)]
+        for entry in self.table.in_place:
+            if alike := cut_together(self.sites.signatures, entry.signature, entry.level):
+                noise = math.hypot(entry.noise, UNEXPLAINED)
+                seen.append(self.whole(dict.fromkeys(alike, entry.level), entry.ratio, noise))
+        return seen
+
+    def told_by(self, wholes: Sequence[Whole] = ()) -> Prices:
+        """The same with what parts take beyond what they take alone, as whole models tell."""
+        return replace(self, surplus=fit([*self.in_place, *wholes], self.likely))
 
     def corrected(self, by: Correction) -> Prices:
         """The same with a correction that was fitted on whole models."""
-        table = self.table.with_correction(by)
-        return replace(self, table=table, each_ms=by.each_ms, factors=by.factors)
+        return replace(self, table=self.table.with_correction(by), surplus=by.surplus)
 
     def gains(self, site: str, level: Level, *, asked: Collection[Difference] = ()) -> bool:
         """Whether a level is faster beyond doubt than without its numeric, and than without its
@@ -252,7 +219,7 @@ class Prices:
 
     def ratio(self, allocation_ms: float) -> float:
         """Latency relative to dense that a sum of prices means for the whole model."""
-        raw = max(allocation_ms / self.summed_ms, LEAST_RATIO)
+        raw = max(allocation_ms / self.whole_ms, LEAST_RATIO)
         whole = self.table.correction.apply(raw) if self.table.correction else raw
         return whole * self.whole_ms / self.dense_ms
 
@@ -260,12 +227,7 @@ class Prices:
         """Sum of prices that comes out at `ratio` of the dense latency."""
         whole = ratio * self.dense_ms / self.whole_ms
         raw = self.table.correction.invert(whole) if self.table.correction else whole
-        return max(raw, 0.0) * self.summed_ms
-
-    @property
-    def summed_ms(self) -> float:
-        """The sum of prices of the undiminished whole."""
-        return self.whole_ms + self.each_ms * sum(self.calls.values())
+        return raw * self.whole_ms
 
 
 def cut_together(signatures: Mapping[str, str], signature: str, level: Level) -> list[str]:
@@ -276,7 +238,3 @@ def cut_together(signatures: Mapping[str, str], signature: str, level: Level) ->
     """
     alike = [n for n, s in signatures.items() if s == signature]
     return alike[1:] if level.removed and signature.startswith("heads-") else alike
-
-
-def _kind(level: Level) -> Kind | None:
-    return None if level.removed else (level.numeric, level.pattern)

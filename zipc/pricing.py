@@ -24,7 +24,7 @@ from zipc.manifest import TENSORRT
 from zipc.offered import offered_levels
 from zipc.plain_edits import plain_edit
 from zipc.prepare import Prepared
-from zipc.prices import Prices, SitePrices, added_up, with_savings_in_place
+from zipc.prices import Prices, SitePrices, added_up
 from zipc.profiler.device import Device
 from zipc.profiler.sweep import GROUP, QUIET, PricedGraph, sweep
 from zipc.pruner.graph.mixtures import nested
@@ -151,7 +151,7 @@ def price(
     if dense != whole:  # a speedup is over the model in floats
         placed.append(PricedGraph(WHOLE, dense, lambda: dense_bytes))
     table, more = extend(table, placed, undiminished, _gently(whole_ms, len(undiminished)))
-    sites = with_savings_in_place(replace(sites, table=table), calls, whole_ms)
+    sites = replace(sites, table=table)
     ratios = {e.key: e.ratio for e in table.in_place}
     dense_ms = ratios.get((WHOLE, dense), 1.0) * whole_ms
     together = None
@@ -178,6 +178,7 @@ def price(
     )
     if table.correction is not None:
         return prices.corrected(table.correction)
+    prices = prices.told_by()
     fitted, points = fit_correction(
         *(prepared, target, prices, device.timer(), progress), cold=cold
     )

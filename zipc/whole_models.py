@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
 
@@ -15,7 +15,7 @@ from zipc.latency_tables import correction
 from zipc.offered import float_widths, suits
 from zipc.plain_edits import first_units, plain_edit
 from zipc.prepare import Prepared
-from zipc.prices import LEAST_RATIO, Prices, SitePrices, cut_together
+from zipc.prices import LEAST_RATIO, UNEXPLAINED, Prices, SitePrices, cut_together
 from zipc.profiler.device import GraphTimer, TimedGraph
 from zipc.profiler.sweep import PricedGraph
 from zipc.profiler.timing import interleave, warm_up
@@ -34,7 +34,6 @@ WARM_RUNS = 6
 DENSITIES = 0.15, 0.95  # of random allocations
 MIXED = 0.3  # share of them whose sites have numerics of their own
 R2 = 0.7548776662466927, 0.5698402909980532
-SHARES = 0.0, 0.25, 0.5, 0.75, 1.0  # of what cold parts take too much: a share of each
 TOO_MUCH = 1.5  # of the whole: by less, parts take more because each is a graph of its own
 
 
@@ -45,7 +44,7 @@ def in_place(
     *,
     part_ms: float,
 ) -> list[PricedGraph]:
-    """The whole model with all sites of a signature at one level: widest and fastest by numeric.
+    """The whole model with all sites of a signature at one level: at the knots of their widths.
 
     Signatures that take less than `part_ms` together are left out: what they save would drown in
     noise.
@@ -55,13 +54,9 @@ def in_place(
         own = [s for s in prepared.structure.sites if sites.signatures[s.name] == signature]
         if sum(sites.alone_ms(s.name, sites.dense[s.name]) * s.calls for s in own) < part_ms:
             continue
-        lines: dict[tuple[str, str, bool], list[Level]] = {}
-        for level in offered[own[0].name]:
-            lines.setdefault((level.numeric, level.pattern, level.removed), []).append(level)
-        alone = partial(sites.alone_ms, own[0].name)
-        ends = {end for line in lines.values() for end in (min(line, key=alone), max(line))}
-        ends.discard(sites.dense[own[0].name].within(prepared.numeric))
-        for level in sorted(ends):
+        dense = sites.dense[own[0].name].within(prepared.numeric)
+        knots = {v for v in offered[own[0].name] if v.width in sites.table.knots(signature, v)}
+        for level in sorted(knots - {dense}):
             if names := cut_together(sites.signatures, signature, level):
                 graphs.append(PricedGraph(signature, level, _placed(prepared, names, level)))
     return graphs
@@ -162,25 +157,22 @@ def fit_correction(
 def fit_points(
     prices: Prices, points: Sequence[WholePoint], *, cold: bool
 ) -> correction.Correction:
-    """The correction of the sums of prices of some models.
+    """What some models take beyond sums of prices, and how far off these are of each of them as
+    the others tell."""
 
-    What all parts that are timed `cold` take too much is taken for an equal time of each. Some of
-    it may be a share of what each takes instead: as much as the points agree best on.
-    """
-    returned = dict.fromkeys(share * prices.add.apart_ms for share in SHARES)
-    fits = [_fit(replace(prices, each_ms=each_ms), points, cold) for each_ms in returned]
-    return min(fits, key=lambda found: found.reach)
+    def read(told: Prices, some: Sequence[WholePoint]) -> list[correction.Point]:
+        sums = [told.sum_ms(point.levels) / prices.whole_ms for point in some]
+        ratios = [max(ratio, LEAST_RATIO) for ratio in sums]
+        return list(zip(ratios, (point.measured for point in some), strict=True))
 
-
-def _fit(prices: Prices, points: Sequence[WholePoint], cold: bool) -> correction.Correction:
-    dense_ms = prices.summed_ms
-    models = []
-    for point in points:
-        total = max(prices.sum_ms(point.levels) / dense_ms, LEAST_RATIO)
-        others = {n: ms / dense_ms for n, ms in prices.in_others_ms(point.levels).items()}
-        models.append(correction.Model(total, point.measured, others))
-    found = correction.fit(models, may_bend=cold)
-    return found.model_copy(update={"each_ms": prices.each_ms})
+    wholes = [prices.whole(p.levels, p.measured, UNEXPLAINED) for p in points]
+    told = prices.told_by(wholes)
+    left_out = []
+    for at in range(len(points)):
+        by_others = prices.told_by([*wholes[:at], *wholes[at + 1 :]])
+        own, *others = read(by_others, [points[at], *points[:at], *points[at + 1 :]])
+        left_out.append((own, others))
+    return correction.fit(read(told, points), left_out, surplus=told.surplus, may_bend=cold)
 
 
 def measure_points(

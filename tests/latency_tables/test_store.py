@@ -13,7 +13,7 @@ from zipc.core.errors import CorruptFile, TableMissing, UsageError
 from zipc.core.files import fingerprint as digest_of
 from zipc.core.files import read_json, write_json
 from zipc.core.types import Level, Workload
-from zipc.latency_tables.correction import fit
+from zipc.latency_tables.correction import Correction
 from zipc.latency_tables.store import TableStore, default_cache_dir
 from zipc.latency_tables.table import SCHEMA_VERSION, Entry, LatencyTable
 
@@ -42,7 +42,7 @@ def table() -> LatencyTable:
         workload=Workload(1, 128, 1),
         fingerprint=FINGERPRINT,
         state={"load_average": [0.1]},
-        correction=fit([(0.5, 0.55), (0.3, 0.36)]),
+        correction=Correction(points=((0.5, 0.55), (0.3, 0.36)), errors=(0.1, 0.2)),
     ).with_entries(entries)
 
 
@@ -132,7 +132,7 @@ def test_empty_samples_name_their_entry(store: TableStore, saved: Path) -> None:
     "change",
     [
         lambda d: d["entries"][0]["samples_ms"].__setitem__(0, 0.001),
-        lambda d: d["correction"].update(slope=1.5),
+        lambda d: d["correction"].update(surplus={"each": 1.0}),
         lambda d: d["fingerprint"].update(cpu="Xeon"),
         lambda d: d.pop("digest"),
     ],
@@ -172,27 +172,19 @@ def test_a_newer_schema_asks_for_an_upgrade(store: TableStore, saved: Path) -> N
         store.load(saved, fingerprint=FINGERPRINT)
 
 
-def test_a_table_of_schema_1_has_nothing_in_place(
-    store: TableStore, table: LatencyTable, saved: Path
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_tables_of_older_schemas_keep_their_prices_and_are_checked_anew(
+    version: int, store: TableStore, table: LatencyTable, saved: Path
 ) -> None:
     document = read_json(saved)
-    del document["digest"], document["in_place"]
-    document["schema_version"] = 1
+    del document["digest"]
+    document["schema_version"] = version
+    document["correction"] = {"intercept": 0.1, "slope": 0.9, "points": [[0.5, 0.6]]}
+    if version == 1:
+        del document["in_place"]
     write_json(saved, document | {"digest": digest_of(document)})
-    assert store.load(saved, fingerprint=FINGERPRINT) == table
-    assert table.in_place == ()
-
-
-def test_a_table_of_schema_2_has_calls_that_take_their_prices(
-    store: TableStore, table: LatencyTable, saved: Path
-) -> None:
-    fitted = fit([(0.5, 0.55), (0.8, 0.82)])
-    store.save(table.with_correction(fitted), saved)
-    document = read_json(saved)
-    del document["digest"], document["correction"]["each_ms"]
-    document["schema_version"] = 2
-    write_json(saved, document | {"digest": digest_of(document)})
-    assert store.load(saved, fingerprint=FINGERPRINT) == table.with_correction(fitted)
+    found = store.load(saved, fingerprint=FINGERPRINT)
+    assert found == table.with_correction(None)
 
 
 def test_a_failed_write_leaves_the_old_table(

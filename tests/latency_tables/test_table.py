@@ -11,8 +11,10 @@ from pydantic import ValidationError
 
 from zipc.core.errors import TableMissing, UsageError
 from zipc.core.types import Level, Workload
-from zipc.latency_tables.correction import fit
+from zipc.latency_tables.correction import Correction
 from zipc.latency_tables.table import Entry, LatencyTable
+
+CHECKED = Correction(points=((0.5, 0.6),), errors=(0.1,))
 
 
 def entry(width: int, samples: list[float], anchor: list[float], signature: str = "ffn") -> Entry:
@@ -141,7 +143,7 @@ def test_merge_joins_tables_of_one_device_and_later_entries_win() -> None:
 
 def test_what_is_measured_in_place_is_no_price_and_goes_with_new_checks() -> None:
     alone, placed = entry(32, [1.0], [1.0]), entry(32, [9.0], [10.0])
-    both = table(alone).with_entries([placed], in_place=True).with_correction(fit([(0.5, 0.6)]))
+    both = table(alone).with_entries([placed], in_place=True).with_correction(CHECKED)
     assert both.price("ffn", Level(32)) == 1.0
     assert [e.ratio for e in both.in_place] == [0.9]
     assert table(alone).merge(both).in_place == both.in_place
@@ -149,7 +151,7 @@ def test_what_is_measured_in_place_is_no_price_and_goes_with_new_checks() -> Non
 
 
 def test_merge_keeps_a_correction_only_with_the_entries_it_was_fitted_on() -> None:
-    fitted = table(entry(32, [1.0], [1.0])).with_correction(fit([(0.5, 0.6)]))
+    fitted = table(entry(32, [1.0], [1.0])).with_correction(CHECKED)
     assert fitted.merge(table()).correction == fitted.correction
     assert fitted.merge(table(entry(64, [2.0], [1.0]))).correction is None
 

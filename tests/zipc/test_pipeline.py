@@ -329,9 +329,7 @@ def test_speedup_that_prices_call_unreachable_is_met_where_it_measures_so(
     store = TableStore(cache / "tables")
     table = store.load(path, fingerprint=None)
     assert table is not None
-    gloomy = Correction(
-        intercept=0.45, slope=0.55, points=((0.5, 0.7),), median_error=0.01, worst_error=0.01
-    )
+    gloomy = Correction(bend=1.0, steeper=-0.5, points=((0.5, 0.75),), errors=(0.01,))
     store.save(table.with_correction(gloomy), path)
     with pytest.raises(TargetUnreachable) as caught:
         plan_model(asked, progress=Told())
