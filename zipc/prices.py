@@ -20,9 +20,9 @@ LEAST_RATIO = 0.01  # of a sum to the whole: where parts overlap, what they save
 SURE = 0.005  # no ratio of two whole models is believed to be known better
 UNEXPLAINED = 0.02  # of what a whole model takes: what no sum over its parts tells
 # What parts likely take in the whole beyond what they take alone, as standard deviations: at a knot
-# of the widths of a kind, of the part; of all parts of a numeric; of each part that is there, of
-# the mean one; and what no part has, of the whole.
-BELIEVED, SCALED, EACH, FIXED = 0.3, 0.1, 0.02, 0.1
+# of their widths, all of a kind and those of one signature, of the part; of all parts of a numeric;
+# of each part that is there, of the mean one; and what no part has, of the whole.
+BELIEVED, OWN, SCALED, EACH, FIXED = 0.3, 0.1, 0.1, 0.02, 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,14 +44,29 @@ class SitePrices:
         return self.dense_ms(site) - self.alone_ms(site, level)
 
     def near(self, site: str, level: Level) -> dict[str, float]:
-        """The knots of the widths of its kind that a level lies between, and how near to each."""
+        """By terms of the knots that a level lies between, how much of each is in it.
+
+        Of a knot of its own signature, how near it is; of the like knots of all sites of its kind,
+        how much of what it takes alone.
+        """
         level, signature = level.within(self.numeric), self.signatures[site]
         knots = self.table.knots(signature, level)
         at = min(bisect_left(knots, level.width), len(knots) - 1)
         low, high = knots[max(at - 1, 0)], knots[at]
         share = (level.width - low) / (high - low) if low < high else 1.0
-        found = {low: 1 - share, high: share}
-        return {f"{signature} {replace(level, width=w)}": near for w, near in found.items()}
+        terms: dict[str, float] = {}
+        for width, near in {low: 1 - share, high: share}.items():
+            knot = replace(level, width=width)
+            own, alike = names_of_knot(signature, knot, knots)
+            terms |= {own: near, alike: near * self.table.price(signature, knot)}
+        return terms
+
+
+def names_of_knot(signature: str, level: Level, knots: Sequence[int]) -> tuple[str, str]:
+    """The terms of a level at a knot: of its signature, and of all sites of its kind."""
+    kind = signature.partition("-")[0]
+    place = "one" if len(knots) == 1 else f"{knots.index(level.width) + 1} of {len(knots)}"
+    return f"{signature} {level}", f"{kind} {place} {replace(level, width=int(level.width > 0))}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,9 +183,11 @@ class Prices:
             for level in self.table.levels(signature):
                 if not level.removed:
                     found[f"all {level.numeric}"] = SCALED
-                if level.width in self.table.knots(signature, level):
-                    ms = self.table.price(signature, level)
-                    found[f"{signature} {level}"] = BELIEVED * ms
+                knots = self.table.knots(signature, level)
+                if level.width in knots:
+                    own, alike = names_of_knot(signature, level, knots)
+                    found[own] = OWN * self.table.price(signature, level)
+                    found[alike] = BELIEVED
         return found
 
     def whole(self, levels: Mapping[str, Level], ratio: float, noise: float) -> Whole:

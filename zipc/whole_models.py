@@ -128,24 +128,29 @@ def fit_correction(
     *,
     cold: bool,
 ) -> tuple[correction.Correction, list[WholePoint]]:
-    """Measure whole models until they agree on what sums of prices get wrong, or are enough."""
+    """Measure whole models until they agree on what sums of prices get wrong, or are enough.
+
+    Each time at levels that are worth their prices by what is known so far: a level that noise
+    made cheap is found out.
+    """
     step, most = CORRECTION_POINTS
-    if cold:  # loaded again, such a graph takes 3 % more or less: points may agree by chance
-        step = most
     progress.stage("check prices on whole models")
     rng, points = np.random.default_rng(0), list[WholePoint]()
     loads = LOADS if _is_loaded_anew(prices) and prices.dense_ms < LOADS_MS else 1
     rounds = as_fits(CORRECTION_MS / (4 * loads * prices.dense_ms), *CORRECTION_ROUNDS)
     measure = partial(measure_points, timer=timer, rounds=rounds, progress=progress)
+    known = prices
     while True:
         numbers = range(len(points), len(points) + step)
-        chosen = [spread_levels(prepared, target, prices, number, rng) for number in numbers]
+        chosen = [spread_levels(prepared, target, known, number, rng) for number in numbers]
         seen = [measure(prepared, prices, chosen) for _ in range(loads)]
         points += [
             sorted(p, key=attrgetter("measured"))[loads // 2] for p in zip(*seen, strict=True)
         ]
         fitted = fit_points(prices, points, cold=cold)
-        agreed = fitted.median_error <= AGREED and fitted.worst_error <= ALL_AGREED
+        known = prices.corrected(fitted)
+        # Loaded again, a cold graph takes 3 % more or less: points may agree by chance.
+        agreed = not cold and fitted.median_error <= AGREED and fitted.worst_error <= ALL_AGREED
         if agreed or len(points) >= most or prices.doubt is not None:
             break
     progress.done(
