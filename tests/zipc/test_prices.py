@@ -168,6 +168,68 @@ def test_whole_models_tell_what_widths_between_those_measured_in_place_take() ->
     Machine(truth, [["fp32"]]).check(made, rel=0.02)
 
 
+def test_like_parts_of_other_sizes_take_more_alike() -> None:
+    """Of the second size no whole model tells much: there is one such part."""
+    held, whole_ms = table(placed=False), 4.2 * alone_ms(Level(UNITS))
+    other = [
+        e.model_copy(update={"signature": "heads-16", "level": replace(e.level)})
+        for e in held.entries
+    ]
+    names = ["layer.0", "layer.1", "layer.2", "last"]
+    signatures = dict.fromkeys(names, KIND) | {"last": "heads-16"}
+    sites = SitePrices(held.with_entries(other), signatures, dict.fromkeys(names, Level(8)), "fp32")
+    calls = dict.fromkeys(names, 1)
+    add = added_up(
+        *(sites, calls, dict.fromkeys(names, LEVELS), {}),
+        whole_ms=whole_ms,
+        together=None,
+        measured=True,
+    )
+    made = Prices(
+        *(sites.table, Path("table"), sites, calls, whole_ms, whole_ms, add, 1.0, False, None)
+    )
+    wholes = []
+    for level in (Level(2, "int8-static"), Level(4, "int8-static"), Level(8, "int8-static")):
+        levels = dict.fromkeys(names[:3], level)
+        more = 0.2 * sum(made.ms(name, level) for name in levels)
+        ratio = (made.sum_ms(levels | {"last": Level(8)}) + more) / whole_ms
+        wholes.append(made.whole(levels, ratio, 0.001))
+    told = made.told_by(wholes)
+    widest = Level(8, "int8-static")
+    assert told.ms("layer.0", widest) == pytest.approx(1.2 * made.ms("layer.0", widest), rel=0.05)
+    assert made.ms("last", widest) == made.ms("layer.0", widest)
+    assert told.ms("last", widest) == pytest.approx(1.2 * made.ms("last", widest), rel=0.08)
+
+
+def test_levels_that_later_checks_are_drawn_at_go_by_what_the_first_ones_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    held, seen = prices(table(placed=False), in_place=False), []
+
+    def levels(_: object, __: object, known: Prices, ___: int, ____: object) -> dict[str, Level]:
+        seen.append(known.ms("layer.0", Level(8)))
+        return {"layer.0": Level(8), "layer.1": Level(2), "layer.2": Level(0)}
+
+    def measured(
+        _: object, __: object, chosen: Sequence[Mapping[str, Level]], **___: object
+    ) -> list[whole_models.WholePoint]:
+        times = [
+            1.1 * held.sum_ms(lv) / WHOLE_MS * (1 + 0.1 * (n % 2)) for n, lv in enumerate(chosen)
+        ]
+        return [
+            whole_models.WholePoint(lv, [ms], [1.0], [1.0])
+            for lv, ms in zip(chosen, times, strict=True)
+        ]
+
+    monkeypatch.setattr(whole_models, "measure_points", measured)
+    monkeypatch.setattr(whole_models, "spread_levels", levels)
+    unused: Any = None
+    fitted, _ = whole_models.fit_correction(unused, unused, held, unused, Silent(), cold=False)
+    assert fitted.n == 18
+    assert len(set(seen[:6])) == 1
+    assert seen[0] == held.ms("layer.0", Level(8)) != seen[6]
+
+
 def test_noise_in_place_is_not_taken_for_a_saving() -> None:
     made = prices(table(spread=0.9))
     alone = prices(table(), in_place=False)
