@@ -20,9 +20,8 @@ from zipc.latency_tables.table import Entry, EntryKey, entry_key
 from zipc.profiler.timing import interleave, warm_up
 
 GROUP = 8  # graphs whose runners are alive together, unless told otherwise
-BESIDE = 2  # graphs timed between one run of the anchor and its next
-QUIET, NOISY = 0.01, 0.03  # relative noise: below, stop early, unless told otherwise; above, take
-# more rounds
+BESIDE = 4  # graphs timed between one run of the anchor and its next
+QUIET, NOISY = 0.01, 0.03  # relative noise: below, stop early; above, take more rounds
 MAX_EXTENSION = 4  # times `rounds`
 STEP = 0.05  # a narrower level slower by more than this is looked at twice
 RESERVED = 0.15  # of the budget of time, for what breaks the order of its neighbours
@@ -53,7 +52,6 @@ def sweep(
     rounds: int = 12,
     untimed: int = 1,
     filler: Runner | None = None,
-    quiet: float = QUIET,
     seconds_budget: float | None = None,
     group: int = GROUP,
     stage: str = "measuring prices",
@@ -63,7 +61,7 @@ def sweep(
     """Measure every graph once, as paired samples with the anchor.
 
     Graphs of equal signature and level are measured once. An entry stops early when its noise is
-    below `quiet` and gets up to four times the rounds while it is above 3 %. Entries that break the
+    below 1 % and gets up to four times the rounds while it is above 3 %. Entries that break the
     order of their neighbours are measured again and their samples pooled; a real staircase stays.
     Spent, `seconds_budget` (an aim, not a promise) ends the extra rounds: every graph still gets
     the first `max(6, rounds / 2)`. The runners of `group` graphs are alive together; each timed run
@@ -80,7 +78,7 @@ def sweep(
     batches = partial(_spread, size=group) if filler is None else partial(_lines, size=group)
     groups = list(batches(todo))
     started = clock()
-    measure = partial(_measure, anchor, make_runner, untimed=untimed, filler=filler, quiet=quiet)
+    measure = partial(_measure, anchor, make_runner, untimed=untimed, filler=filler)
     measured: dict[EntryKey, Entry] = {}
     progress.stage(stage, total=len(todo))
     for number, together in enumerate(groups, start=1):
@@ -112,7 +110,6 @@ def _measure(
     rounds: int,
     untimed: int,
     filler: Runner | None,
-    quiet: float,
     may_extend: Callable[[], bool],
 ) -> list[Entry]:
     """Time one group, run by run, the anchor beside every few graphs in every round."""
@@ -122,7 +119,7 @@ def _measure(
     entries: list[Entry | None] = [None] * len(group)
     active = list(range(len(group)))
     chunk = max(MIN_ROUNDS, rounds // 2)
-    quiet = quiet if filler is None else 0.0  # how long a graph is quiet tells nothing of loads
+    quiet = QUIET if filler is None else 0.0  # how long a graph is quiet tells nothing of loads
     while active:
         flights = list(_batches(active, BESIDE))
         beside = [r for flight in flights for r in (anchor, *(runners[i] for i in flight))]

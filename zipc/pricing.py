@@ -26,7 +26,7 @@ from zipc.plain_edits import plain_edit
 from zipc.prepare import Prepared
 from zipc.prices import Prices, SitePrices, added_up
 from zipc.profiler.device import Device
-from zipc.profiler.sweep import GROUP, QUIET, PricedGraph, sweep
+from zipc.profiler.sweep import GROUP, PricedGraph, sweep
 from zipc.pruner.graph.mixtures import nested
 from zipc.whole_models import (
     as_fits,
@@ -38,10 +38,8 @@ from zipc.whole_models import (
 )
 
 WHOLE, FASTEST = "model", "model-fastest"  # stand in a table at the level of width 1
-MIN_PART = 0.04  # of the whole: what sites of one signature take to be timed in place, too
 PLACE_ROUNDS = 12, 200  # of a whole model: as many as fit
 PLACE_MS = 750.0
-PLACE_QUIET = 0.003  # what one kind of site saves is a small share of the whole
 PLACE_SECONDS = 60.0
 # A graph of 9 MB that comes back after others takes 30 % longer than it should in its second run
 # and 1 % in its fifth: the last cache only keeps what was thrown out of the others.
@@ -66,7 +64,6 @@ class How:
     group: int
     stage: str
     untimed: int = 1  # runs of a graph before each one that is timed
-    quiet: float = QUIET  # noise below which fewer rounds do
     in_place: bool = False
     filler: bytes | None = None  # a graph that empties the cache of what is timed next
 
@@ -143,7 +140,7 @@ def price(
     whole_ms = table.price(WHOLE, whole)
     placed = list[PricedGraph]()
     if not cold:  # else caches are as in the whole already
-        placed += in_place(prepared, sites, offered, part_ms=MIN_PART * whole_ms)
+        placed += in_place(prepared, sites, offered, whole_ms=whole_ms)
     shared = overlapping(prepared, sites, calls, whole_ms)
     fastest = fastest_widths(prepared, target, sites) if shared else None
     if fastest is not None:
@@ -295,7 +292,6 @@ def _extended(
             rounds=how.rounds,
             untimed=how.untimed,
             filler=None if how.filler is None else load(how.filler),
-            quiet=how.quiet,
             seconds_budget=how.seconds,
             group=how.group,
             stage=how.stage,
@@ -327,7 +323,6 @@ def _gently(whole_ms: float, size: int) -> How:
         group=as_fits(HELD_BYTES / size, *PLACE_GROUP),
         stage="measuring prices in place",
         untimed=as_fits(PLACE_UNTIMED_MS / whole_ms, *PLACE_UNTIMED),
-        quiet=PLACE_QUIET,
         in_place=True,
     )
 

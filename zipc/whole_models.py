@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,11 +26,13 @@ from zipc.targets import ON_CPU
 CORRECTION_POINTS = 6, 18  # at a time, and at most where they do not agree
 AGREED, ALL_AGREED = 0.02, 0.05  # errors of left-out points, in the median and at worst, below
 # which no more are measured
+MIN_PART = 0.04  # of the whole: what sites of one signature take to be timed in place, too
 LOADED_FOR = 3  # points that are timed beside one load of the dense model
-CORRECTION_ROUNDS = 10, 200  # of a whole model beside dense: as many as fit
+CORRECTION_SECONDS = 45.0  # after which no more are measured, but where parts are cold
+CORRECTION_ROUNDS = 6, 200  # of a whole model beside dense: as many as fit
 CORRECTION_MS = 2000.0  # of each point; a round runs a model and the dense one twice
-LOADS, LOADS_MS = 3, 100.0  # of each point, the median taken, of models that take less than this:
-# one load in thirty is off by 10 % and more
+SHORT_MS = 100.0  # a model that takes less is built and loaded in no time, and so more of them
+LOADS = 3  # of each point of such models, the median taken: one in thirty is off by 10 % and more
 WARM_RUNS = 6
 DENSITIES = 0.15, 0.95  # of random allocations
 MIXED = 0.3  # share of them whose sites have numerics of their own
@@ -42,21 +45,27 @@ def in_place(
     sites: SitePrices,
     offered: Mapping[str, Sequence[Level]],
     *,
-    part_ms: float,
+    whole_ms: float,
 ) -> list[PricedGraph]:
-    """The whole model with all sites of a signature at one level: at the knots of their widths.
+    """The whole model with all sites of a signature at one level: at the knots of their widths, of
+    models that take long but at the outer ones.
 
-    Signatures that take less than `part_ms` together are left out: what they save would drown in
-    noise.
+    Signatures that take less than 4 % of `whole_ms` together are left out: what they save would
+    drown in noise.
     """
     graphs = []
     for signature in dict.fromkeys(sites.signatures.values()):
         own = [s for s in prepared.structure.sites if sites.signatures[s.name] == signature]
-        if sum(sites.alone_ms(s.name, sites.dense[s.name]) * s.calls for s in own) < part_ms:
+        if sum(sites.dense_ms(s.name) * s.calls for s in own) < MIN_PART * whole_ms:
             continue
         dense = sites.dense[own[0].name].within(prepared.numeric)
-        knots = {v for v in offered[own[0].name] if v.width in sites.table.knots(signature, v)}
-        for level in sorted(knots - {dense}):
+        levels = set[Level]()
+        for level in offered[own[0].name]:
+            knots = sites.table.knots(signature, level)
+            ends = (knots[0], knots[-1])
+            if level.width in (knots if whole_ms < SHORT_MS else ends):
+                levels.add(level)
+        for level in sorted(levels - {dense}):
             if names := cut_together(sites.signatures, signature, level):
                 graphs.append(PricedGraph(signature, level, _placed(prepared, names, level)))
     return graphs
@@ -136,10 +145,10 @@ def fit_correction(
     step, most = CORRECTION_POINTS
     progress.stage("check prices on whole models")
     rng, points = np.random.default_rng(0), list[WholePoint]()
-    loads = LOADS if _is_loaded_anew(prices) and prices.dense_ms < LOADS_MS else 1
+    loads = LOADS if _is_loaded_anew(prices) and prices.dense_ms < SHORT_MS else 1
     rounds = as_fits(CORRECTION_MS / (4 * loads * prices.dense_ms), *CORRECTION_ROUNDS)
     measure = partial(measure_points, timer=timer, rounds=rounds, progress=progress)
-    known = prices
+    known, started = prices, time.monotonic()
     while True:
         numbers = range(len(points), len(points) + step)
         chosen = [spread_levels(prepared, target, known, number, rng) for number in numbers]
@@ -149,9 +158,10 @@ def fit_correction(
         ]
         fitted = fit_points(prices, points, cold=cold)
         known = prices.corrected(fitted)
+        agreed = fitted.median_error <= AGREED and fitted.worst_error <= ALL_AGREED
+        enough = agreed or time.monotonic() - started > CORRECTION_SECONDS
         # Loaded again, a cold graph takes 3 % more or less: points may agree by chance.
-        agreed = not cold and fitted.median_error <= AGREED and fitted.worst_error <= ALL_AGREED
-        if agreed or len(points) >= most or prices.doubt is not None:
+        if (enough and not cold) or len(points) >= most or prices.doubt is not None:
             break
     progress.done(
         f"sum of prices off by {fitted.median_error:.1%} (median), {fitted.worst_error:.1%} (worst)"
@@ -203,9 +213,11 @@ def measure_points(
     found = []
     for number, levels in enumerate(allocations):
         runner = load(whole_model(prepared, levels))
+        cool = [runner]
         if not beside or (anew and number % LOADED_FOR == 0):
             beside = [load(model) for model in models]
-        for timed in (*beside, runner):
+            cool += beside
+        for timed in cool:
             warm_up(timed, max_runs=WARM_RUNS)
         floats, *whole, ms = interleave([*beside, runner], rounds=rounds)
         found.append(WholePoint(levels, ms, whole[0] if whole else floats, floats))

@@ -9,7 +9,7 @@ import pytest
 from zipc.core.errors import NoisyMeasurement
 from zipc.core.types import Level, Silent
 from zipc.latency_tables.table import Entry
-from zipc.profiler.sweep import GROUP, QUIET, PricedGraph, sweep
+from zipc.profiler.sweep import GROUP, PricedGraph, sweep
 
 Behaviour = Callable[["Machine", int], float]
 
@@ -71,7 +71,6 @@ def run(
     group: int = GROUP,
     untimed: int = 1,
     filler: FakeRunner | None = None,
-    quiet: float = QUIET,
     on_entries: Callable[[list[Entry]], None] | None = None,
 ) -> dict[int, Entry]:
     entries = sweep(
@@ -83,7 +82,6 @@ def run(
         group=group,
         untimed=untimed,
         filler=filler,
-        quiet=quiet,
         seconds_budget=seconds_budget,
         on_entries=on_entries,
         clock=machine.clock,
@@ -195,12 +193,6 @@ def test_noisy_entries_get_more_rounds_and_quiet_ones_do_not() -> None:
     assert 6 < len(entries[2].samples_ms) <= 24
     assert len(entries[3].samples_ms) == 48
     assert entries[3].noise > 0.03
-
-
-def test_what_must_be_known_better_gets_more_rounds() -> None:
-    for quiet, rounds in ((0.01, 6), (0.001, 12)):
-        machine = Machine({ANCHOR: 2.0, 1: gaussian(3.0, 0.02)})
-        assert len(run(machine, [machine.graph(1)], quiet=quiet)[1].samples_ms) == rounds
 
 
 def test_each_timed_run_follows_untimed_ones_of_its_own() -> None:

@@ -168,6 +168,20 @@ def test_whole_models_tell_what_widths_between_those_measured_in_place_take() ->
     Machine(truth, [["fp32"]]).check(made, rel=0.02)
 
 
+@pytest.mark.parametrize(("short_ms", "widths"), [(100.0, {0, 2, 4, 8}), (10.0, {0, 2, 8})])
+def test_models_that_take_long_are_timed_in_place_at_outer_widths_alone(
+    short_ms: float, widths: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(whole_models, "SHORT_MS", short_ms)
+    held = prices(table(placed=False), in_place=False)
+    sites = [SimpleNamespace(name=name, calls=1) for name in held.calls]
+    prepared: Any = SimpleNamespace(structure=SimpleNamespace(sites=sites), numeric="fp32")
+    offered = dict.fromkeys(held.calls, LEVELS)
+    graphs = whole_models.in_place(prepared, held.sites, offered, whole_ms=WHOLE_MS)
+    assert {g.level.width for g in graphs if g.level.numeric == "int8-static"} == widths - {0}
+    assert {g.level.width for g in graphs if g.level.numeric == "fp32"} == widths - {UNITS}
+
+
 def test_like_parts_of_other_sizes_take_more_alike() -> None:
     """Of the second size no whole model tells much: there is one such part."""
     held, whole_ms = table(placed=False), 4.2 * alone_ms(Level(UNITS))
@@ -314,6 +328,28 @@ def test_prices_are_checked_on_more_models_where_one_is_far_off_or_parts_are_col
     unused: Any = None
     fitted, points = whole_models.fit_correction(unused, unused, held, unused, Silent(), cold=cold)
     assert fitted.n == len(points) == enough
+
+
+@pytest.mark.parametrize(("cold", "enough"), [(False, 6), (True, 18)])
+def test_checks_that_do_not_agree_end_in_time_but_where_parts_are_cold(
+    cold: bool, enough: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(
+        _: object, __: object, chosen: Sequence[Mapping[str, Level]], **___: object
+    ) -> list[whole_models.WholePoint]:
+        return [
+            whole_models.WholePoint(lv, [0.5 + 0.3 * (n % 2)], [1.0], [1.0])
+            for n, lv in enumerate(chosen)
+        ]
+
+    held = prices(table(placed=False), in_place=False)
+    monkeypatch.setattr(whole_models, "measure_points", measured)
+    monkeypatch.setattr(whole_models, "spread_levels", lambda *_: {"layer.0": Level(2)})
+    monkeypatch.setattr(whole_models, "CORRECTION_SECONDS", -1.0)
+    unused: Any = None
+    fitted, _ = whole_models.fit_correction(unused, unused, held, unused, Silent(), cold=cold)
+    assert fitted.n == enough
+    assert fitted.worst_error > whole_models.ALL_AGREED
 
 
 @pytest.mark.parametrize(("whole_ms", "believed"), [(20.0, 1.0), (200.0, 1.5)])
