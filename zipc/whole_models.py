@@ -28,7 +28,7 @@ AGREED, ALL_AGREED = 0.02, 0.05  # errors of left-out points, in the median and 
 # which no more are measured
 MIN_PART = 0.04  # of the whole: what sites of one signature take to be timed in place, too
 LOADED_FOR = 3  # points that are timed beside one load of the dense model
-CORRECTION_SECONDS = 45.0  # after which no more are measured, but where parts are cold
+CORRECTION_SECONDS = 60.0  # after which no more are measured, but where parts are cold
 CORRECTION_ROUNDS = 6, 200  # of a whole model beside dense: as many as fit
 CORRECTION_MS = 2000.0  # of each point; a round runs a model and the dense one twice
 SHORT_MS = 100.0  # a model that takes less is built and loaded in no time, and so more of them
