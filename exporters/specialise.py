@@ -23,7 +23,7 @@ from zipc.exporters.shapes import (
 )
 from zipc.numerics.int4 import BLOCK
 
-EMISSION = 4  # of the way graphs are written: prices of another are not prices of these
+EMISSION = 5  # of the way graphs are written: prices of another are not prices of these
 BLOCKED_OPSET = 21  # the first whose DequantizeLinear has blocks and INT4
 S4 = helper.tensor_dtype_to_np_dtype(TensorProto.INT4)
 FloatArray = np.ndarray[Any, np.dtype[np.float32]]

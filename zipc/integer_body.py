@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime as ort
+from onnx.helper import make_node
+from onnx.numpy_helper import from_array, to_array
 
 from zipc.core.errors import ExportMismatch
 from zipc.core.quiet import hush
@@ -89,6 +91,8 @@ class IntegerBody:
         with tempfile.TemporaryDirectory() as folder, hush(), _no_advice():
             try:
                 folded, made_up = _folded(model, Path(folder) / "folded.onnx", self.workload)
+                if not self.exact_sums:
+                    _shifts_as_maps_(folded)
                 kept = _first_maps(folded) if self.exact_sums else []
                 q.quantize_static(
                     folded,
@@ -134,6 +138,39 @@ def _first_maps(folded: onnx.ModelProto) -> list[str]:
     """Names of the convolutions that read the inputs of the graph."""
     inputs = {entry.name for entry in folded.graph.input}
     return [n.name for n in folded.graph.node if n.op_type == "Conv" and n.input[0] in inputs]
+
+
+def _shifts_as_maps_(folded: onnx.ModelProto) -> None:
+    """Let every sum of channels with a constant each be a convolution of each channel by itself.
+
+    The quantiser leaves a sum with constants, as a removed block is, between floats, and the sum
+    before it too: a block that goes would save nothing.
+    """
+    constants = {t.name: to_array(t) for t in folded.graph.initializer}
+    channels = _channels(folded)
+    for node in folded.graph.node:
+        given = [name for name in node.input if name not in constants]
+        if node.op_type != "Add" or len(given) != 1 or given[0] not in channels:
+            continue
+        (shift,) = (constants[name] for name in node.input if name in constants)
+        count = channels[given[0]]
+        if shift.shape not in ((count, 1, 1), (1, count, 1, 1)):
+            continue
+        ones, bias = f"{node.output[0]}.ones", f"{node.output[0]}.shift"
+        folded.graph.initializer.append(from_array(np.ones((count, 1, 1, 1), np.float32), ones))
+        folded.graph.initializer.append(from_array(shift.reshape(-1), bias))
+        inputs, outputs = [given[0], ones, bias], list(node.output)
+        node.CopyFrom(make_node("Conv", inputs, outputs, node.name, group=count))
+
+
+def _channels(model: onnx.ModelProto) -> dict[str, int]:
+    """How many channels the images in a graph have, by value."""
+    known = onnx.shape_inference.infer_shapes(model).graph
+    shapes = {
+        value.name: [size.dim_value for size in value.type.tensor_type.shape.dim]
+        for value in (*known.value_info, *known.input)
+    }
+    return {name: shape[1] for name, shape in shapes.items() if len(shape) == 4 and shape[1]}
 
 
 def _sum_floats_(made: onnx.ModelProto) -> None:

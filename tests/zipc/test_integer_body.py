@@ -239,6 +239,45 @@ def test_networks_of_convolutions_keep_their_outputs(family: str, ranges: str) -
     assert np.linalg.norm(first - expected[0].numpy()) <= FP32_BOUND * np.linalg.norm(first)
 
 
+@pytest.mark.parametrize(
+    ("shape", "sums"), [((4, 1, 1), 0), ((1, 4, 1, 1), 0), ((1, 1, 8, 8), 1), ((1, 1, 1, 1), 1)]
+)
+def test_what_a_removed_block_adds_stays_on_integers(shape: tuple[int, ...], sums: int) -> None:
+    rng = np.random.default_rng(0)
+
+    def constant(name: str, *sizes: int) -> onnx.TensorProto:
+        return onnx.numpy_helper.from_array(rng.standard_normal(sizes, dtype=np.float32), name)
+
+    make = onnx.helper.make_node
+    graph = onnx.helper.make_graph(
+        [
+            make("Conv", ["x", "w"], ["a"], "first", pads=[1, 1, 1, 1]),
+            make("Relu", ["a"], ["b"], "before"),
+            make("Add", ["c", "b"], ["d"], "shift"),
+            make("Relu", ["d"], ["e"], "after"),
+            make("Conv", ["e", "v"], ["f"], "second", pads=[1, 1, 1, 1]),
+            make("GlobalAveragePool", ["f"], ["y"], "pool"),
+        ],
+        "net",
+        [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["n", 3, 8, 8])],
+        [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["n", 4, 1, 1])],
+        [constant("w", 4, 3, 3, 3), constant("v", 4, 4, 3, 3), constant("c", *shape)],
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)])
+    dense = bytes(model.SerializeToString())
+    feeds = {"x": rng.standard_normal((8, 3, 8, 8), dtype=np.float32)}
+    body = IntegerBody(Workload(8, None, 1, {"x": (8, 3, 8, 8)})).calibrated_on([feeds])
+    integer = body.emit(dense)
+    ops = Counter(node.op_type for node in onnx.load_from_string(integer).graph.node)
+    assert (ops["Add"], ops["Conv"]) == (sums, 3 - sums)
+    assert integer_kernels(integer) == 3 - sums
+    exact, rounded = (
+        OnnxRuntimeRunner(m, workload=body.workload, feeds=feeds).outputs(feeds)["y"]
+        for m in (dense, integer)
+    )
+    assert np.linalg.norm(rounded - exact) <= INT8_BOUND * np.linalg.norm(exact)
+
+
 def test_a_percentile_is_taken_of_as_many_rows_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("zipc.integer_body.MEMORY", 1000)
     batches = [{"x": np.zeros((8, 3), np.float32)} for _ in range(5)]
