@@ -255,8 +255,7 @@ def entry_key(signature: str, level: Level) -> EntryKey:
 
 
 def _line(signature: str, level: Level) -> tuple[str, str, str, bool]:
-    if level.removed:
-        level = Level(0)
+    signature, level = entry_key(signature, level)
     return signature, level.numeric, level.pattern, level.removed
 
 
