@@ -23,6 +23,7 @@ import math
 import platform
 import tempfile
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -38,7 +39,7 @@ from zipc.core.request import Request
 from zipc.core.types import Silent
 from zipc.groundwork import price_model
 from zipc.latency_tables.store import default_cache_dir
-from zipc.whole_models import as_fits, measure_points, random_levels
+from zipc.whole_models import as_fits, measure_points, random_levels, untimed_runs
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "latency_prediction.json"
@@ -132,15 +133,16 @@ def measure(arguments: argparse.Namespace, request: Request) -> dict[str, Any]:
         random_levels(priced.prepared, priced.target, prices, rng)
         for _ in range(arguments.allocations)
     ]
+    measure = partial(
+        measure_points,
+        *(priced.prepared, prices.table, chosen),
+        open_timer=priced.device.timer,
+        rounds=rounds,
+        untimed=untimed_runs(prices.whole_ms),
+        progress=Silent(),
+    )
     passes = [
-        measure_points(
-            priced.prepared,
-            prices,
-            chosen,
-            timer=priced.device.timer(),
-            rounds=rounds,
-            progress=Silent(),
-        )
+        [point for (point,) in measure()]
         for _ in range(as_fits(PASSES_MS / prices.dense_ms, *PASSES))
     ]
     fitted, alone = prices.table.correction, replace(prices, surplus={})

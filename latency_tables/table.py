@@ -175,7 +175,8 @@ class LatencyTable(BaseModel):
 
     def knots(self, signature: str, level: Level) -> tuple[int, ...]:
         """Of the priced widths of a signature, in the numeric and pattern of a level: the least,
-        the middle one and the greatest. A removed site has none but its own.
+        the middle one, the greatest and the one below that, since what is cut at all may run
+        otherwise than the whole. A removed site has none but its own.
         """
         return self._knots[_line(signature, level)]
 
@@ -234,7 +235,7 @@ class LatencyTable(BaseModel):
         lines: dict[tuple[str, str, str, bool], list[int]] = {}
         for entry in self.entries:
             lines.setdefault(_line(entry.signature, entry.level), []).append(entry.level.width)
-        return {line: _three(sorted(widths)) for line, widths in lines.items()}
+        return {line: _spread(sorted(widths)) for line, widths in lines.items()}
 
     @property
     def _where(self) -> str:
@@ -259,10 +260,10 @@ def _line(signature: str, level: Level) -> tuple[str, str, str, bool]:
     return signature, level.numeric, level.pattern, level.removed
 
 
-def _three(widths: Sequence[int]) -> tuple[int, ...]:
+def _spread(widths: Sequence[int]) -> tuple[int, ...]:
     least, most = widths[0], widths[-1]
     middle = min(widths, key=lambda width: abs(2 * width - least - most))
-    return tuple(dict.fromkeys((least, middle, most)))
+    return tuple(sorted({least, middle, *widths[-2:]}))
 
 
 def profile_command(target: str, workload: Workload) -> str:

@@ -14,7 +14,7 @@ from zipc.cold import cache_filler
 from zipc.core.errors import TableMissing
 from zipc.core.files import fingerprint as short_hash
 from zipc.core.request import Request
-from zipc.core.types import Level, Progress, Site, Target
+from zipc.core.types import Level, Progress, Site, Target, Workload
 from zipc.exporters.graph import OnnxGraph
 from zipc.exporters.site_graph import extract
 from zipc.exporters.specialise import EMISSION, Edit, specialise
@@ -25,6 +25,7 @@ from zipc.offered import offered_levels
 from zipc.plain_edits import plain_edit
 from zipc.prepare import Prepared
 from zipc.prices import Prices, SitePrices, added_up
+from zipc.profiler.afresh import Beside, time_afresh
 from zipc.profiler.device import Device
 from zipc.profiler.sweep import GROUP, PricedGraph, sweep
 from zipc.pruner.graph.mixtures import nested
@@ -34,6 +35,8 @@ from zipc.whole_models import (
     fit_correction,
     in_place,
     overlapping,
+    times_loaded,
+    untimed_runs,
     whole_model,
 )
 
@@ -41,10 +44,6 @@ WHOLE, FASTEST = "model", "model-fastest"  # stand in a table at the level of wi
 PLACE_ROUNDS = 12, 200  # of a whole model: as many as fit
 PLACE_MS = 750.0
 PLACE_SECONDS = 60.0
-# A graph of 9 MB that comes back after others takes 30 % longer than it should in its second run
-# and 1 % in its fifth: the last cache only keeps what was thrown out of the others.
-PLACE_UNTIMED = 1, 4
-PLACE_UNTIMED_MS = 6.0  # more than this much of it is not needed
 PLACE_GROUP = 2, GROUP  # whole models that are held beside the dense one: as many as fit
 HELD_BYTES = 400e6
 # A machine may run integers at another pace for seconds, as where another program has half of its
@@ -65,6 +64,7 @@ class How:
     stage: str
     untimed: int = 1  # runs of a graph before each one that is timed
     in_place: bool = False
+    loads: int = 1  # of a graph, each in a process of its own with what it is timed beside
     filler: bytes | None = None  # a graph that empties the cache of what is timed next
 
 
@@ -147,7 +147,8 @@ def price(
         placed.append(PricedGraph(FASTEST, whole, lambda: whole_model(prepared, fastest)))
     if dense != whole:  # a speedup is over the model in floats
         placed.append(PricedGraph(WHOLE, dense, lambda: dense_bytes))
-    table, more = extend(table, placed, undiminished, _gently(whole_ms, len(undiminished)))
+    gently = _gently(whole_ms, len(undiminished), loads=times_loaded(table, whole_ms))
+    table, more = extend(table, placed, undiminished, gently)
     sites = replace(sites, table=table)
     ratios = {e.key: e.ratio for e in table.in_place}
     dense_ms = ratios.get((WHOLE, dense), 1.0) * whole_ms
@@ -176,9 +177,7 @@ def price(
     if table.correction is not None:
         return prices.corrected(table.correction)
     prices = prices.told_by()
-    fitted, points = fit_correction(
-        *(prepared, target, prices, device.timer(), progress), cold=cold
-    )
+    fitted, points = fit_correction(*(prepared, target, prices, device.timer, progress), cold=cold)
     if dense != whole:  # what one moment tells of integers beside floats may not last
         floats = Entry(
             signature=WHOLE,
@@ -282,26 +281,72 @@ def _extended(
             saved[0] = time.monotonic()
 
     saved = [started]
-    load = partial(device.timer().load, workload=table.workload)
+    measure = _sweep if how.loads == 1 else _time_afresh
     try:
-        sweep(
-            missing,
-            anchor=load(anchor),
-            make_runner=load,
-            progress=progress,
-            rounds=how.rounds,
-            untimed=how.untimed,
-            filler=None if how.filler is None else load(how.filler),
-            seconds_budget=how.seconds,
-            group=how.group,
-            stage=how.stage,
-            on_entries=keep,
-        )
+        measure(missing, anchor, how, device, table.workload, progress, keep)
     finally:  # a board that was lost, or Ctrl-C, costs nothing that was measured
         held[0] = _noted(held[0], device)
         if held[0].entries:
             store.save(held[0], path)
     return held[0], time.monotonic() - started
+
+
+def _sweep(
+    graphs: Sequence[PricedGraph],
+    anchor: bytes,
+    how: How,
+    device: Device,
+    workload: Workload,
+    progress: Progress,
+    keep: Callable[[list[Entry]], None],
+) -> None:
+    load = partial(device.timer().load, workload=workload)
+    sweep(
+        graphs,
+        anchor=load(anchor),
+        make_runner=load,
+        progress=progress,
+        rounds=how.rounds,
+        untimed=how.untimed,
+        filler=None if how.filler is None else load(how.filler),
+        seconds_budget=how.seconds,
+        group=how.group,
+        stage=how.stage,
+        on_entries=keep,
+    )
+
+
+def _time_afresh(
+    graphs: Sequence[PricedGraph],
+    anchor: bytes,
+    how: How,
+    device: Device,
+    workload: Workload,
+    progress: Progress,
+    keep: Callable[[list[Entry]], None],
+) -> None:
+    def done(number: int, loads: list[Beside]) -> None:
+        entry = Entry(
+            signature=graphs[number].signature,
+            level=graphs[number].level,
+            samples_ms=tuple(ms for load in loads for ms in load.ms),
+            anchor_ms=tuple(ms for load in loads for ms in load.others_ms[0]),
+        )
+        keep([entry])
+        progress.advance(note=entry.signature)
+
+    progress.stage(how.stage, total=len(graphs))
+    time_afresh(
+        [graph.build for graph in graphs],
+        [anchor],
+        open_timer=device.timer,
+        workload=workload,
+        rounds=how.rounds,
+        untimed=how.untimed,
+        loads=how.loads,
+        on_graph=done,
+    )
+    progress.done(f"{len(graphs)} prices, each of {how.loads} loads")
 
 
 def _alone(device: Device, size: int, filler: bytes | None) -> How:
@@ -315,15 +360,17 @@ def _alone(device: Device, size: int, filler: bytes | None) -> How:
     return replace(ALONE, group=held, filler=filler)
 
 
-def _gently(whole_ms: float, size: int) -> How:
-    """How whole models of so many milliseconds and bytes are swept."""
+def _gently(whole_ms: float, size: int, *, loads: int) -> How:
+    """How whole models of so many milliseconds and bytes are timed."""
+    least, most = PLACE_ROUNDS
     return How(
-        rounds=as_fits(PLACE_MS / (2 * whole_ms), *PLACE_ROUNDS),
+        rounds=as_fits(PLACE_MS / (2 * whole_ms), least, most) // loads,
         seconds=PLACE_SECONDS,
         group=as_fits(HELD_BYTES / size, *PLACE_GROUP),
         stage="measuring prices in place",
-        untimed=as_fits(PLACE_UNTIMED_MS / whole_ms, *PLACE_UNTIMED),
+        untimed=untimed_runs(whole_ms),
         in_place=True,
+        loads=loads,
     )
 
 

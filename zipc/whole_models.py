@@ -13,27 +13,32 @@ import numpy as np
 from zipc.build import dense_model
 from zipc.core.types import Level, Progress, Target
 from zipc.latency_tables import correction
+from zipc.latency_tables.table import LatencyTable
 from zipc.offered import float_widths, suits
 from zipc.plain_edits import first_units, plain_edit
 from zipc.prepare import Prepared
 from zipc.prices import LEAST_RATIO, UNEXPLAINED, Prices, SitePrices, cut_together
-from zipc.profiler.device import GraphTimer, TimedGraph
+from zipc.profiler.afresh import time_afresh
+from zipc.profiler.device import GraphTimer
 from zipc.profiler.sweep import PricedGraph
-from zipc.profiler.timing import interleave, warm_up
 from zipc.pruner.graph.mixtures import settled
 from zipc.targets import ON_CPU
 
 CORRECTION_POINTS = 6, 18  # at a time, and at most where they do not agree
+MANY_POINTS = 12  # which models that take no time to load have at least: six agree by chance
 AGREED, ALL_AGREED = 0.02, 0.05  # errors of left-out points, in the median and at worst, below
 # which no more are measured
 MIN_PART = 0.04  # of the whole: what sites of one signature take to be timed in place, too
-LOADED_FOR = 3  # points that are timed beside one load of the dense model
 CORRECTION_SECONDS = 60.0  # after which no more are measured, but where parts are cold
 CORRECTION_ROUNDS = 6, 200  # of a whole model beside dense: as many as fit
 CORRECTION_MS = 2000.0  # of each point; a round runs a model and the dense one twice
 SHORT_MS = 100.0  # a model that takes less is built and loaded in no time, and so more of them
-LOADS = 3  # of each point of such models, the median taken: one in thirty is off by 10 % and more
-WARM_RUNS = 6
+LOADS = 3  # of such a model; of each point the median is taken: one in thirty is off by 10 % and
+# more
+# A graph of 9 MB that comes back after others takes 30 % longer than it should in its second run
+# and 1 % in its fifth: the last cache only keeps what was thrown out of the others.
+UNTIMED = 1, 4
+UNTIMED_MS = 6.0  # more than this much of it is not needed
 DENSITIES = 0.15, 0.95  # of random allocations
 MIXED = 0.3  # share of them whose sites have numerics of their own
 R2 = 0.7548776662466927, 0.5698402909980532
@@ -132,7 +137,7 @@ def fit_correction(
     prepared: Prepared,
     target: Target,
     prices: Prices,
-    timer: GraphTimer,
+    open_timer: Callable[[], GraphTimer],
     progress: Progress,
     *,
     cold: bool,
@@ -145,21 +150,26 @@ def fit_correction(
     step, most = CORRECTION_POINTS
     progress.stage("check prices on whole models")
     rng, points = np.random.default_rng(0), list[WholePoint]()
-    loads = LOADS if _is_loaded_anew(prices) and prices.dense_ms < SHORT_MS else 1
-    rounds = as_fits(CORRECTION_MS / (4 * loads * prices.dense_ms), *CORRECTION_ROUNDS)
-    measure = partial(measure_points, timer=timer, rounds=rounds, progress=progress)
+    loads = times_loaded(prices.table, prices.dense_ms)
+    measure = partial(
+        measure_points,
+        *(prepared, prices.table),
+        open_timer=open_timer,
+        rounds=as_fits(CORRECTION_MS / (4 * loads * prices.dense_ms), *CORRECTION_ROUNDS),
+        untimed=untimed_runs(prices.whole_ms),
+        loads=loads,
+        progress=progress,
+    )
     known, started = prices, time.monotonic()
     while True:
         numbers = range(len(points), len(points) + step)
         chosen = [spread_levels(prepared, target, known, number, rng) for number in numbers]
-        seen = [measure(prepared, prices, chosen) for _ in range(loads)]
-        points += [
-            sorted(p, key=attrgetter("measured"))[loads // 2] for p in zip(*seen, strict=True)
-        ]
+        points += map(_middle, measure(chosen))
         fitted = fit_points(prices, points, cold=cold)
         known = prices.corrected(fitted)
         agreed = fitted.median_error <= AGREED and fitted.worst_error <= ALL_AGREED
-        enough = agreed or time.monotonic() - started > CORRECTION_SECONDS
+        many = loads == 1 or len(points) >= MANY_POINTS
+        enough = (agreed and many) or time.monotonic() - started > CORRECTION_SECONDS
         # Loaded again, a cold graph takes 3 % more or less: points may agree by chance.
         if (enough and not cold) or len(points) >= most or prices.doubt is not None:
             break
@@ -192,42 +202,53 @@ def fit_points(
 
 def measure_points(
     prepared: Prepared,
-    prices: Prices,
+    table: LatencyTable,
     allocations: Sequence[Mapping[str, Level]],
     *,
-    timer: GraphTimer,
+    open_timer: Callable[[], GraphTimer],
     rounds: int,
+    untimed: int = 1,
+    loads: int = 1,
     progress: Progress,
-) -> list[WholePoint]:
-    """Time whole models.
-
-    A model takes some percent more or less by where in memory it lies, so that what others are
-    timed beside is loaded anew for every few of them, but where it takes minutes to build.
-    """
-    load = partial(timer.load, workload=prices.table.workload)
+) -> list[list[WholePoint]]:
+    """Time whole models, each as often as it is to be loaded."""
     models = [dense_model(prepared)]
     if prepared.numeric != prepared.floats:
         models.append(whole_model(prepared, {}))
-    anew = _is_loaded_anew(prices)
-    beside: list[TimedGraph] = []
-    found = []
-    for number, levels in enumerate(allocations):
-        runner = load(whole_model(prepared, levels))
-        cool = [runner]
-        if not beside or (anew and number % LOADED_FOR == 0):
-            beside = [load(model) for model in models]
-            cool += beside
-        for timed in cool:
-            warm_up(timed, max_runs=WARM_RUNS)
-        floats, *whole, ms = interleave([*beside, runner], rounds=rounds)
-        found.append(WholePoint(levels, ms, whole[0] if whole else floats, floats))
-        progress.advance()
-    return found
+    seen = time_afresh(
+        [partial(whole_model, prepared, levels) for levels in allocations],
+        models,
+        open_timer=open_timer,
+        workload=table.workload,
+        rounds=rounds,
+        untimed=untimed,
+        loads=loads,
+        once=not loads_in_no_time(table),
+        on_graph=lambda *_: progress.advance(),
+    )
+    return [
+        [WholePoint(levels, b.ms, b.others_ms[-1], b.others_ms[0]) for b in timed]
+        for levels, timed in zip(allocations, seen, strict=True)
+    ]
 
 
-def _is_loaded_anew(prices: Prices) -> bool:
-    """Whether a model is loaded in no time, so that one load need not be all that is seen of it."""
-    return prices.table.runtime in ON_CPU and "host" not in prices.table.fingerprint
+def _middle(loads: Sequence[WholePoint]) -> WholePoint:
+    return sorted(loads, key=attrgetter("measured"))[len(loads) // 2]
+
+
+def times_loaded(table: LatencyTable, whole_ms: float) -> int:
+    """How often whole models that take so long are loaded to be timed for a table."""
+    return LOADS if loads_in_no_time(table) and whole_ms < SHORT_MS else 1
+
+
+def loads_in_no_time(table: LatencyTable) -> bool:
+    """Whether one load of a model need not be all that is seen of it."""
+    return table.runtime in ON_CPU and "host" not in table.fingerprint
+
+
+def untimed_runs(whole_ms: float) -> int:
+    """Runs of a whole model of so many milliseconds before each one that is timed."""
+    return as_fits(UNTIMED_MS / whole_ms, *UNTIMED)
 
 
 def _ratio(ms: Sequence[float], beside: Sequence[float]) -> float:

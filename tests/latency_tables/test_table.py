@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 from statistics import fmean, stdev
 
 import pytest
@@ -114,6 +115,18 @@ def test_a_removed_site_costs_the_same_under_every_numeric() -> None:
     assert prices.levels("ffn") == (Level(0), Level(32))
     assert prices.levels("heads") == ()
     assert not prices.has("heads", Level(0))
+
+
+@pytest.mark.parametrize(
+    ("widths", "knots"),
+    [(range(1, 17), (1, 8, 15, 16)), ((2, 4, 8), (2, 4, 8)), ((4, 8), (4, 8)), ((8,), (8,))],
+)
+def test_knots_are_the_least_the_middle_and_the_two_greatest_widths(
+    widths: Sequence[int], knots: tuple[int, ...]
+) -> None:
+    held = table(*(entry(width, [1.0], [1.0]) for width in (0, *widths)))
+    assert held.knots("ffn", Level(5)) == knots
+    assert held.knots("ffn", Level(0)) == (0,)
 
 
 def test_with_entries_replaces_and_leaves_the_old_table_alone() -> None:

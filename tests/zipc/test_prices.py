@@ -215,6 +215,10 @@ def test_like_parts_of_other_sizes_take_more_alike() -> None:
     assert told.ms("last", widest) == pytest.approx(1.2 * made.ms("last", widest), rel=0.08)
 
 
+def point(levels: Mapping[str, Level], ratio: float) -> whole_models.WholePoint:
+    return whole_models.WholePoint(levels, [ratio], [1.0], [1.0])
+
+
 def test_levels_that_later_checks_are_drawn_at_go_by_what_the_first_ones_told(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -226,14 +230,11 @@ def test_levels_that_later_checks_are_drawn_at_go_by_what_the_first_ones_told(
 
     def measured(
         _: object, __: object, chosen: Sequence[Mapping[str, Level]], **___: object
-    ) -> list[whole_models.WholePoint]:
+    ) -> list[list[whole_models.WholePoint]]:
         times = [
             1.1 * held.sum_ms(lv) / WHOLE_MS * (1 + 0.1 * (n % 2)) for n, lv in enumerate(chosen)
         ]
-        return [
-            whole_models.WholePoint(lv, [ms], [1.0], [1.0])
-            for lv, ms in zip(chosen, times, strict=True)
-        ]
+        return [[point(lv, ms)] for lv, ms in zip(chosen, times, strict=True)]
 
     monkeypatch.setattr(whole_models, "measure_points", measured)
     monkeypatch.setattr(whole_models, "spread_levels", levels)
@@ -274,22 +275,29 @@ def test_no_sum_of_prices_promises_a_model_that_takes_nothing() -> None:
 
 
 def measured_points(
-    held: Prices, monkeypatch: pytest.MonkeyPatch
+    held: Prices, monkeypatch: pytest.MonkeyPatch, *, loads: int = 1
 ) -> tuple[list[whole_models.WholePoint], list[bytes]]:
     """Four whole models of one site, four times as fast as the dense one, and what was loaded."""
     levels = {name: Level(0) for name in held.calls} | {"layer.0": Level(2)}
     loaded = list[bytes]()
-    made = {"dense_model": b"dense", "whole_model": b"small"}
-    for name, value in made.items():
-        monkeypatch.setattr(whole_models, name, lambda *_, value=value: value)
-    monkeypatch.setattr(whole_models, "warm_up", lambda *_, **__: None)
-    monkeypatch.setattr(whole_models, "interleave", lambda *_, **__: ([4.0, 4.0], [1.0, 1.0]))
-    unused: Any = SimpleNamespace(numeric="fp32", floats="fp32")
-    timer: Any = SimpleNamespace(load=lambda model, **_: loaded.append(model))
+
+    def load(model: bytes, **_: object) -> SimpleNamespace:
+        loaded.append(model)
+        return SimpleNamespace(run=lambda: {b"dense": 4.0, b"small": 1.0}[model])
+
+    for name, model in {"dense_model": b"dense", "whole_model": b"small"}.items():
+        monkeypatch.setattr(whole_models, name, lambda *_, model=model: model)
+    prepared: Any = SimpleNamespace(numeric="fp32", floats="fp32")
+    timer: Any = SimpleNamespace(load=load)
     points = whole_models.measure_points(
-        unused, held, [levels] * 4, timer=timer, rounds=2, progress=Silent()
+        *(prepared, held.table, [levels] * 4),
+        open_timer=lambda: timer,
+        rounds=2,
+        loads=loads,
+        progress=Silent(),
     )
-    return points, loaded
+    assert {len(each) for each in points} == {loads}
+    return [each[0] for each in points], loaded
 
 
 @pytest.mark.parametrize(("place", "loads"), [({}, 2), ({"host": "board"}, 1)])
@@ -302,19 +310,22 @@ def test_whole_models_are_timed_beside_dense_ones_loaded_anew_but_on_boards(
 
 
 @pytest.mark.parametrize(
-    ("off", "cold", "enough"),
-    [(0.0, False, 6), (0.0, True, 18), (0.08, False, 18), (0.03, False, 6)],
+    ("off", "cold", "loads", "enough"),
+    [
+        (0.0, False, 1, 6),
+        (0.0, False, 3, 12),
+        (0.0, True, 1, 18),
+        (0.08, False, 1, 18),
+        (0.03, False, 1, 6),
+    ],
 )
 def test_prices_are_checked_on_more_models_where_one_is_far_off_or_parts_are_cold(
-    off: float, cold: bool, enough: int, monkeypatch: pytest.MonkeyPatch
+    off: float, cold: bool, loads: int, enough: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def measured(
         _: object, __: object, chosen: Sequence[object], **___: object
-    ) -> list[whole_models.WholePoint]:
-        return [
-            whole_models.WholePoint(lv, [ratio(lv) * (1 + off * (n == 2))], [1.0], [1.0])
-            for n, lv in enumerate(chosen)
-        ]
+    ) -> list[list[whole_models.WholePoint]]:
+        return [[point(lv, ratio(lv) * (1 + off * (n == 2)))] for n, lv in enumerate(chosen)]
 
     def ratio(levels: Mapping[str, Level]) -> float:
         return held.sum_ms(levels) / held.whole_ms
@@ -323,6 +334,7 @@ def test_prices_are_checked_on_more_models_where_one_is_far_off_or_parts_are_col
         return {n: LEVELS[(number + at) % len(LEVELS)] for at, n in enumerate(held.calls)}
 
     held = prices(table())
+    monkeypatch.setattr(whole_models, "times_loaded", lambda *_: loads)
     monkeypatch.setattr(whole_models, "measure_points", measured)
     monkeypatch.setattr(whole_models, "spread_levels", levels)
     unused: Any = None
@@ -336,11 +348,8 @@ def test_checks_that_do_not_agree_end_in_time_but_where_parts_are_cold(
 ) -> None:
     def measured(
         _: object, __: object, chosen: Sequence[Mapping[str, Level]], **___: object
-    ) -> list[whole_models.WholePoint]:
-        return [
-            whole_models.WholePoint(lv, [0.5 + 0.3 * (n % 2)], [1.0], [1.0])
-            for n, lv in enumerate(chosen)
-        ]
+    ) -> list[list[whole_models.WholePoint]]:
+        return [[point(lv, 0.5 + 0.3 * (n % 2))] for n, lv in enumerate(chosen)]
 
     held = prices(table(placed=False), in_place=False)
     monkeypatch.setattr(whole_models, "measure_points", measured)
@@ -352,26 +361,28 @@ def test_checks_that_do_not_agree_end_in_time_but_where_parts_are_cold(
     assert fitted.worst_error > whole_models.ALL_AGREED
 
 
-@pytest.mark.parametrize(("whole_ms", "believed"), [(20.0, 1.0), (200.0, 1.5)])
-def test_one_of_several_loads_of_a_small_model_may_be_off(
-    whole_ms: float, believed: float, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("dense_ms", "loads"), [(20.0, 3), (200.0, 1)])
+def test_models_that_take_no_time_to_load_are_loaded_several_times(
+    dense_ms: float, loads: int
 ) -> None:
-    passes = []
+    assert whole_models.times_loaded(table(), dense_ms) == loads
+    board = table().model_copy(update={"fingerprint": {"host": "board"}})
+    assert whole_models.times_loaded(board, dense_ms) == 1
 
+
+def test_one_of_several_loads_of_a_model_may_be_off(monkeypatch: pytest.MonkeyPatch) -> None:
     def measured(
         _: object, __: object, chosen: Sequence[Mapping[str, Level]], **___: object
-    ) -> list[whole_models.WholePoint]:
-        passes.append(len(chosen))
-        off = 1.5 if len(passes) == 1 else 1.0
-        return [whole_models.WholePoint(levels, [off], [1.0], [1.0]) for levels in chosen]
+    ) -> list[list[whole_models.WholePoint]]:
+        return [[point(levels, off) for off in (1.0, 1.5, 1.0)] for levels in chosen]
 
-    held = prices(table(placed=False), in_place=False, whole_ms=whole_ms)
+    held = prices(table(placed=False), in_place=False)
     dense = dict.fromkeys(held.calls, Level(UNITS))
     monkeypatch.setattr(whole_models, "measure_points", measured)
     monkeypatch.setattr(whole_models, "spread_levels", lambda *_: dense)
     unused: Any = None
     _, points = whole_models.fit_correction(unused, unused, held, unused, Silent(), cold=False)
-    assert [p.measured for p in points[:6]] == [believed] * 6
+    assert {p.measured for p in points} == {1.0}
 
 
 def test_sums_that_overlapping_parts_make_negative_are_read_as_the_least(
