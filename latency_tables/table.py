@@ -171,7 +171,7 @@ class LatencyTable(BaseModel):
 
     def levels(self, signature: str) -> tuple[Level, ...]:
         """All priced levels of a signature, ascending."""
-        return tuple(sorted(e.level for e in self.entries if e.signature == signature))
+        return self._levels.get(signature, ())
 
     def knots(self, signature: str, level: Level) -> tuple[int, ...]:
         """Of the priced widths of a signature, in the numeric and pattern of a level: the least,
@@ -229,6 +229,13 @@ class LatencyTable(BaseModel):
     @cached_property
     def _index(self) -> dict[EntryKey, Entry]:
         return {entry.key: entry for entry in self.entries}
+
+    @cached_property
+    def _levels(self) -> dict[str, tuple[Level, ...]]:
+        levels: dict[str, list[Level]] = {}
+        for entry in self.entries:
+            levels.setdefault(entry.signature, []).append(entry.level)
+        return {signature: tuple(sorted(found)) for signature, found in levels.items()}
 
     @cached_property
     def _knots(self) -> dict[tuple[str, str, str, bool], tuple[int, ...]]:

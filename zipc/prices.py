@@ -18,7 +18,8 @@ from zipc.latency_tables.table import LatencyTable
 MIN_SHARE = 0.05
 LEAST_RATIO = 0.01  # of a sum to the whole: where parts overlap, what they save can add up to more
 SURE = 0.005  # no ratio of two whole models is believed to be known better
-UNEXPLAINED = 0.02  # of what a whole model takes: what no sum over its parts tells
+UNEXPLAINED = 0.02, 0.05, 0.12  # of what a whole model takes, as standard deviations: what no sum
+# over its parts tells, on machines that are quieter or busier
 # What parts likely take in the whole beyond what they take alone, as standard deviations: at a knot
 # of their widths, all of a kind and those of one signature, of the part; of all parts of a numeric;
 # of each part that is there, of the mean one; and what no part has, of the whole.
@@ -190,7 +191,7 @@ class Prices:
                     found[alike] = BELIEVED
         return found
 
-    def whole(self, levels: Mapping[str, Level], ratio: float, noise: float) -> Whole:
+    def whole(self, levels: Mapping[str, Level], ratio: float, noise: float = 0.0) -> Whole:
         """The whole model at some levels, all others dense, that takes so much of the dense one."""
         levels = {**self.sites.dense, **levels}
         terms = {"fixed": 1.0}
@@ -198,21 +199,28 @@ class Prices:
             for name, often in self._terms(site, level).items():
                 terms[name] = terms.get(name, 0.0) + often * self.calls[site]
         alone_ms = replace(self, surplus={}).sum_ms(levels)
-        return Whole(alone_ms, ratio * self.whole_ms, max(noise, SURE), terms)
+        return Whole(alone_ms, ratio * self.whole_ms, noise, terms)
 
     @property
     def in_place(self) -> list[Whole]:
-        """The dense model, and what was timed with all sites of a signature at one level."""
-        seen = [self.whole({}, 1.0, SURE)]
+        """What was timed with all sites of a signature at one level."""
+        seen = []
         for entry in self.table.in_place:
             if alike := cut_together(self.sites.signatures, entry.signature, entry.level):
-                noise = math.hypot(entry.noise, UNEXPLAINED)
-                seen.append(self.whole(dict.fromkeys(alike, entry.level), entry.ratio, noise))
+                levels = dict.fromkeys(alike, entry.level)
+                seen.append(self.whole(levels, entry.ratio, entry.noise))
         return seen
 
-    def told_by(self, wholes: Sequence[Whole] = ()) -> Prices:
-        """The same with what parts take beyond what they take alone, as whole models tell."""
-        return replace(self, surplus=fit([*self.in_place, *wholes], self.likely))
+    def told_by(
+        self, wholes: Sequence[Whole] = (), *, unexplained: float = UNEXPLAINED[0]
+    ) -> Prices:
+        """The same with what parts take beyond what they take alone, as whole models tell: the
+        dense one, those timed in place and others, of all but the dense one so much unexplained."""
+        cut = [
+            whole._replace(noise=math.hypot(whole.noise, unexplained))
+            for whole in (*self.in_place, *wholes)
+        ]
+        return replace(self, surplus=fit([self.whole({}, 1.0, SURE), *cut], self.likely))
 
     def corrected(self, by: Correction) -> Prices:
         """The same with a correction that was fitted on whole models."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
+from statistics import fmean
 
 import numpy as np
 
@@ -28,6 +29,7 @@ CORRECTION_POINTS = 6, 18  # at a time, and at most where they do not agree
 MANY_POINTS = 12  # which models that take no time to load have at least: six agree by chance
 AGREED, ALL_AGREED = 0.02, 0.05  # errors of left-out points, in the median and at worst, below
 # which no more are measured
+CLEARLY = 0.9  # of the mean error of left-out points: what leaving more unexplained must come below
 MIN_PART = 0.04  # of the whole: what sites of one signature take to be timed in place, too
 CORRECTION_SECONDS = 60.0  # after which no more are measured, but where parts are cold
 CORRECTION_ROUNDS = 6, 200  # of a whole model beside dense: as many as fit
@@ -183,18 +185,32 @@ def fit_points(
     prices: Prices, points: Sequence[WholePoint], *, cold: bool
 ) -> correction.Correction:
     """What some models take beyond sums of prices, and how far off these are of each of them as
-    the others tell."""
+    the others tell.
 
+    As much of them is left unexplained as predicts left-out ones best: where loads or neighbours
+    move times by a tenth, what explains each model to a percent is noise.
+    """
+    best, *others = (_fitted(prices, points, unexplained, cold=cold) for unexplained in UNEXPLAINED)
+    for other in others:
+        if fmean(other.errors) < CLEARLY * fmean(best.errors):
+            best = other
+    return best
+
+
+def _fitted(
+    prices: Prices, points: Sequence[WholePoint], unexplained: float, *, cold: bool
+) -> correction.Correction:
     def read(told: Prices, some: Sequence[WholePoint]) -> list[correction.Point]:
         sums = [told.sum_ms(point.levels) / prices.whole_ms for point in some]
         ratios = [max(ratio, LEAST_RATIO) for ratio in sums]
         return list(zip(ratios, (point.measured for point in some), strict=True))
 
-    wholes = [prices.whole(p.levels, p.measured, UNEXPLAINED) for p in points]
-    told = prices.told_by(wholes)
+    tell = partial(prices.told_by, unexplained=unexplained)
+    wholes = [prices.whole(p.levels, p.measured) for p in points]
+    told = tell(wholes)
     left_out = []
     for at in range(len(points)):
-        by_others = prices.told_by([*wholes[:at], *wholes[at + 1 :]])
+        by_others = tell([*wholes[:at], *wholes[at + 1 :]])
         own, *others = read(by_others, [points[at], *points[:at], *points[at + 1 :]])
         left_out.append((own, others))
     return correction.fit(read(told, points), left_out, surplus=told.surplus, may_bend=cold)

@@ -13,8 +13,9 @@ import pytest
 
 from zipc import whole_models
 from zipc.core.types import Level, Silent, Workload
+from zipc.latency_tables.correction import Correction
 from zipc.latency_tables.table import Entry, LatencyTable
-from zipc.prices import LEAST_RATIO, Prices, SitePrices, added_up
+from zipc.prices import LEAST_RATIO, UNEXPLAINED, Prices, SitePrices, added_up
 
 UNITS, CALLS = 8, 3
 WHOLE_MS = 30.0
@@ -208,7 +209,7 @@ def test_like_parts_of_other_sizes_take_more_alike() -> None:
         more = 0.2 * sum(made.ms(name, level) for name in levels)
         ratio = (made.sum_ms(levels | {"last": Level(8)}) + more) / whole_ms
         wholes.append(made.whole(levels, ratio, 0.001))
-    told = made.told_by(wholes)
+    told = made.told_by(wholes, unexplained=0.001)
     widest = Level(8, "int8-static")
     assert told.ms("layer.0", widest) == pytest.approx(1.2 * made.ms("layer.0", widest), rel=0.05)
     assert made.ms("last", widest) == made.ms("layer.0", widest)
@@ -243,6 +244,30 @@ def test_levels_that_later_checks_are_drawn_at_go_by_what_the_first_ones_told(
     assert fitted.n == 18
     assert len(set(seen[:6])) == 1
     assert seen[0] == held.ms("layer.0", Level(8)) != seen[6]
+
+
+def test_the_more_is_left_unexplained_the_less_models_tell() -> None:
+    made = prices(table(placed=False), in_place=False)
+    levels = dict.fromkeys(made.calls, Level(4))
+    whole = made.whole(levels, 1.2 * made.sum_ms(levels) / WHOLE_MS)
+    told = [made.told_by([whole], unexplained=share).sum_ms(levels) for share in (0.01, 0.1, 1.0)]
+    assert 1.2 * made.sum_ms(levels) > told[0] > told[1] > told[2] > made.sum_ms(levels)
+
+
+@pytest.mark.parametrize(
+    ("errors", "chosen"),
+    [((0.1, 0.095, 0.092), 0), ((0.1, 0.08, 0.05), 2), ((0.1, 0.08, 0.079), 1)],
+)
+def test_more_is_left_unexplained_where_that_predicts_left_out_models_clearly_better(
+    errors: Sequence[float], chosen: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = {
+        share: Correction(points=((0.5, 0.5),), errors=(error, error))
+        for share, error in zip(UNEXPLAINED, errors, strict=True)
+    }
+    monkeypatch.setattr(whole_models, "_fitted", lambda _, __, share, **___: made[share])
+    unused: Any = None
+    assert whole_models.fit_points(unused, [], cold=False) is made[UNEXPLAINED[chosen]]
 
 
 def test_noise_in_place_is_not_taken_for_a_saving() -> None:
