@@ -31,7 +31,8 @@ AGREED, ALL_AGREED = 0.02, 0.05  # errors of left-out points, in the median and 
 # which no more are measured
 CLEARLY = 0.9  # of the mean error of left-out points: what leaving more unexplained must come below
 MIN_PART = 0.04  # of the whole: what sites of one signature take to be timed in place, too
-CORRECTION_SECONDS = 60.0  # after which no more are measured, but where parts are cold
+CORRECTION_SECONDS = 60.0  # after which no more are measured, but where parts are cold; twice that
+# of models that are loaded several times
 CORRECTION_ROUNDS = 6, 200  # of a whole model beside dense: as many as fit
 CORRECTION_MS = 2000.0  # of each point; a round runs a model and the dense one twice
 SHORT_MS = 100.0  # a model that takes less is built and loaded in no time, and so more of them
@@ -171,7 +172,8 @@ def fit_correction(
         known = prices.corrected(fitted)
         agreed = fitted.median_error <= AGREED and fitted.worst_error <= ALL_AGREED
         many = loads == 1 or len(points) >= MANY_POINTS
-        enough = (agreed and many) or time.monotonic() - started > CORRECTION_SECONDS
+        late = time.monotonic() - started > CORRECTION_SECONDS * (1 if loads == 1 else 2)
+        enough = (agreed and many) or late
         # Loaded again, a cold graph takes 3 % more or less: points may agree by chance.
         if (enough and not cold) or len(points) >= most or prices.doubt is not None:
             break
