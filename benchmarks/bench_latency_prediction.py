@@ -133,7 +133,7 @@ def measure(arguments: argparse.Namespace, request: Request) -> dict[str, Any]:
         random_levels(priced.prepared, priced.target, prices, rng)
         for _ in range(arguments.allocations)
     ]
-    measure = partial(
+    time_all = partial(
         measure_points,
         *(priced.prepared, prices.table, chosen),
         open_timer=priced.device.timer,
@@ -142,7 +142,7 @@ def measure(arguments: argparse.Namespace, request: Request) -> dict[str, Any]:
         progress=Silent(),
     )
     passes = [
-        [point for (point,) in measure()]
+        [point for (point,) in time_all()]
         for _ in range(as_fits(PASSES_MS / prices.dense_ms, *PASSES))
     ]
     fitted, alone = prices.table.correction, replace(prices, surplus={})

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from zipc.core.types import Workload
+from zipc.core.types import Progress, Workload
+from zipc.latency_tables.table import Entry
 from zipc.profiler.device import GraphTimer, TimedGraph
+from zipc.profiler.sweep import PricedGraph
 from zipc.profiler.timing import interleave, warm_up
 
 TOGETHER = 3  # graphs that are loaded into one process, beside the others
-HELD_BYTES = (
-    400e6  # of the others' first, so many times: of larger ones one graph is held at a time
-)
+HELD_BYTES = 400e6  # of whole models that are held at once
 WARM_RUNS = 6
 
 
@@ -25,6 +25,49 @@ class Beside(NamedTuple):
 
     ms: Sequence[float]
     others_ms: Sequence[Sequence[float]]
+
+
+def price_afresh(
+    graphs: Sequence[PricedGraph],
+    *,
+    anchor: bytes,
+    open_timer: Callable[[], GraphTimer],
+    workload: Workload,
+    rounds: int,
+    untimed: int,
+    loads: int,
+    progress: Progress,
+    stage: str,
+    on_entries: Callable[[list[Entry]], None],
+) -> None:
+    """Measure every graph as paired samples with the anchor, those of all its loads together.
+
+    `on_entries` receives each entry when it is measured, so that what an interrupted series has
+    measured is not lost.
+    """
+
+    def done(number: int, seen: list[Beside]) -> None:
+        entry = Entry(
+            signature=graphs[number].signature,
+            level=graphs[number].level,
+            samples_ms=tuple(ms for load in seen for ms in load.ms),
+            anchor_ms=tuple(ms for load in seen for ms in load.others_ms[0]),
+        )
+        on_entries([entry])
+        progress.advance(note=entry.signature)
+
+    progress.stage(stage, total=len(graphs))
+    time_afresh(
+        [graph.build for graph in graphs],
+        [anchor],
+        open_timer=open_timer,
+        workload=workload,
+        rounds=rounds,
+        untimed=untimed,
+        loads=loads,
+        on_graph=done,
+    )
+    progress.done(f"{len(graphs)} prices, each of {loads} loads")
 
 
 def time_afresh(

@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
+from typing import NamedTuple
 
 from zipc.core.types import Difference, Level
 from zipc.latency_tables.correction import Correction
@@ -130,6 +131,23 @@ def added_up(
     return Addition(share, inside, fixed_ms, apart_ms)
 
 
+class Evidence(NamedTuple):
+    """What a fit of the surplus reads before any checked model: the same for every one of them."""
+
+    dense: Whole
+    in_place: Sequence[Whole]  # with all sites of a signature at one level
+    likely: Terms  # how large the coefficient of each term may well be, as a standard deviation
+
+    def surplus(self, wholes: Sequence[Whole], *, unexplained: float) -> Terms:
+        """What parts take beyond what they take alone, as these and `wholes` tell, of all but the
+        dense model so much unexplained."""
+        cut = [
+            whole._replace(noise=math.hypot(whole.noise, unexplained))
+            for whole in (*self.in_place, *wholes)
+        ]
+        return fit([self.dense, *cut], self.likely)
+
+
 @dataclass(slots=True)
 class Prices:
     """Site prices with what is needed to price a whole allocation."""
@@ -174,9 +192,7 @@ class Prices:
             terms[f"all {level.within(self.sites.numeric).numeric}"] = self._alone_ms(site, level)
         return terms
 
-    @property
-    def likely(self) -> dict[str, float]:
-        """How large the coefficient of each term may well be, as a standard deviation."""
+    def _likely(self) -> dict[str, float]:
         dense = [self.sites.dense_ms(name) for name in self.calls]
         each = EACH * fmean(dense) + self.add.apart_ms / 2  # or a share of what they take
         found = {"fixed": FIXED * self.whole_ms, "each": each}
@@ -201,26 +217,21 @@ class Prices:
         alone_ms = replace(self, surplus={}).sum_ms(levels)
         return Whole(alone_ms, ratio * self.whole_ms, noise, terms)
 
-    @property
-    def in_place(self) -> list[Whole]:
-        """What was timed with all sites of a signature at one level."""
+    def evidence(self) -> Evidence:
+        """The dense model, what was timed in place, and what is likely."""
         seen = []
         for entry in self.table.in_place:
             if alike := cut_together(self.sites.signatures, entry.signature, entry.level):
                 levels = dict.fromkeys(alike, entry.level)
                 seen.append(self.whole(levels, entry.ratio, entry.noise))
-        return seen
+        return Evidence(self.whole({}, 1.0, SURE), seen, self._likely())
 
     def told_by(
         self, wholes: Sequence[Whole] = (), *, unexplained: float = UNEXPLAINED[0]
     ) -> Prices:
-        """The same with what parts take beyond what they take alone, as whole models tell: the
-        dense one, those timed in place and others, of all but the dense one so much unexplained."""
-        cut = [
-            whole._replace(noise=math.hypot(whole.noise, unexplained))
-            for whole in (*self.in_place, *wholes)
-        ]
-        return replace(self, surplus=fit([self.whole({}, 1.0, SURE), *cut], self.likely))
+        """The same with what parts take beyond what they take alone, as whole models tell."""
+        surplus = self.evidence().surplus(wholes, unexplained=unexplained)
+        return replace(self, surplus=surplus)
 
     def corrected(self, by: Correction) -> Prices:
         """The same with a correction that was fitted on whole models."""

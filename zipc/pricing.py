@@ -14,7 +14,7 @@ from zipc.cold import cache_filler
 from zipc.core.errors import TableMissing
 from zipc.core.files import fingerprint as short_hash
 from zipc.core.request import Request
-from zipc.core.types import Level, Progress, Site, Target, Workload
+from zipc.core.types import Level, Progress, Site, Target
 from zipc.exporters.graph import OnnxGraph
 from zipc.exporters.site_graph import extract
 from zipc.exporters.specialise import EMISSION, Edit, specialise
@@ -25,7 +25,7 @@ from zipc.offered import offered_levels
 from zipc.plain_edits import plain_edit
 from zipc.prepare import Prepared
 from zipc.prices import Prices, SitePrices, added_up
-from zipc.profiler.afresh import Beside, time_afresh
+from zipc.profiler.afresh import HELD_BYTES, price_afresh
 from zipc.profiler.device import Device
 from zipc.profiler.sweep import GROUP, PricedGraph, sweep
 from zipc.pruner.graph.mixtures import nested
@@ -45,7 +45,6 @@ PLACE_ROUNDS = 12, 200  # of a whole model: as many as fit
 PLACE_MS = 750.0
 PLACE_SECONDS = 60.0
 PLACE_GROUP = 2, GROUP  # whole models that are held beside the dense one: as many as fit
-HELD_BYTES = 400e6
 # A machine may run integers at another pace for seconds, as where another program has half of its
 # core: no part should meet that alone.
 MANY = 128  # parts that are held at once, where they fit
@@ -281,72 +280,40 @@ def _extended(
             saved[0] = time.monotonic()
 
     saved = [started]
-    measure = _sweep if how.loads == 1 else _time_afresh
     try:
-        measure(missing, anchor, how, device, table.workload, progress, keep)
+        if how.loads > 1:
+            price_afresh(
+                missing,
+                anchor=anchor,
+                open_timer=device.timer,
+                workload=table.workload,
+                rounds=how.rounds,
+                untimed=how.untimed,
+                loads=how.loads,
+                progress=progress,
+                stage=how.stage,
+                on_entries=keep,
+            )
+        else:
+            load = partial(device.timer().load, workload=table.workload)
+            sweep(
+                missing,
+                anchor=load(anchor),
+                make_runner=load,
+                progress=progress,
+                rounds=how.rounds,
+                untimed=how.untimed,
+                filler=None if how.filler is None else load(how.filler),
+                seconds_budget=how.seconds,
+                group=how.group,
+                stage=how.stage,
+                on_entries=keep,
+            )
     finally:  # a board that was lost, or Ctrl-C, costs nothing that was measured
         held[0] = _noted(held[0], device)
         if held[0].entries:
             store.save(held[0], path)
     return held[0], time.monotonic() - started
-
-
-def _sweep(
-    graphs: Sequence[PricedGraph],
-    anchor: bytes,
-    how: How,
-    device: Device,
-    workload: Workload,
-    progress: Progress,
-    keep: Callable[[list[Entry]], None],
-) -> None:
-    load = partial(device.timer().load, workload=workload)
-    sweep(
-        graphs,
-        anchor=load(anchor),
-        make_runner=load,
-        progress=progress,
-        rounds=how.rounds,
-        untimed=how.untimed,
-        filler=None if how.filler is None else load(how.filler),
-        seconds_budget=how.seconds,
-        group=how.group,
-        stage=how.stage,
-        on_entries=keep,
-    )
-
-
-def _time_afresh(
-    graphs: Sequence[PricedGraph],
-    anchor: bytes,
-    how: How,
-    device: Device,
-    workload: Workload,
-    progress: Progress,
-    keep: Callable[[list[Entry]], None],
-) -> None:
-    def done(number: int, loads: list[Beside]) -> None:
-        entry = Entry(
-            signature=graphs[number].signature,
-            level=graphs[number].level,
-            samples_ms=tuple(ms for load in loads for ms in load.ms),
-            anchor_ms=tuple(ms for load in loads for ms in load.others_ms[0]),
-        )
-        keep([entry])
-        progress.advance(note=entry.signature)
-
-    progress.stage(how.stage, total=len(graphs))
-    time_afresh(
-        [graph.build for graph in graphs],
-        [anchor],
-        open_timer=device.timer,
-        workload=workload,
-        rounds=how.rounds,
-        untimed=how.untimed,
-        loads=how.loads,
-        on_graph=done,
-    )
-    progress.done(f"{len(graphs)} prices, each of {how.loads} loads")
 
 
 def _alone(device: Device, size: int, filler: bytes | None) -> How:

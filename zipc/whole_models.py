@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from operator import attrgetter
 from statistics import fmean
@@ -14,11 +14,12 @@ import numpy as np
 from zipc.build import dense_model
 from zipc.core.types import Level, Progress, Target
 from zipc.latency_tables import correction
+from zipc.latency_tables.surplus import Whole
 from zipc.latency_tables.table import LatencyTable
 from zipc.offered import float_widths, suits
 from zipc.plain_edits import first_units, plain_edit
 from zipc.prepare import Prepared
-from zipc.prices import LEAST_RATIO, UNEXPLAINED, Prices, SitePrices, cut_together
+from zipc.prices import LEAST_RATIO, UNEXPLAINED, Evidence, Prices, SitePrices, cut_together
 from zipc.profiler.afresh import time_afresh
 from zipc.profiler.device import GraphTimer
 from zipc.profiler.sweep import PricedGraph
@@ -192,7 +193,10 @@ def fit_points(
     As much of them is left unexplained as predicts left-out ones best: where loads or neighbours
     move times by a tenth, what explains each model to a percent is noise.
     """
-    best, *others = (_fitted(prices, points, unexplained, cold=cold) for unexplained in UNEXPLAINED)
+    evidence = prices.evidence()
+    best, *others = (
+        _fitted(prices, points, evidence, unexplained, cold=cold) for unexplained in UNEXPLAINED
+    )
     for other in others:
         if fmean(other.errors) < CLEARLY * fmean(best.errors):
             best = other
@@ -200,14 +204,21 @@ def fit_points(
 
 
 def _fitted(
-    prices: Prices, points: Sequence[WholePoint], unexplained: float, *, cold: bool
+    prices: Prices,
+    points: Sequence[WholePoint],
+    evidence: Evidence,
+    unexplained: float,
+    *,
+    cold: bool,
 ) -> correction.Correction:
+    def tell(wholes: Sequence[Whole]) -> Prices:
+        return replace(prices, surplus=evidence.surplus(wholes, unexplained=unexplained))
+
     def read(told: Prices, some: Sequence[WholePoint]) -> list[correction.Point]:
         sums = [told.sum_ms(point.levels) / prices.whole_ms for point in some]
         ratios = [max(ratio, LEAST_RATIO) for ratio in sums]
         return list(zip(ratios, (point.measured for point in some), strict=True))
 
-    tell = partial(prices.told_by, unexplained=unexplained)
     wholes = [prices.whole(p.levels, p.measured) for p in points]
     told = tell(wholes)
     left_out = []
@@ -241,7 +252,7 @@ def measure_points(
         rounds=rounds,
         untimed=untimed,
         loads=loads,
-        once=not loads_in_no_time(table),
+        once=not _loads_in_no_time(table),
         on_graph=lambda *_: progress.advance(),
     )
     return [
@@ -256,10 +267,10 @@ def _middle(loads: Sequence[WholePoint]) -> WholePoint:
 
 def times_loaded(table: LatencyTable, whole_ms: float) -> int:
     """How often whole models that take so long are loaded to be timed for a table."""
-    return LOADS if loads_in_no_time(table) and whole_ms < SHORT_MS else 1
+    return LOADS if _loads_in_no_time(table) and whole_ms < SHORT_MS else 1
 
 
-def loads_in_no_time(table: LatencyTable) -> bool:
+def _loads_in_no_time(table: LatencyTable) -> bool:
     """Whether one load of a model need not be all that is seen of it."""
     return table.runtime in ON_CPU and "host" not in table.fingerprint
 

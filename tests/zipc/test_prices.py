@@ -265,8 +265,8 @@ def test_more_is_left_unexplained_where_that_predicts_left_out_models_clearly_be
         share: Correction(points=((0.5, 0.5),), errors=(error, error))
         for share, error in zip(UNEXPLAINED, errors, strict=True)
     }
-    monkeypatch.setattr(whole_models, "_fitted", lambda _, __, share, **___: made[share])
-    unused: Any = None
+    monkeypatch.setattr(whole_models, "_fitted", lambda _, __, ___, share, **____: made[share])
+    unused: Any = SimpleNamespace(evidence=lambda: None)
     assert whole_models.fit_points(unused, [], cold=False) is made[UNEXPLAINED[chosen]]
 
 
@@ -300,7 +300,7 @@ def test_no_sum_of_prices_promises_a_model_that_takes_nothing() -> None:
 
 
 def measured_points(
-    held: Prices, monkeypatch: pytest.MonkeyPatch, *, loads: int = 1
+    held: Prices, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[list[whole_models.WholePoint], list[bytes]]:
     """Four whole models of one site, four times as fast as the dense one, and what was loaded."""
     levels = {name: Level(0) for name in held.calls} | {"layer.0": Level(2)}
@@ -318,11 +318,9 @@ def measured_points(
         *(prepared, held.table, [levels] * 4),
         open_timer=lambda: timer,
         rounds=2,
-        loads=loads,
         progress=Silent(),
     )
-    assert {len(each) for each in points} == {loads}
-    return [each[0] for each in points], loaded
+    return [point for (point,) in points], loaded
 
 
 @pytest.mark.parametrize(("place", "loads"), [({}, 2), ({"host": "board"}, 1)])
