@@ -135,16 +135,12 @@ class Evidence(NamedTuple):
     """What a fit of the surplus reads before any checked model: the same for every one of them."""
 
     dense: Whole
-    in_place: Sequence[Whole]  # with all sites of a signature at one level
     likely: Terms  # how large the coefficient of each term may well be, as a standard deviation
 
     def surplus(self, wholes: Sequence[Whole], *, unexplained: float) -> Terms:
         """What parts take beyond what they take alone, as these and `wholes` tell, of all but the
         dense model so much unexplained."""
-        cut = [
-            whole._replace(noise=math.hypot(whole.noise, unexplained))
-            for whole in (*self.in_place, *wholes)
-        ]
+        cut = [whole._replace(noise=math.hypot(whole.noise, unexplained)) for whole in wholes]
         return fit([self.dense, *cut], self.likely)
 
 
@@ -218,20 +214,8 @@ class Prices:
         return Whole(alone_ms, ratio * self.whole_ms, noise, terms)
 
     def evidence(self) -> Evidence:
-        """The dense model, what was timed in place, and what is likely."""
-        seen = []
-        for entry in self.table.in_place:
-            if alike := cut_together(self.sites.signatures, entry.signature, entry.level):
-                levels = dict.fromkeys(alike, entry.level)
-                seen.append(self.whole(levels, entry.ratio, entry.noise))
-        return Evidence(self.whole({}, 1.0, SURE), seen, self._likely())
-
-    def told_by(
-        self, wholes: Sequence[Whole] = (), *, unexplained: float = UNEXPLAINED[0]
-    ) -> Prices:
-        """The same with what parts take beyond what they take alone, as whole models tell."""
-        surplus = self.evidence().surplus(wholes, unexplained=unexplained)
-        return replace(self, surplus=surplus)
+        """The dense model, and what is likely."""
+        return Evidence(self.whole({}, 1.0, SURE), self._likely())
 
     def corrected(self, by: Correction) -> Prices:
         """The same with a correction that was fitted on whole models."""
@@ -264,13 +248,3 @@ class Prices:
         whole = ratio * self.dense_ms / self.whole_ms
         raw = self.table.correction.invert(whole) if self.table.correction else whole
         return raw * self.whole_ms
-
-
-def cut_together(signatures: Mapping[str, str], signature: str, level: Level) -> list[str]:
-    """The sites of a signature that are measured together in place at a level.
-
-    Of removed attention all but the first: without any, what only it reads would be gone too, as a
-    whole encoder without its decoder's attention to it.
-    """
-    alike = [n for n, s in signatures.items() if s == signature]
-    return alike[1:] if level.removed and signature.startswith("heads-") else alike

@@ -25,7 +25,7 @@ from zipc.offered import offered_levels
 from zipc.plain_edits import plain_edit
 from zipc.prepare import Prepared
 from zipc.prices import Prices, SitePrices, added_up
-from zipc.profiler.afresh import HELD_BYTES, price_afresh
+from zipc.profiler.afresh import HELD_BYTES
 from zipc.profiler.device import Device
 from zipc.profiler.sweep import GROUP, PricedGraph, sweep
 from zipc.pruner.graph.mixtures import nested
@@ -33,9 +33,7 @@ from zipc.whole_models import (
     as_fits,
     fastest_widths,
     fit_correction,
-    in_place,
     overlapping,
-    times_loaded,
     untimed_runs,
     whole_model,
 )
@@ -63,7 +61,6 @@ class How:
     stage: str
     untimed: int = 1  # runs of a graph before each one that is timed
     in_place: bool = False
-    loads: int = 1  # of a graph, each in a process of its own with what it is timed beside
     filler: bytes | None = None  # a graph that empties the cache of what is timed next
 
 
@@ -138,15 +135,13 @@ def price(
     calls = {s.name: s.calls for s in own}
     whole_ms = table.price(WHOLE, whole)
     placed = list[PricedGraph]()
-    if not cold:  # else caches are as in the whole already
-        placed += in_place(prepared, sites, offered, whole_ms=whole_ms)
     shared = overlapping(prepared, sites, calls, whole_ms)
     fastest = fastest_widths(prepared, target, sites) if shared else None
     if fastest is not None:
         placed.append(PricedGraph(FASTEST, whole, lambda: whole_model(prepared, fastest)))
     if dense != whole:  # a speedup is over the model in floats
         placed.append(PricedGraph(WHOLE, dense, lambda: dense_bytes))
-    gently = _gently(whole_ms, len(undiminished), loads=times_loaded(table, whole_ms))
+    gently = _gently(whole_ms, len(undiminished))
     table, more = extend(table, placed, undiminished, gently)
     sites = replace(sites, table=table)
     ratios = {e.key: e.ratio for e in table.in_place}
@@ -175,7 +170,6 @@ def price(
     )
     if table.correction is not None:
         return prices.corrected(table.correction)
-    prices = prices.told_by()
     fitted, points = fit_correction(*(prepared, target, prices, device.timer, progress), cold=cold)
     if dense != whole:  # what one moment tells of integers beside floats may not last
         floats = Entry(
@@ -281,34 +275,20 @@ def _extended(
 
     saved = [started]
     try:
-        if how.loads > 1:
-            price_afresh(
-                missing,
-                anchor=anchor,
-                open_timer=device.timer,
-                workload=table.workload,
-                rounds=how.rounds,
-                untimed=how.untimed,
-                loads=how.loads,
-                progress=progress,
-                stage=how.stage,
-                on_entries=keep,
-            )
-        else:
-            load = partial(device.timer().load, workload=table.workload)
-            sweep(
-                missing,
-                anchor=load(anchor),
-                make_runner=load,
-                progress=progress,
-                rounds=how.rounds,
-                untimed=how.untimed,
-                filler=None if how.filler is None else load(how.filler),
-                seconds_budget=how.seconds,
-                group=how.group,
-                stage=how.stage,
-                on_entries=keep,
-            )
+        load = partial(device.timer().load, workload=table.workload)
+        sweep(
+            missing,
+            anchor=load(anchor),
+            make_runner=load,
+            progress=progress,
+            rounds=how.rounds,
+            untimed=how.untimed,
+            filler=None if how.filler is None else load(how.filler),
+            seconds_budget=how.seconds,
+            group=how.group,
+            stage=how.stage,
+            on_entries=keep,
+        )
     finally:  # a board that was lost, or Ctrl-C, costs nothing that was measured
         held[0] = _noted(held[0], device)
         if held[0].entries:
@@ -327,17 +307,16 @@ def _alone(device: Device, size: int, filler: bytes | None) -> How:
     return replace(ALONE, group=held, filler=filler)
 
 
-def _gently(whole_ms: float, size: int, *, loads: int) -> How:
+def _gently(whole_ms: float, size: int) -> How:
     """How whole models of so many milliseconds and bytes are timed."""
     least, most = PLACE_ROUNDS
     return How(
-        rounds=as_fits(PLACE_MS / (2 * whole_ms), least, most) // loads,
+        rounds=as_fits(PLACE_MS / (2 * whole_ms), least, most),
         seconds=PLACE_SECONDS,
         group=as_fits(HELD_BYTES / size, *PLACE_GROUP),
-        stage="measuring prices in place",
+        stage="measuring whole models",
         untimed=untimed_runs(whole_ms),
         in_place=True,
-        loads=loads,
     )
 
 

@@ -1,4 +1,4 @@
-"""Whole models at chosen levels: what parts save in place, and how far sums of prices are off."""
+"""Whole models at chosen levels, and how far sums of prices are off of them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from operator import attrgetter
 from statistics import fmean
 
 import numpy as np
@@ -19,26 +18,22 @@ from zipc.latency_tables.table import LatencyTable
 from zipc.offered import float_widths, suits
 from zipc.plain_edits import first_units, plain_edit
 from zipc.prepare import Prepared
-from zipc.prices import LEAST_RATIO, UNEXPLAINED, Evidence, Prices, SitePrices, cut_together
+from zipc.prices import LEAST_RATIO, UNEXPLAINED, Evidence, Prices, SitePrices
 from zipc.profiler.afresh import time_afresh
 from zipc.profiler.device import GraphTimer
-from zipc.profiler.sweep import PricedGraph
 from zipc.pruner.graph.mixtures import settled
 from zipc.targets import ON_CPU
 
-CORRECTION_POINTS = 6, 18  # at a time, and at most where they do not agree
-MANY_POINTS = 12  # which models that take no time to load have at least: six agree by chance
+# Models that are measured at a time, and at most where they do not agree; and at least and at most
+# of those that load in no time: of so many each may be off, and six agree by chance.
+CORRECTION_POINTS = 6, 18
+MANY_POINTS = 36, 54
 AGREED, ALL_AGREED = 0.02, 0.05  # errors of left-out points, in the median and at worst, below
 # which no more are measured
 CLEARLY = 0.9  # of the mean error of left-out points: what leaving more unexplained must come below
-MIN_PART = 0.04  # of the whole: what sites of one signature take to be timed in place, too
-CORRECTION_SECONDS = 60.0  # after which no more are measured, but where parts are cold; twice that
-# of models that are loaded several times
-CORRECTION_ROUNDS = 6, 200  # of a whole model beside dense: as many as fit
-CORRECTION_MS = 2000.0  # of each point; a round runs a model and the dense one twice
-SHORT_MS = 100.0  # a model that takes less is built and loaded in no time, and so more of them
-LOADS = 3  # of such a model; of each point the median is taken: one in thirty is off by 10 % and
-# more
+CORRECTION_SECONDS = 120.0  # after which no more are measured, but where parts are cold
+CORRECTION_ROUNDS = 6, 100  # of a whole model beside dense: as many as fit
+CORRECTION_MS = 4000.0  # of each point; a round runs a model and the dense one twice
 # A graph of 9 MB that comes back after others takes 30 % longer than it should in its second run
 # and 1 % in its fifth: the last cache only keeps what was thrown out of the others.
 UNTIMED = 1, 4
@@ -47,42 +42,6 @@ DENSITIES = 0.15, 0.95  # of random allocations
 MIXED = 0.3  # share of them whose sites have numerics of their own
 R2 = 0.7548776662466927, 0.5698402909980532
 TOO_MUCH = 1.5  # of the whole: by less, parts take more because each is a graph of its own
-
-
-def in_place(
-    prepared: Prepared,
-    sites: SitePrices,
-    offered: Mapping[str, Sequence[Level]],
-    *,
-    whole_ms: float,
-) -> list[PricedGraph]:
-    """The whole model with all sites of a signature at one level: at the knots of their widths, of
-    models that take long but at the outer ones.
-
-    Signatures that take less than 4 % of `whole_ms` together are left out: what they save would
-    drown in noise.
-    """
-    graphs = []
-    for signature in dict.fromkeys(sites.signatures.values()):
-        own = [s for s in prepared.structure.sites if sites.signatures[s.name] == signature]
-        if sum(sites.dense_ms(s.name) * s.calls for s in own) < MIN_PART * whole_ms:
-            continue
-        dense = sites.dense[own[0].name].within(prepared.numeric)
-        levels = set[Level]()
-        for level in offered[own[0].name]:
-            knots = sites.table.knots(signature, level)
-            ends = (knots[0], knots[-1])
-            if level.width in (knots if whole_ms < SHORT_MS else ends):
-                levels.add(level)
-        for level in sorted(levels - {dense}):
-            if names := cut_together(sites.signatures, signature, level):
-                graphs.append(PricedGraph(signature, level, _placed(prepared, names, level)))
-    return graphs
-
-
-def _placed(prepared: Prepared, sites: Sequence[str], level: Level) -> Callable[[], bytes]:
-    levels = dict.fromkeys(sites, level.beside(prepared.numeric))
-    return lambda: whole_model(prepared, settled(prepared.sites, levels, first_units(levels)))
 
 
 def overlapping(
@@ -152,31 +111,31 @@ def fit_correction(
     made cheap is found out.
     """
     step, most = CORRECTION_POINTS
+    least = step
+    if _loads_in_no_time(prices.table) and not cold:
+        least, most = MANY_POINTS
     progress.stage("check prices on whole models")
     rng, points = np.random.default_rng(0), list[WholePoint]()
-    loads = times_loaded(prices.table, prices.dense_ms)
     measure = partial(
         measure_points,
         *(prepared, prices.table),
         open_timer=open_timer,
-        rounds=as_fits(CORRECTION_MS / (4 * loads * prices.dense_ms), *CORRECTION_ROUNDS),
+        rounds=as_fits(CORRECTION_MS / (4 * prices.dense_ms), *CORRECTION_ROUNDS),
         untimed=untimed_runs(prices.whole_ms),
-        loads=loads,
         progress=progress,
     )
     known, started = prices, time.monotonic()
     while True:
         numbers = range(len(points), len(points) + step)
         chosen = [spread_levels(prepared, target, known, number, rng) for number in numbers]
-        points += map(_middle, measure(chosen))
+        points += measure(chosen)
         fitted = fit_points(prices, points, cold=cold)
         known = prices.corrected(fitted)
         agreed = fitted.median_error <= AGREED and fitted.worst_error <= ALL_AGREED
-        many = loads == 1 or len(points) >= MANY_POINTS
-        late = time.monotonic() - started > CORRECTION_SECONDS * (1 if loads == 1 else 2)
-        enough = (agreed and many) or late
+        late = time.monotonic() - started > CORRECTION_SECONDS
+        enough = (agreed and len(points) >= least) or late
         # Loaded again, a cold graph takes 3 % more or less: points may agree by chance.
-        if (enough and not cold) or len(points) >= most or prices.doubt is not None:
+        if (enough and not cold) or len(points) >= most:
             break
     progress.done(
         f"sum of prices off by {fitted.median_error:.1%} (median), {fitted.worst_error:.1%} (worst)"
@@ -224,8 +183,9 @@ def _fitted(
     left_out = []
     for at in range(len(points)):
         by_others = tell([*wholes[:at], *wholes[at + 1 :]])
-        own, *others = read(by_others, [points[at], *points[:at], *points[at + 1 :]])
-        left_out.append((own, others))
+        (own,) = read(by_others, [points[at]])
+        others = [*points[:at], *points[at + 1 :]] if cold else []  # none but a bend reads them
+        left_out.append((own, read(by_others, others)))
     return correction.fit(read(told, points), left_out, surplus=told.surplus, may_bend=cold)
 
 
@@ -237,10 +197,9 @@ def measure_points(
     open_timer: Callable[[], GraphTimer],
     rounds: int,
     untimed: int = 1,
-    loads: int = 1,
     progress: Progress,
-) -> list[list[WholePoint]]:
-    """Time whole models, each as often as it is to be loaded."""
+) -> list[WholePoint]:
+    """Time whole models beside the dense one, few of them in any one process."""
     models = [dense_model(prepared)]
     if prepared.numeric != prepared.floats:
         models.append(whole_model(prepared, {}))
@@ -251,23 +210,13 @@ def measure_points(
         workload=table.workload,
         rounds=rounds,
         untimed=untimed,
-        loads=loads,
         once=not _loads_in_no_time(table),
-        on_graph=lambda *_: progress.advance(),
+        on_graph=progress.advance,
     )
     return [
-        [WholePoint(levels, b.ms, b.others_ms[-1], b.others_ms[0]) for b in timed]
-        for levels, timed in zip(allocations, seen, strict=True)
+        WholePoint(levels, b.ms, b.others_ms[-1], b.others_ms[0])
+        for levels, b in zip(allocations, seen, strict=True)
     ]
-
-
-def _middle(loads: Sequence[WholePoint]) -> WholePoint:
-    return sorted(loads, key=attrgetter("measured"))[len(loads) // 2]
-
-
-def times_loaded(table: LatencyTable, whole_ms: float) -> int:
-    """How often whole models that take so long are loaded to be timed for a table."""
-    return LOADS if _loads_in_no_time(table) and whole_ms < SHORT_MS else 1
 
 
 def _loads_in_no_time(table: LatencyTable) -> bool:
