@@ -97,8 +97,8 @@ class LatencyTable(BaseModel):
     """(site signature, level) → measurement, for one target, runtime and workload.
 
     Immutable: `with_entries`, `with_note` and `merge` return new tables. `anchor` names the anchor
-    graph (its hash): ratios to different anchors are not comparable. An entry of `in_place` is the
-    whole model with every site of its signature at its level, beside the undiminished whole.
+    graph (its hash): ratios to different anchors are not comparable. An entry of `in_place` is a
+    whole model, in floats or with every site at its fastest level, beside the undiminished whole.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -181,7 +181,7 @@ class LatencyTable(BaseModel):
         return self._knots[_line(signature, level)]
 
     def with_entries(self, entries: Iterable[Entry], *, in_place: bool = False) -> LatencyTable:
-        """Add entries, or measurements in place; one with the key of an old one replaces it."""
+        """Add entries, or whole models; one with the key of an old one replaces it."""
         name = "in_place" if in_place else "entries"
         held: tuple[Entry, ...] = getattr(self, name)
         index = {entry.key: entry for entry in (*held, *entries)}

@@ -21,10 +21,11 @@ LEAST_RATIO = 0.01  # of a sum to the whole: where parts overlap, what they save
 SURE = 0.005  # no ratio of two whole models is believed to be known better
 UNEXPLAINED = 0.02, 0.05, 0.12  # of what a whole model takes, as standard deviations: what no sum
 # over its parts tells, on machines that are quieter or busier
-# What parts likely take in the whole beyond what they take alone, as standard deviations: at a knot
-# of their widths, all of a kind and those of one signature, of the part; of all parts of a numeric;
-# of each part that is there, of the mean one; and what no part has, of the whole.
-BELIEVED, OWN, SCALED, EACH, FIXED = 0.3, 0.1, 0.1, 0.02, 0.1
+# What parts likely take in the whole beyond what they take alone, as standard deviations. Of the
+# part: all of a kind in a numeric, the same at a knot of their widths, and those of one signature
+# there (of few models a knot that may differ much looks cheap by chance); and all of a numeric. Of
+# the mean part: each that is there. Of the whole: what no part has.
+KIND, KNOT, OWN, SCALED, EACH, FIXED = 0.3, 0.1, 0.03, 0.1, 0.02, 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,27 +49,31 @@ class SitePrices:
     def near(self, site: str, level: Level) -> dict[str, float]:
         """By terms of the knots that a level lies between, how much of each is in it.
 
-        Of a knot of its own signature, how near it is; of the like knots of all sites of its kind,
-        how much of what it takes alone.
+        Of a knot of its own signature, how near it is; of the like knots of all sites of its kind
+        and of all of their widths, how much of what it takes alone.
         """
         level, signature = level.within(self.numeric), self.signatures[site]
         knots = self.table.knots(signature, level)
         at = min(bisect_left(knots, level.width), len(knots) - 1)
         low, high = knots[max(at - 1, 0)], knots[at]
         share = (level.width - low) / (high - low) if low < high else 1.0
-        terms: dict[str, float] = {}
+        terms = {_name_of_kind(signature, level): self.table.price(signature, level)}
         for width, near in {low: 1 - share, high: share}.items():
             knot = replace(level, width=width)
-            own, alike = names_of_knot(signature, knot, knots)
+            own, alike = _names_of_knot(signature, knot, knots)
             terms |= {own: near, alike: near * self.table.price(signature, knot)}
         return terms
 
 
-def names_of_knot(signature: str, level: Level, knots: Sequence[int]) -> tuple[str, str]:
+def _name_of_kind(signature: str, level: Level) -> str:
+    """The term of all sites of a kind at all widths of a numeric and a pattern, or removed."""
+    return f"{signature.partition('-')[0]} {replace(level, width=int(level.width > 0))}"
+
+
+def _names_of_knot(signature: str, level: Level, knots: Sequence[int]) -> tuple[str, str]:
     """The terms of a level at a knot: of its signature, and of all sites of its kind."""
-    kind = signature.partition("-")[0]
     place = "one" if len(knots) == 1 else f"{knots.index(level.width) + 1} of {len(knots)}"
-    return f"{signature} {level}", f"{kind} {place} {replace(level, width=int(level.width > 0))}"
+    return f"{signature} {level}", f"{_name_of_kind(signature, level)}, {place}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,11 +201,12 @@ class Prices:
             for level in self.table.levels(signature):
                 if not level.removed:
                     found[f"all {level.numeric}"] = SCALED
+                found[_name_of_kind(signature, level)] = KIND
                 knots = self.table.knots(signature, level)
                 if level.width in knots:
-                    own, alike = names_of_knot(signature, level, knots)
+                    own, alike = _names_of_knot(signature, level, knots)
                     found[own] = OWN * self.table.price(signature, level)
-                    found[alike] = BELIEVED
+                    found[alike] = KNOT
         return found
 
     def whole(self, levels: Mapping[str, Level], ratio: float, noise: float = 0.0) -> Whole:

@@ -27,13 +27,15 @@ from zipc.targets import ON_CPU
 # Models that are measured at a time, and at most where they do not agree; and at least and at most
 # of those that load in no time: of so many each may be off, and six agree by chance.
 CORRECTION_POINTS = 6, 18
-MANY_POINTS = 36, 54
+MANY_POINTS = 36, 72
 AGREED, ALL_AGREED = 0.02, 0.05  # errors of left-out points, in the median and at worst, below
 # which no more are measured
 CLEARLY = 0.9  # of the mean error of left-out points: what leaving more unexplained must come below
-CORRECTION_SECONDS = 120.0  # after which no more are measured, but where parts are cold
+CORRECTION_SECONDS = 100.0  # after which no more are measured, but where parts are cold; twice that
+# of short models, of which a load counts for more
+SHORT_MS = 100.0
 CORRECTION_ROUNDS = 6, 100  # of a whole model beside dense: as many as fit
-CORRECTION_MS = 4000.0  # of each point; a round runs a model and the dense one twice
+CORRECTION_MS = 2000.0  # of each point; a round runs a model and the dense one twice
 # A graph of 9 MB that comes back after others takes 30 % longer than it should in its second run
 # and 1 % in its fifth: the last cache only keeps what was thrown out of the others.
 UNTIMED = 1, 4
@@ -124,6 +126,7 @@ def fit_correction(
         untimed=untimed_runs(prices.whole_ms),
         progress=progress,
     )
+    seconds = CORRECTION_SECONDS * (2 if prices.dense_ms < SHORT_MS else 1)
     known, started = prices, time.monotonic()
     while True:
         numbers = range(len(points), len(points) + step)
@@ -132,7 +135,7 @@ def fit_correction(
         fitted = fit_points(prices, points, cold=cold)
         known = prices.corrected(fitted)
         agreed = fitted.median_error <= AGREED and fitted.worst_error <= ALL_AGREED
-        late = time.monotonic() - started > CORRECTION_SECONDS
+        late = time.monotonic() - started > seconds
         enough = (agreed and len(points) >= least) or late
         # Loaded again, a cold graph takes 3 % more or less: points may agree by chance.
         if (enough and not cold) or len(points) >= most:

@@ -46,50 +46,39 @@ class Process:
         return Graph(MS[model] * (1 + self.timers.slower * (len(self.loaded) - 1)))
 
 
-def built(log: list[str], names: str) -> list[Callable[[], bytes]]:
-    def build(name: str) -> bytes:
-        log.append(name)
-        return name.encode()
-
-    return [lambda name=name: build(name) for name in names]
+def built(names: str) -> list[Callable[[], bytes]]:
+    return [lambda name=name: name.encode() for name in names]
 
 
 def timed(
-    names: str, others: list[bytes], *, loads: int = 1, once: bool = False, slower: float = 0.0
-) -> tuple[list[list[Beside]], Timers, list[str]]:
-    timers, log = Timers(slower), list[str]()
+    names: str, others: list[bytes], *, once: bool = False, slower: float = 0.0
+) -> tuple[list[Beside], Timers]:
+    timers = Timers(slower)
     found = time_afresh(
-        built(log, names),
+        built(names),
         others,
         open_timer=timers.open,
         workload=WORKLOAD,
         rounds=2,
-        loads=loads,
         once=once,
     )
-    return found, timers, log
+    return found, timers
 
 
-@pytest.mark.parametrize("loads", [1, 3])
-def test_every_graph_is_timed_beside_the_others_once_a_load(loads: int) -> None:
-    found, _, _ = timed("abcd", [b"floats", b"whole"], loads=loads)
-    assert [len(one) for one in found] == [loads] * 4
-    assert [one[0].ms for one in found] == [[MS[n.encode()]] * 2 for n in "abcd"]
-    assert {tuple(map(tuple, one[0].others_ms)) for one in found} == {((4.0, 4.0), (2.0, 2.0))}
+def test_every_graph_is_timed_beside_the_others() -> None:
+    found, _ = timed("abcd", [b"floats", b"whole"])
+    assert [one.ms for one in found] == [[MS[n.encode()]] * 2 for n in "abcd"]
+    assert {tuple(map(tuple, one.others_ms)) for one in found} == {((4.0, 4.0), (2.0, 2.0))}
 
 
 def test_no_graph_is_loaded_into_a_process_that_has_loaded_dozens() -> None:
-    found, timers, _ = timed("ab" * 20, [b"whole"], loads=2, slower=0.01)
+    found, timers = timed("ab" * 20, [b"whole"], slower=0.01)
     assert max(map(len, timers.processes)) == 1 + TOGETHER
-    assert max(b.ms[0] / MS[b"a"] for b in found[0]) <= 1 + 0.01 * TOGETHER
-
-
-def test_a_graph_is_built_once_however_often_it_is_loaded() -> None:
-    assert timed("abcd", [b"whole"], loads=3)[2] == ["a", "b", "c", "d"]
+    assert max(one.ms[0] / MS[b"a"] for one in found[::2]) <= 1 + 0.01 * TOGETHER
 
 
 def test_where_loading_takes_minutes_the_others_are_loaded_once() -> None:
-    _, timers, _ = timed("abcd", [b"floats", b"whole"], once=True)
+    _, timers = timed("abcd", [b"floats", b"whole"], once=True)
     assert timers.processes == [[b"floats", b"whole", b"a", b"b", b"c", b"d"]]
 
 
@@ -105,25 +94,6 @@ def test_large_graphs_are_held_one_at_a_time(
 
     monkeypatch.setattr(afresh, "HELD_BYTES", held_bytes)
     monkeypatch.setattr(afresh, "interleave", in_turns)
-    found, _, _ = timed("abcd", [b"whole"])
-    assert [one[0].ms[0] for one in found] == [1.0, 0.5, 1.5, 0.25]
+    found, _ = timed("abcd", [b"whole"])
+    assert [one.ms[0] for one in found] == [1.0, 0.5, 1.5, 0.25]
     assert max(held) == most
-
-
-def test_what_an_interrupted_series_has_measured_is_heard_of() -> None:
-    def broken() -> bytes:
-        raise KeyboardInterrupt
-
-    heard = dict[int, list[Beside]]()
-    with pytest.raises(KeyboardInterrupt):
-        time_afresh(
-            [*built([], "abc"), broken],
-            [b"whole"],
-            open_timer=Timers().open,
-            workload=WORKLOAD,
-            rounds=2,
-            loads=2,
-            on_graph=lambda number, loads: heard.update({number: loads}),
-        )
-    assert sorted(heard) == [0, 1, 2]
-    assert {len(loads) for loads in heard.values()} == {2}

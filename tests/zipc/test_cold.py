@@ -16,7 +16,6 @@ from zipc.cold import UNKNOWN_CACHE, cache_filler, last_cache, product_of_one_ro
 from zipc.core.request import Request
 from zipc.core.types import Silent, Workload
 from zipc.groundwork import Priced, price_model
-from zipc.pricing import FASTEST, WHOLE
 from zipc.profiler.runners.onnxruntime import OnnxRuntimeRunner
 from zipc.profiler.runners.session import SessionRunner
 
@@ -114,12 +113,10 @@ def test_a_decode_step_beyond_the_cache_has_a_table_of_its_own(
 
     monkeypatch.setattr(SessionRunner, "run", run)
     warm = priced(tmp_path).prices
-    assert {e.signature for e in warm.table.in_place} - {WHOLE, FASTEST}
     assert not any(ran)
     monkeypatch.setattr(pricing, "cache_filler", lambda *_: product_of_one_row(1 << 15))
     found = priced(tmp_path).prices
     assert sum(ran) > len(found.table.entries)
-    assert {e.signature for e in found.table.in_place} <= {WHOLE, FASTEST}  # no site
     assert found.path != warm.path
     again = priced(tmp_path).prices
     assert again.from_cache

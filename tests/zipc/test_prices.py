@@ -14,6 +14,7 @@ import pytest
 from zipc import whole_models
 from zipc.core.types import Level, Silent, Workload
 from zipc.latency_tables.correction import Correction
+from zipc.latency_tables.surplus import Whole
 from zipc.latency_tables.table import Entry, LatencyTable
 from zipc.prices import LEAST_RATIO, UNEXPLAINED, Prices, SitePrices, added_up
 
@@ -21,6 +22,7 @@ UNITS, CALLS = 8, 3
 WHOLE_MS = 30.0
 LEVELS = [Level(0), *(Level(w, n) for n in ("fp32", "int8-static") for w in (2, 4, 8))]
 KIND = "heads-8"
+BOARD = {"host": "board"}
 
 
 def alone_ms(level: Level) -> float:
@@ -32,34 +34,22 @@ def in_place_ms(level: Level) -> float:
     return 0.2 if level.removed else (0.4 if level.numeric == "fp32" else 0.1) * level.width
 
 
-def table(*, spread: float = 0.0, placed: bool = True) -> LatencyTable:
-    """One kind of site, three of them in a model; runs of the whole scatter by `spread`."""
+def table() -> LatencyTable:
+    """One kind of site, three of them in a model."""
 
-    def entry(level: Level, ms: float, anchor: float, scatter: float = 0.0) -> Entry:
-        samples = (ms * (1 - scatter), ms, ms * (1 + scatter))
-        return Entry(signature=KIND, level=level, samples_ms=samples, anchor_ms=(anchor,) * 3)
+    def entry(level: Level) -> Entry:
+        samples = (alone_ms(level),) * 3
+        return Entry(signature=KIND, level=level, samples_ms=samples, anchor_ms=(1.0,) * 3)
 
-    whole = {
-        lv: WHOLE_MS - (CALLS - lv.removed) * (in_place_ms(Level(UNITS)) - in_place_ms(lv))
-        for lv in LEVELS
-        if lv != Level(UNITS)
-    }
-    held = LatencyTable(
+    return LatencyTable(
         target="cpu",
         runtime="onnxruntime",
         workload=Workload(1, 16, 1),
         fingerprint={"cpu": "one"},
-    ).with_entries(entry(lv, alone_ms(lv), 1.0) for lv in LEVELS)
-    if not placed:
-        return held
-    return held.with_entries(
-        (entry(lv, ms, WHOLE_MS, spread) for lv, ms in whole.items()), in_place=True
-    )
+    ).with_entries(map(entry, LEVELS))
 
 
-def prices(
-    held: LatencyTable, *, in_place: bool = True, whole_ms: float = WHOLE_MS, cold: bool = False
-) -> Prices:
+def prices(held: LatencyTable, *, whole_ms: float = WHOLE_MS, cold: bool = False) -> Prices:
     names = [f"layer.{i}" for i in range(CALLS)]
     calls = dict.fromkeys(names, 1)
     sites = SitePrices(held, dict.fromkeys(names, KIND), dict.fromkeys(names, Level(UNITS)), "fp32")
@@ -70,8 +60,11 @@ def prices(
         measured=True,
         cold=cold,
     )
-    made = Prices(held, Path("table"), sites, calls, whole_ms, whole_ms, add, 1.0, False, None)
-    return made.told_by() if in_place else made
+    return Prices(held, Path("table"), sites, calls, whole_ms, whole_ms, add, 1.0, False, None)
+
+
+def told_by(made: Prices, wholes: Sequence[Whole], *, unexplained: float) -> Prices:
+    return replace(made, surplus=made.evidence().surplus(wholes, unexplained=unexplained))
 
 
 def total(made: Prices, level: Level) -> float:
@@ -80,12 +73,15 @@ def total(made: Prices, level: Level) -> float:
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_a_sum_of_prices_is_what_the_whole_model_takes(level: Level) -> None:
-    truth = WHOLE_MS - CALLS * (in_place_ms(Level(UNITS)) - in_place_ms(level))
-    assert total(prices(table()), level) == pytest.approx(truth, rel=0.02)
+    made = prices(table())
+    truth = {lv: WHOLE_MS - CALLS * (in_place_ms(Level(UNITS)) - in_place_ms(lv)) for lv in LEVELS}
+    wholes = [made.whole(dict.fromkeys(made.calls, lv), ms / WHOLE_MS) for lv, ms in truth.items()]
+    told = told_by(made, wholes, unexplained=0.005)
+    assert total(told, level) == pytest.approx(truth[level], rel=0.02)
 
 
-def test_without_measurements_in_place_a_level_saves_what_it_saves_alone() -> None:
-    made = prices(table(placed=False))
+def test_unless_whole_models_tell_more_a_level_saves_what_it_saves_alone() -> None:
+    made = prices(table())
     saved = WHOLE_MS - total(made, Level(2))
     assert saved == pytest.approx(CALLS * (alone_ms(Level(UNITS)) - alone_ms(Level(2))))
 
@@ -94,7 +90,7 @@ def test_cold_parts_that_take_more_than_the_whole_take_so_much_more_each() -> No
     """A part of a decode step waits anew for its first weights; the whole reads on."""
     more = 0.25  # of a call; a removed site takes but 0.1 alone
     whole_ms = CALLS * (alone_ms(Level(UNITS)) - more)
-    made = prices(table(placed=False), in_place=False, whole_ms=whole_ms, cold=True)
+    made = prices(table(), whole_ms=whole_ms, cold=True)
     assert total(made, Level(UNITS)) == pytest.approx(whole_ms)
     assert total(made, Level(4)) == pytest.approx(CALLS * (alone_ms(Level(4)) - more))
     assert 0 < total(made, Level(0)) < 0.01 * whole_ms
@@ -102,8 +98,8 @@ def test_cold_parts_that_take_more_than_the_whole_take_so_much_more_each() -> No
 
 
 def test_cold_parts_that_take_less_than_the_whole_leave_it_the_rest() -> None:
-    made = prices(table(placed=False), in_place=False, cold=True)
-    hot = prices(table(placed=False), in_place=False)
+    made = prices(table(), cold=True)
+    hot = prices(table())
     assert [total(made, lv) for lv in LEVELS] == [total(hot, lv) for lv in LEVELS]
 
 
@@ -142,13 +138,13 @@ def test_what_cold_calls_take_apart_is_told_by_models_that_lack_some_of_them() -
         there = [kept * alone_ms(lv) - apart for lv in levels.values() if not lv.removed]
         return sum(there) / whole_ms
 
-    made = prices(table(placed=False), in_place=False, whole_ms=whole_ms, cold=True)
+    made = prices(table(), whole_ms=whole_ms, cold=True)
     Machine(truth, [["fp32"]]).check(made, cold=True, rel=0.03)
 
 
 def test_prices_of_a_numeric_are_scaled_by_what_models_that_have_it_take() -> None:
     whole_ms = 1.1 * CALLS * alone_ms(Level(UNITS))
-    made = prices(table(placed=False), in_place=False, whole_ms=whole_ms)
+    made = prices(table(), whole_ms=whole_ms)
 
     def truth(levels: Mapping[str, Level]) -> float:
         integers = [n for n, lv in levels.items() if lv.numeric == "int8-static"]
@@ -157,10 +153,10 @@ def test_prices_of_a_numeric_are_scaled_by_what_models_that_have_it_take() -> No
     Machine(truth, [["fp32"], ["int8-static"], ["fp32", "int8-static"]]).check(made, rel=0.02)
 
 
-def test_whole_models_tell_what_widths_between_those_measured_in_place_take() -> None:
-    """In place, half of the units take nearly as much as all of them."""
+def test_whole_models_tell_what_widths_in_between_take() -> None:
+    """In the whole, half of the units take nearly as much as all of them."""
     whole_ms = 1.1 * CALLS * alone_ms(Level(UNITS))
-    made = prices(table(placed=False), in_place=False, whole_ms=whole_ms)
+    made = prices(table(), whole_ms=whole_ms)
 
     def truth(levels: Mapping[str, Level]) -> float:
         more = 0.15 * alone_ms(Level(4)) * sum(lv == Level(4) for lv in levels.values())
@@ -169,23 +165,9 @@ def test_whole_models_tell_what_widths_between_those_measured_in_place_take() ->
     Machine(truth, [["fp32"]]).check(made, rel=0.02)
 
 
-@pytest.mark.parametrize(("short_ms", "widths"), [(100.0, {0, 2, 4, 8}), (10.0, {0, 2, 8})])
-def test_models_that_take_long_are_timed_in_place_at_outer_widths_alone(
-    short_ms: float, widths: set[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(whole_models, "SHORT_MS", short_ms)
-    held = prices(table(placed=False), in_place=False)
-    sites = [SimpleNamespace(name=name, calls=1) for name in held.calls]
-    prepared: Any = SimpleNamespace(structure=SimpleNamespace(sites=sites), numeric="fp32")
-    offered = dict.fromkeys(held.calls, LEVELS)
-    graphs = whole_models.in_place(prepared, held.sites, offered, whole_ms=WHOLE_MS)
-    assert {g.level.width for g in graphs if g.level.numeric == "int8-static"} == widths - {0}
-    assert {g.level.width for g in graphs if g.level.numeric == "fp32"} == widths - {UNITS}
-
-
 def test_like_parts_of_other_sizes_take_more_alike() -> None:
     """Of the second size no whole model tells much: there is one such part."""
-    held, whole_ms = table(placed=False), 4.2 * alone_ms(Level(UNITS))
+    held, whole_ms = table(), 4.2 * alone_ms(Level(UNITS))
     other = [
         e.model_copy(update={"signature": "heads-16", "level": replace(e.level)})
         for e in held.entries
@@ -209,7 +191,7 @@ def test_like_parts_of_other_sizes_take_more_alike() -> None:
         more = 0.2 * sum(made.ms(name, level) for name in levels)
         ratio = (made.sum_ms(levels | {"last": Level(8)}) + more) / whole_ms
         wholes.append(made.whole(levels, ratio, 0.001))
-    told = made.told_by(wholes, unexplained=0.001)
+    told = told_by(made, wholes, unexplained=0.001)
     widest = Level(8, "int8-static")
     assert told.ms("layer.0", widest) == pytest.approx(1.2 * made.ms("layer.0", widest), rel=0.05)
     assert made.ms("last", widest) == made.ms("layer.0", widest)
@@ -223,7 +205,7 @@ def point(levels: Mapping[str, Level], ratio: float) -> whole_models.WholePoint:
 def test_levels_that_later_checks_are_drawn_at_go_by_what_the_first_ones_told(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    held, seen = prices(table(placed=False), in_place=False), []
+    held, seen = prices(table()), []
 
     def levels(_: object, __: object, known: Prices, ___: int, ____: object) -> dict[str, Level]:
         seen.append(known.ms("layer.0", Level(8)))
@@ -231,26 +213,26 @@ def test_levels_that_later_checks_are_drawn_at_go_by_what_the_first_ones_told(
 
     def measured(
         _: object, __: object, chosen: Sequence[Mapping[str, Level]], **___: object
-    ) -> list[list[whole_models.WholePoint]]:
+    ) -> list[whole_models.WholePoint]:
         times = [
             1.1 * held.sum_ms(lv) / WHOLE_MS * (1 + 0.1 * (n % 2)) for n, lv in enumerate(chosen)
         ]
-        return [[point(lv, ms)] for lv, ms in zip(chosen, times, strict=True)]
+        return [point(lv, ms) for lv, ms in zip(chosen, times, strict=True)]
 
     monkeypatch.setattr(whole_models, "measure_points", measured)
     monkeypatch.setattr(whole_models, "spread_levels", levels)
     unused: Any = None
     fitted, _ = whole_models.fit_correction(unused, unused, held, unused, Silent(), cold=False)
-    assert fitted.n == 18
+    assert fitted.n == 72
     assert len(set(seen[:6])) == 1
     assert seen[0] == held.ms("layer.0", Level(8)) != seen[6]
 
 
 def test_the_more_is_left_unexplained_the_less_models_tell() -> None:
-    made = prices(table(placed=False), in_place=False)
+    made = prices(table())
     levels = dict.fromkeys(made.calls, Level(4))
     whole = made.whole(levels, 1.2 * made.sum_ms(levels) / WHOLE_MS)
-    told = [made.told_by([whole], unexplained=share).sum_ms(levels) for share in (0.01, 0.1, 1.0)]
+    told = [told_by(made, [whole], unexplained=share).sum_ms(levels) for share in (0.01, 0.1, 1.0)]
     assert 1.2 * made.sum_ms(levels) > told[0] > told[1] > told[2] > made.sum_ms(levels)
 
 
@@ -268,24 +250,6 @@ def test_more_is_left_unexplained_where_that_predicts_left_out_models_clearly_be
     monkeypatch.setattr(whole_models, "_fitted", lambda _, __, ___, share, **____: made[share])
     unused: Any = SimpleNamespace(evidence=lambda: None)
     assert whole_models.fit_points(unused, [], cold=False) is made[UNEXPLAINED[chosen]]
-
-
-def test_noise_in_place_is_not_taken_for_a_saving() -> None:
-    made = prices(table(spread=0.9))
-    alone = prices(table(), in_place=False)
-    assert total(made, Level(2)) == pytest.approx(total(alone, Level(2)), rel=0.012)
-
-
-@pytest.mark.parametrize("away", [-2.0, 2.0])
-def test_a_noisy_measurement_is_held_against_the_others_of_its_kind(away: float) -> None:
-    held, level = table(), Level(2, "int8-static")
-    others = [e for e in held.in_place if e.level != level]
-    (own,) = (e for e in held.in_place if e.level == level)
-    ms = own.samples_ms[1] + away
-    noisy = own.model_copy(update={"samples_ms": (ms - 2, ms, ms + 2)})
-    made = prices(held.model_copy(update={"in_place": (*others, noisy)}))
-    truth = total(prices(held), level)
-    assert abs(total(made, level) - truth) < 0.2 * abs(away)
 
 
 def test_no_level_takes_less_than_nothing() -> None:
@@ -320,10 +284,10 @@ def measured_points(
         rounds=2,
         progress=Silent(),
     )
-    return [point for (point,) in points], loaded
+    return points, loaded
 
 
-@pytest.mark.parametrize(("place", "loads"), [({}, 2), ({"host": "board"}, 1)])
+@pytest.mark.parametrize(("place", "loads"), [({}, 2), (BOARD, 1)])
 def test_whole_models_are_timed_beside_dense_ones_loaded_anew_but_on_boards(
     place: dict[str, str], loads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -333,22 +297,23 @@ def test_whole_models_are_timed_beside_dense_ones_loaded_anew_but_on_boards(
 
 
 @pytest.mark.parametrize(
-    ("off", "cold", "loads", "enough"),
+    ("off", "cold", "place", "enough"),
     [
-        (0.0, False, 1, 6),
-        (0.0, False, 3, 12),
-        (0.0, True, 1, 18),
-        (0.08, False, 1, 18),
-        (0.03, False, 1, 6),
+        (0.0, False, BOARD, 6),
+        (0.0, False, {}, 36),
+        (0.0, True, {}, 18),
+        (0.08, False, BOARD, 18),
+        (0.08, False, {}, 72),
+        (0.03, False, BOARD, 6),
     ],
 )
 def test_prices_are_checked_on_more_models_where_one_is_far_off_or_parts_are_cold(
-    off: float, cold: bool, loads: int, enough: int, monkeypatch: pytest.MonkeyPatch
+    off: float, cold: bool, place: dict[str, str], enough: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def measured(
         _: object, __: object, chosen: Sequence[object], **___: object
-    ) -> list[list[whole_models.WholePoint]]:
-        return [[point(lv, ratio(lv) * (1 + off * (n == 2)))] for n, lv in enumerate(chosen)]
+    ) -> list[whole_models.WholePoint]:
+        return [point(lv, ratio(lv) * (1 + off * (n == 2))) for n, lv in enumerate(chosen)]
 
     def ratio(levels: Mapping[str, Level]) -> float:
         return held.sum_ms(levels) / held.whole_ms
@@ -357,7 +322,7 @@ def test_prices_are_checked_on_more_models_where_one_is_far_off_or_parts_are_col
         return {n: LEVELS[(number + at) % len(LEVELS)] for at, n in enumerate(held.calls)}
 
     held = prices(table())
-    monkeypatch.setattr(whole_models, "times_loaded", lambda *_: loads)
+    held.table = held.table.model_copy(update={"fingerprint": place})
     monkeypatch.setattr(whole_models, "measure_points", measured)
     monkeypatch.setattr(whole_models, "spread_levels", levels)
     unused: Any = None
@@ -371,10 +336,10 @@ def test_checks_that_do_not_agree_end_in_time_but_where_parts_are_cold(
 ) -> None:
     def measured(
         _: object, __: object, chosen: Sequence[Mapping[str, Level]], **___: object
-    ) -> list[list[whole_models.WholePoint]]:
-        return [[point(lv, 0.5 + 0.3 * (n % 2))] for n, lv in enumerate(chosen)]
+    ) -> list[whole_models.WholePoint]:
+        return [point(lv, 0.5 + 0.3 * (n % 2)) for n, lv in enumerate(chosen)]
 
-    held = prices(table(placed=False), in_place=False)
+    held = prices(table())
     monkeypatch.setattr(whole_models, "measure_points", measured)
     monkeypatch.setattr(whole_models, "spread_levels", lambda *_: {"layer.0": Level(2)})
     monkeypatch.setattr(whole_models, "CORRECTION_SECONDS", -1.0)
@@ -384,35 +349,11 @@ def test_checks_that_do_not_agree_end_in_time_but_where_parts_are_cold(
     assert fitted.worst_error > whole_models.ALL_AGREED
 
 
-@pytest.mark.parametrize(("dense_ms", "loads"), [(20.0, 3), (200.0, 1)])
-def test_models_that_take_no_time_to_load_are_loaded_several_times(
-    dense_ms: float, loads: int
-) -> None:
-    assert whole_models.times_loaded(table(), dense_ms) == loads
-    board = table().model_copy(update={"fingerprint": {"host": "board"}})
-    assert whole_models.times_loaded(board, dense_ms) == 1
-
-
-def test_one_of_several_loads_of_a_model_may_be_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    def measured(
-        _: object, __: object, chosen: Sequence[Mapping[str, Level]], **___: object
-    ) -> list[list[whole_models.WholePoint]]:
-        return [[point(levels, off) for off in (1.0, 1.5, 1.0)] for levels in chosen]
-
-    held = prices(table(placed=False), in_place=False)
-    dense = dict.fromkeys(held.calls, Level(UNITS))
-    monkeypatch.setattr(whole_models, "measure_points", measured)
-    monkeypatch.setattr(whole_models, "spread_levels", lambda *_: dense)
-    unused: Any = None
-    _, points = whole_models.fit_correction(unused, unused, held, unused, Silent(), cold=False)
-    assert {p.measured for p in points} == {1.0}
-
-
 def test_sums_that_overlapping_parts_make_negative_are_read_as_the_least(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """In a RegNet what units save in each part they are in can add up to more than the whole."""
-    held = prices(table(placed=False), in_place=False)
+    held = prices(table())
     held.add = replace(held.add, fixed_ms=-2 * WHOLE_MS)
     points, _ = measured_points(held, monkeypatch)
     assert [p.over_floats for p in points] == [0.25] * 4
