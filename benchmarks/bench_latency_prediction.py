@@ -45,7 +45,7 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "latency_prediction.json"
 MEDIAN, WORST, COVERAGE = 0.03, 0.10, 0.90
 ROUNDS, ROUNDS_MS = (10, 200), 2000.0  # of a whole model beside dense: as many as fit
-PASSES, PASSES_MS = (1, 5), 350.0  # of all allocations: as many as fit; of small models one
+PASSES, PASSES_MS = (3, 5), 350.0  # of all allocations: as many as fit; of small models one
 # measurement in thirty is off by up to half, of large ones by a tenth
 MIN_SEED = 1000  # the fit of the correction uses small seeds
 BERT: dict[str, Any] = {}  # the defaults of transformers are the shape of BERT-base

@@ -14,7 +14,7 @@ from zipc.profiler.device import GraphTimer, TimedGraph
 from zipc.profiler.timing import interleave, warm_up
 
 TOGETHER = 3  # graphs that are loaded into one process, beside the others
-HELD_BYTES = 400e6  # of whole models that are held at once
+HELD_BYTES = 1.5e9  # of whole models that are held at once beside the others
 WARM_RUNS = 6
 
 

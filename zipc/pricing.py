@@ -134,15 +134,15 @@ def price(
     sites = SitePrices(table, signatures, {s.name: Level(s.units) for s in own}, prepared.numeric)
     calls = {s.name: s.calls for s in own}
     whole_ms = table.price(WHOLE, whole)
-    placed = list[PricedGraph]()
+    wholes = list[PricedGraph]()
     shared = overlapping(prepared, sites, calls, whole_ms)
     fastest = fastest_widths(prepared, target, sites) if shared else None
     if fastest is not None:
-        placed.append(PricedGraph(FASTEST, whole, lambda: whole_model(prepared, fastest)))
+        wholes.append(PricedGraph(FASTEST, whole, lambda: whole_model(prepared, fastest)))
     if dense != whole:  # a speedup is over the model in floats
-        placed.append(PricedGraph(WHOLE, dense, lambda: dense_bytes))
+        wholes.append(PricedGraph(WHOLE, dense, lambda: dense_bytes))
     gently = _gently(whole_ms, len(undiminished))
-    table, more = extend(table, placed, undiminished, gently)
+    table, more = extend(table, wholes, undiminished, gently)
     sites = replace(sites, table=table)
     ratios = {e.key: e.ratio for e in table.in_place}
     dense_ms = ratios.get((WHOLE, dense), 1.0) * whole_ms

@@ -27,13 +27,12 @@ from zipc.targets import ON_CPU
 # Models that are measured at a time, and at most where they do not agree; and at least and at most
 # of those that load in no time: of so many each may be off, and six agree by chance.
 CORRECTION_POINTS = 6, 18
-MANY_POINTS = 36, 72
+MANY_POINTS = 36, 144
 AGREED, ALL_AGREED = 0.02, 0.05  # errors of left-out points, in the median and at worst, below
 # which no more are measured
 CLEARLY = 0.9  # of the mean error of left-out points: what leaving more unexplained must come below
 CORRECTION_SECONDS = 100.0  # after which no more are measured, but where parts are cold; twice that
-# of short models, of which a load counts for more
-SHORT_MS = 100.0
+SHORT_MS = 100.0  # of models that take less, whose loads differ more
 CORRECTION_ROUNDS = 6, 100  # of a whole model beside dense: as many as fit
 CORRECTION_MS = 2000.0  # of each point; a round runs a model and the dense one twice
 # A graph of 9 MB that comes back after others takes 30 % longer than it should in its second run
@@ -129,7 +128,8 @@ def fit_correction(
     seconds = CORRECTION_SECONDS * (2 if prices.dense_ms < SHORT_MS else 1)
     known, started = prices, time.monotonic()
     while True:
-        numbers = range(len(points), len(points) + step)
+        more = max(step, len(points) // 4 // step * step)  # a fit to many takes seconds
+        numbers = range(len(points), min(len(points) + more, most))
         chosen = [spread_levels(prepared, target, known, number, rng) for number in numbers]
         points += measure(chosen)
         fitted = fit_points(prices, points, cold=cold)

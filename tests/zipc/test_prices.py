@@ -223,7 +223,7 @@ def test_levels_that_later_checks_are_drawn_at_go_by_what_the_first_ones_told(
     monkeypatch.setattr(whole_models, "spread_levels", levels)
     unused: Any = None
     fitted, _ = whole_models.fit_correction(unused, unused, held, unused, Silent(), cold=False)
-    assert fitted.n == 72
+    assert fitted.n == 144
     assert len(set(seen[:6])) == 1
     assert seen[0] == held.ms("layer.0", Level(8)) != seen[6]
 
@@ -303,7 +303,7 @@ def test_whole_models_are_timed_beside_dense_ones_loaded_anew_but_on_boards(
         (0.0, False, {}, 36),
         (0.0, True, {}, 18),
         (0.08, False, BOARD, 18),
-        (0.08, False, {}, 72),
+        (0.08, False, {}, 144),
         (0.03, False, BOARD, 6),
     ],
 )
