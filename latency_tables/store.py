@@ -161,9 +161,9 @@ def read_table(path: Path) -> LatencyTable:
         )
     digest = document.pop("digest", None)
     edited = digest != digest_of(document)
-    if version in (1, 2, 3):  # 1 had nothing measured in place; none says what parts take beyond
-        # what they take alone: that is measured anew
-        document |= {"schema_version": SCHEMA_VERSION, "correction": None}
+    if version in (1, 2, 3, 4):  # 1 had no whole models; none says what parts take beyond what they
+        # take alone as now: that is measured anew
+        document |= {"schema_version": SCHEMA_VERSION, "in_place": [], "correction": None}
     try:
         table = LatencyTable.model_validate(document)
     except ValidationError as error:

@@ -172,7 +172,7 @@ def test_a_newer_schema_asks_for_an_upgrade(store: TableStore, saved: Path) -> N
         store.load(saved, fingerprint=FINGERPRINT)
 
 
-@pytest.mark.parametrize("version", [1, 2, 3])
+@pytest.mark.parametrize("version", [1, 2, 3, 4])
 def test_tables_of_older_schemas_keep_their_prices_and_are_checked_anew(
     version: int, store: TableStore, table: LatencyTable, saved: Path
 ) -> None:
@@ -180,6 +180,7 @@ def test_tables_of_older_schemas_keep_their_prices_and_are_checked_anew(
     del document["digest"]
     document["schema_version"] = version
     document["correction"] = {"intercept": 0.1, "slope": 0.9, "points": [[0.5, 0.6]]}
+    document["in_place"] = document["entries"][:1]
     if version == 1:
         del document["in_place"]
     write_json(saved, document | {"digest": digest_of(document)})

@@ -165,6 +165,18 @@ def test_whole_models_tell_what_widths_in_between_take() -> None:
     Machine(truth, [["fp32"]]).check(made, rel=0.02)
 
 
+def test_widths_that_no_model_had_take_more_as_others_do() -> None:
+    """Else a width that is not known looks cheap, and is chosen."""
+    made = prices(table())
+    wholes = []
+    for level in (Level(2, "int8-static"), Level(4, "int8-static")):
+        levels = dict.fromkeys(made.calls, level)
+        more = 0.2 * sum(made.ms(name, level) for name in levels)
+        wholes.append(made.whole(levels, (made.sum_ms(levels) + more) / WHOLE_MS))
+    told, widest = told_by(made, wholes, unexplained=0.001), Level(8, "int8-static")
+    assert told.ms("layer.0", widest) == pytest.approx(1.2 * made.ms("layer.0", widest), rel=0.05)
+
+
 def test_like_parts_of_other_sizes_take_more_alike() -> None:
     """Of the second size no whole model tells much: there is one such part."""
     held, whole_ms = table(), 4.2 * alone_ms(Level(UNITS))
