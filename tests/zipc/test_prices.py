@@ -174,7 +174,7 @@ def test_widths_that_no_model_had_take_more_as_others_do() -> None:
         more = 0.2 * sum(made.ms(name, level) for name in levels)
         wholes.append(made.whole(levels, (made.sum_ms(levels) + more) / WHOLE_MS))
     told, widest = told_by(made, wholes, unexplained=0.001), Level(8, "int8-static")
-    assert told.ms("layer.0", widest) == pytest.approx(1.2 * made.ms("layer.0", widest), rel=0.05)
+    assert 1.1 < told.ms("layer.0", widest) / made.ms("layer.0", widest) < 1.25
 
 
 def test_like_parts_of_other_sizes_take_more_alike() -> None:
