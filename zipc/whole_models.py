@@ -24,8 +24,9 @@ from zipc.profiler.device import GraphTimer
 from zipc.pruner.graph.mixtures import settled
 from zipc.targets import ON_CPU
 
-# Models that are measured at a time, and at most where they do not agree; and at least and at most
-# of those that load in no time: of so many each may be off, and six agree by chance.
+CORRECTION_STEP = 6  # models that are measured at a time, or more where there are many
+# How many at least, and at most where they do not agree; the second of those that load in no time:
+# each may be off, and six agree by chance.
 CORRECTION_POINTS = 6, 18
 MANY_POINTS = 36, 144
 AGREED, ALL_AGREED = 0.02, 0.05  # errors of left-out points, in the median and at worst, below
@@ -111,10 +112,8 @@ def fit_correction(
     Each time at levels that are worth their prices by what is known so far: a level that noise
     made cheap is found out.
     """
-    step, most = CORRECTION_POINTS
-    least = step
-    if _loads_in_no_time(prices.table) and not cold:
-        least, most = MANY_POINTS
+    many = _loads_in_no_time(prices.table) and not cold
+    least, most = MANY_POINTS if many else CORRECTION_POINTS
     progress.stage("check prices on whole models")
     rng, points = np.random.default_rng(0), list[WholePoint]()
     measure = partial(
@@ -128,8 +127,8 @@ def fit_correction(
     seconds = CORRECTION_SECONDS * (2 if prices.dense_ms < SHORT_MS else 1)
     known, started = prices, time.monotonic()
     while True:
-        more = max(step, len(points) // 4 // step * step)  # a fit to many takes seconds
-        numbers = range(len(points), min(len(points) + more, most))
+        steps = max(1, len(points) // (4 * CORRECTION_STEP))  # a fit to many takes seconds
+        numbers = range(len(points), min(len(points) + steps * CORRECTION_STEP, most))
         chosen = [spread_levels(prepared, target, known, number, rng) for number in numbers]
         points += measure(chosen)
         fitted = fit_points(prices, points, cold=cold)
@@ -156,8 +155,10 @@ def fit_points(
     move times by a tenth, what explains each model to a percent is noise.
     """
     evidence = prices.evidence()
+    wholes = [prices.whole(point.levels, point.measured) for point in points]
     best, *others = (
-        _fitted(prices, points, evidence, unexplained, cold=cold) for unexplained in UNEXPLAINED
+        _fitted(prices, points, evidence, unexplained, wholes=wholes, cold=cold)
+        for unexplained in UNEXPLAINED
     )
     for other in others:
         if fmean(other.errors) < CLEARLY * fmean(best.errors):
@@ -171,6 +172,7 @@ def _fitted(
     evidence: Evidence,
     unexplained: float,
     *,
+    wholes: Sequence[Whole],
     cold: bool,
 ) -> correction.Correction:
     def tell(wholes: Sequence[Whole]) -> Prices:
@@ -181,7 +183,6 @@ def _fitted(
         ratios = [max(ratio, LEAST_RATIO) for ratio in sums]
         return list(zip(ratios, (point.measured for point in some), strict=True))
 
-    wholes = [prices.whole(p.levels, p.measured) for p in points]
     told = tell(wholes)
     left_out = []
     for at in range(len(points)):
