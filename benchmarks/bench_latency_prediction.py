@@ -39,13 +39,13 @@ from zipc.core.request import Request
 from zipc.core.types import Silent
 from zipc.groundwork import price_model
 from zipc.latency_tables.store import default_cache_dir
-from zipc.whole_models import as_fits, measure_points, random_levels, untimed_runs
+from zipc.whole_models import as_fits, measure_points, random_levels, undiminished, untimed_runs
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "latency_prediction.json"
 MEDIAN, WORST, COVERAGE = 0.03, 0.10, 0.90
-ROUNDS, ROUNDS_MS = (10, 200), 2000.0  # of a whole model beside dense: as many as fit
-PASSES, PASSES_MS = (3, 5), 350.0  # of all allocations: as many as fit; of small models one
+ROUNDS, ROUNDS_MS = (10, 200), 1000.0  # of a whole model beside dense: as many as fit
+PASSES, PASSES_MS = (3, 7), 350.0  # of all allocations: as many as fit; of small models one
 # measurement in thirty is off by up to half, of large ones by a tenth
 MIN_SEED = 1000  # the fit of the correction uses small seeds
 BERT: dict[str, Any] = {}  # the defaults of transformers are the shape of BERT-base
@@ -135,7 +135,7 @@ def measure(arguments: argparse.Namespace, request: Request) -> dict[str, Any]:
     ]
     time_all = partial(
         measure_points,
-        *(priced.prepared, prices.table, chosen),
+        *(priced.prepared, prices.table, undiminished(priced.prepared), chosen),
         open_timer=priced.device.timer,
         rounds=rounds,
         untimed=untimed_runs(prices.whole_ms),

@@ -77,7 +77,7 @@ def measure(case: str, folder: Path) -> dict[str, Any]:
     return {
         "commit": commit(),
         "entries": len(first.entries),
-        "in_place": len(first.in_place),
+        "whole_models": first.correction.n if first.correction else 0,
         "table_s": round(first_s, 1),
         "again_s": round(again_s, 2),
         "beside_a_busy_process_s": round(loaded_s, 1),

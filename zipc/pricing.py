@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from zipc.build import dense_model
 from zipc.cold import cache_filler
 from zipc.core.errors import TableMissing
 from zipc.core.files import fingerprint as short_hash
@@ -34,6 +33,7 @@ from zipc.whole_models import (
     fastest_widths,
     fit_correction,
     overlapping,
+    undiminished,
     untimed_runs,
     whole_model,
 )
@@ -105,13 +105,13 @@ def price(
     own = prepared.structure.sites
     signatures, parts = surroundings(prepared.dense, own)
     offered = {s.name: offered_levels(prepared, s, target) for s in own}
-    dense_bytes = dense_model(prepared)
+    beside = undiminished(prepared)
+    dense_bytes, whole_bytes = beside[0], beside[-1]
     filler = cache_filler(device, request.workload, len(dense_bytes))
     cold = filler is not None
     path, stored = _stored(prepared, target, request, signatures, cold, device, store, progress)
     dense, whole = Level(1, prepared.floats), Level(1, prepared.numeric)
-    undiminished = dense_bytes if dense == whole else whole_model(prepared, {})
-    graphs = [PricedGraph(WHOLE, whole, lambda: undiminished)]
+    graphs = [PricedGraph(WHOLE, whole, lambda: whole_bytes)]
     for signature, part in parts.items():
         site = next(s for s in own if signatures[s.name] == signature)
         graphs += [
@@ -141,8 +141,8 @@ def price(
         wholes.append(PricedGraph(FASTEST, whole, lambda: whole_model(prepared, fastest)))
     if dense != whole:  # a speedup is over the model in floats
         wholes.append(PricedGraph(WHOLE, dense, lambda: dense_bytes))
-    gently = _gently(whole_ms, len(undiminished))
-    table, more = extend(table, wholes, undiminished, gently)
+    gently = _gently(whole_ms, len(whole_bytes))
+    table, more = extend(table, wholes, whole_bytes, gently)
     sites = replace(sites, table=table)
     ratios = {e.key: e.ratio for e in table.in_place}
     dense_ms = ratios.get((WHOLE, dense), 1.0) * whole_ms
@@ -170,7 +170,9 @@ def price(
     )
     if table.correction is not None:
         return prices.corrected(table.correction)
-    fitted, points = fit_correction(*(prepared, target, prices, device.timer, progress), cold=cold)
+    fitted, points = fit_correction(
+        *(prepared, target, prices, beside, device.timer, progress), cold=cold
+    )
     if dense != whole:  # what one moment tells of integers beside floats may not last
         floats = Entry(
             signature=WHOLE,

@@ -32,10 +32,11 @@ MANY_POINTS = 36, 144
 AGREED, ALL_AGREED = 0.02, 0.05  # errors of left-out points, in the median and at worst, below
 # which no more are measured
 CLEARLY = 0.9  # of the mean error of left-out points: what leaving more unexplained must come below
-CORRECTION_SECONDS = 100.0  # after which no more are measured, but where parts are cold; twice that
+CORRECTION_SECONDS = 70.0  # after which no more are measured, but where parts are cold; twice that
 SHORT_MS = 100.0  # of models that take less, whose loads differ more
 CORRECTION_ROUNDS = 6, 100  # of a whole model beside dense: as many as fit
-CORRECTION_MS = 2000.0  # of each point; a round runs a model and the dense one twice
+CORRECTION_MS = 1000.0  # of each point; a round runs a model and the dense one twice. Loading one
+# more tells more than as many rounds as it takes.
 # A graph of 9 MB that comes back after others takes 30 % longer than it should in its second run
 # and 1 % in its fifth: the last cache only keeps what was thrown out of the others.
 UNTIMED = 1, 4
@@ -71,6 +72,12 @@ def fastest_widths(prepared: Prepared, target: Target, sites: SitePrices) -> dic
     return settled(prepared.sites, levels, first_units(levels))
 
 
+def undiminished(prepared: Prepared) -> list[bytes]:
+    """The dense model in floats, and the whole of what it runs in where that is another."""
+    dense = dense_model(prepared)
+    return [dense] if prepared.numeric == prepared.floats else [dense, whole_model(prepared, {})]
+
+
 def whole_model(prepared: Prepared, levels: Mapping[str, Level]) -> bytes:
     """The whole model at some levels, with unrepaired weights."""
     edit = plain_edit(prepared, levels, first_units(levels))
@@ -102,6 +109,7 @@ def fit_correction(
     prepared: Prepared,
     target: Target,
     prices: Prices,
+    beside: Sequence[bytes],
     open_timer: Callable[[], GraphTimer],
     progress: Progress,
     *,
@@ -109,8 +117,8 @@ def fit_correction(
 ) -> tuple[correction.Correction, list[WholePoint]]:
     """Measure whole models until they agree on what sums of prices get wrong, or are enough.
 
-    Each time at levels that are worth their prices by what is known so far: a level that noise
-    made cheap is found out.
+    They are timed `beside` the `undiminished`, each time at levels that are worth their prices by
+    what is known so far: a level that noise made cheap is found out.
     """
     many = _loads_in_no_time(prices.table) and not cold
     least, most = MANY_POINTS if many else CORRECTION_POINTS
@@ -118,7 +126,7 @@ def fit_correction(
     rng, points = np.random.default_rng(0), list[WholePoint]()
     measure = partial(
         measure_points,
-        *(prepared, prices.table),
+        *(prepared, prices.table, beside),
         open_timer=open_timer,
         rounds=as_fits(CORRECTION_MS / (4 * prices.dense_ms), *CORRECTION_ROUNDS),
         untimed=untimed_runs(prices.whole_ms),
@@ -196,6 +204,7 @@ def _fitted(
 def measure_points(
     prepared: Prepared,
     table: LatencyTable,
+    beside: Sequence[bytes],
     allocations: Sequence[Mapping[str, Level]],
     *,
     open_timer: Callable[[], GraphTimer],
@@ -203,13 +212,10 @@ def measure_points(
     untimed: int = 1,
     progress: Progress,
 ) -> list[WholePoint]:
-    """Time whole models beside the dense one, few of them in any one process."""
-    models = [dense_model(prepared)]
-    if prepared.numeric != prepared.floats:
-        models.append(whole_model(prepared, {}))
+    """Time whole models `beside` the `undiminished`, few of them in any one process."""
     seen = time_afresh(
         [partial(whole_model, prepared, levels) for levels in allocations],
-        models,
+        beside,
         open_timer=open_timer,
         workload=table.workload,
         rounds=rounds,

@@ -224,7 +224,7 @@ def test_levels_that_later_checks_are_drawn_at_go_by_what_the_first_ones_told(
         return {"layer.0": Level(8), "layer.1": Level(2), "layer.2": Level(0)}
 
     def measured(
-        _: object, __: object, chosen: Sequence[Mapping[str, Level]], **___: object
+        _: object, __: object, ___: object, chosen: Sequence[Mapping[str, Level]], **____: object
     ) -> list[whole_models.WholePoint]:
         times = [
             1.1 * held.sum_ms(lv) / WHOLE_MS * (1 + 0.1 * (n % 2)) for n, lv in enumerate(chosen)
@@ -234,7 +234,9 @@ def test_levels_that_later_checks_are_drawn_at_go_by_what_the_first_ones_told(
     monkeypatch.setattr(whole_models, "measure_points", measured)
     monkeypatch.setattr(whole_models, "spread_levels", levels)
     unused: Any = None
-    fitted, _ = whole_models.fit_correction(unused, unused, held, unused, Silent(), cold=False)
+    fitted, _ = whole_models.fit_correction(
+        *(unused, unused, held, unused, unused), Silent(), cold=False
+    )
     assert fitted.n == 144
     assert len(set(seen[:6])) == 1
     assert seen[0] == held.ms("layer.0", Level(8)) != seen[6]
@@ -286,12 +288,11 @@ def measured_points(
         loaded.append(model)
         return SimpleNamespace(run=lambda: {b"dense": 4.0, b"small": 1.0}[model])
 
-    for name, model in {"dense_model": b"dense", "whole_model": b"small"}.items():
-        monkeypatch.setattr(whole_models, name, lambda *_, model=model: model)
-    prepared: Any = SimpleNamespace(numeric="fp32", floats="fp32")
+    monkeypatch.setattr(whole_models, "whole_model", lambda *_: b"small")
+    unused: Any = None
     timer: Any = SimpleNamespace(load=load)
     points = whole_models.measure_points(
-        *(prepared, held.table, [levels] * 4),
+        *(unused, held.table, [b"dense"], [levels] * 4),
         open_timer=lambda: timer,
         rounds=2,
         progress=Silent(),
@@ -323,7 +324,7 @@ def test_prices_are_checked_on_more_models_where_one_is_far_off_or_parts_are_col
     off: float, cold: bool, place: dict[str, str], enough: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def measured(
-        _: object, __: object, chosen: Sequence[object], **___: object
+        _: object, __: object, ___: object, chosen: Sequence[object], **____: object
     ) -> list[whole_models.WholePoint]:
         return [point(lv, ratio(lv) * (1 + off * (n == 2))) for n, lv in enumerate(chosen)]
 
@@ -338,7 +339,9 @@ def test_prices_are_checked_on_more_models_where_one_is_far_off_or_parts_are_col
     monkeypatch.setattr(whole_models, "measure_points", measured)
     monkeypatch.setattr(whole_models, "spread_levels", levels)
     unused: Any = None
-    fitted, points = whole_models.fit_correction(unused, unused, held, unused, Silent(), cold=cold)
+    fitted, points = whole_models.fit_correction(
+        *(unused, unused, held, unused, unused), Silent(), cold=cold
+    )
     assert fitted.n == len(points) == enough
 
 
@@ -347,7 +350,7 @@ def test_checks_that_do_not_agree_end_in_time_but_where_parts_are_cold(
     cold: bool, enough: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def measured(
-        _: object, __: object, chosen: Sequence[Mapping[str, Level]], **___: object
+        _: object, __: object, ___: object, chosen: Sequence[Mapping[str, Level]], **____: object
     ) -> list[whole_models.WholePoint]:
         return [point(lv, 0.5 + 0.3 * (n % 2)) for n, lv in enumerate(chosen)]
 
@@ -356,7 +359,9 @@ def test_checks_that_do_not_agree_end_in_time_but_where_parts_are_cold(
     monkeypatch.setattr(whole_models, "spread_levels", lambda *_: {"layer.0": Level(2)})
     monkeypatch.setattr(whole_models, "CORRECTION_SECONDS", -1.0)
     unused: Any = None
-    fitted, _ = whole_models.fit_correction(unused, unused, held, unused, Silent(), cold=cold)
+    fitted, _ = whole_models.fit_correction(
+        *(unused, unused, held, unused, unused), Silent(), cold=cold
+    )
     assert fitted.n == enough
     assert fitted.worst_error > whole_models.ALL_AGREED
 
