@@ -7,6 +7,7 @@ are checked by whoever asked. Nothing of it is run, unpickled or used as a file 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import math
 import os
@@ -30,6 +31,7 @@ from zipc.profiler import agent, facts, tensorrt_python, trtexec
 
 MAX_ANSWER = 16 << 20  # bytes of a line: the layers of a large engine are a tenth of it
 MAX_BANNER = 64 << 10  # bytes a login may print before the agent speaks
+PIPE_BYTES = 1 << 20
 _KEPT = 8 << 10  # bytes of standard error that are kept
 _PATIENCE_S = 5.0  # for a process that was told to end
 _ERRORS = {
@@ -88,6 +90,7 @@ class Link:
             env=None if environment is None else {**os.environ, **environment},
             start_new_session=True,  # Ctrl-C is for the compile, which then ends this
         )
+        _widen(self._process)
         self._told = bytearray()
         self._reader = threading.Thread(target=_keep, args=(self._process, self._told), daemon=True)
         self._reader.start()
@@ -252,6 +255,13 @@ def _shown(value: Any, longest: int = 200) -> str:
     """What a stranger sent, safe to print on a terminal."""
     text = str(value)[: 2 * longest]
     return "".join(c if c.isprintable() else " " for c in text)[:longest].strip()
+
+
+def _widen(process: subprocess.Popen[bytes]) -> None:
+    """Let more of a graph into the pipe at once: one of 400 MB is there in half the time."""
+    assert process.stdin is not None
+    with contextlib.suppress(AttributeError, OSError):  # Linux alone has it; users have a quota
+        fcntl.fcntl(process.stdin, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
 
 
 def _keep(process: subprocess.Popen[bytes], kept: bytearray) -> None:

@@ -32,8 +32,7 @@ MANY_POINTS = 36, 144
 AGREED, ALL_AGREED = 0.02, 0.05  # errors of left-out points, in the median and at worst, below
 # which no more are measured
 CLEARLY = 0.9  # of the mean error of left-out points: what leaving more unexplained must come below
-CORRECTION_SECONDS = 70.0  # after which no more are measured, but where parts are cold; twice that
-SHORT_MS = 100.0  # of models that take less, whose loads differ more
+CORRECTION_SECONDS = 90.0  # that all of them take at most, but where parts are cold
 CORRECTION_ROUNDS = 6, 100  # of a whole model beside dense: as many as fit
 CORRECTION_MS = 1000.0  # of each point; a round runs a model and the dense one twice. Loading one
 # more tells more than as many rounds as it takes.
@@ -132,17 +131,17 @@ def fit_correction(
         untimed=untimed_runs(prices.whole_ms),
         progress=progress,
     )
-    seconds = CORRECTION_SECONDS * (2 if prices.dense_ms < SHORT_MS else 1)
     known, started = prices, time.monotonic()
     while True:
-        steps = max(1, len(points) // (4 * CORRECTION_STEP))  # a fit to many takes seconds
-        numbers = range(len(points), min(len(points) + steps * CORRECTION_STEP, most))
+        step = CORRECTION_STEP * max(1, len(points) // (4 * CORRECTION_STEP))  # fits take seconds
+        numbers = range(len(points), min(len(points) + step, most))
         chosen = [spread_levels(prepared, target, known, number, rng) for number in numbers]
         points += measure(chosen)
         fitted = fit_points(prices, points, cold=cold)
         known = prices.corrected(fitted)
         agreed = fitted.median_error <= AGREED and fitted.worst_error <= ALL_AGREED
-        late = time.monotonic() - started > seconds
+        spent = time.monotonic() - started
+        late = spent * (1 + step / len(points)) > CORRECTION_SECONDS
         enough = (agreed and len(points) >= least) or late
         # Loaded again, a cold graph takes 3 % more or less: points may agree by chance.
         if (enough and not cold) or len(points) >= most:
