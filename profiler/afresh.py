@@ -11,11 +11,10 @@ from typing import NamedTuple
 
 from zipc.core.types import Workload
 from zipc.profiler.device import GraphTimer, TimedGraph
-from zipc.profiler.timing import interleave, warm_up
+from zipc.profiler.timing import FEW_RUNS, interleave, warm_up
 
 TOGETHER = 3  # graphs that are loaded into one process, beside the others
 HELD_BYTES = 1.5e9  # of whole models that are held at once beside the others
-WARM_RUNS = 6
 
 
 class Beside(NamedTuple):
@@ -60,5 +59,5 @@ def time_afresh(
 
 def _loaded(timer: GraphTimer, model: bytes, workload: Workload) -> TimedGraph:
     graph = timer.load(model, workload=workload)
-    warm_up(graph, max_runs=WARM_RUNS)
+    warm_up(graph, max_runs=FEW_RUNS)
     return graph

@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from zipc.core.types import Level, Progress, Runner
 from zipc.latency_tables.table import Entry, EntryKey, entry_key
-from zipc.profiler.timing import interleave, warm_up
+from zipc.profiler.timing import FEW_RUNS, interleave, warm_up
 
 GROUP = 8  # graphs whose runners are alive together, unless told otherwise
 BESIDE = 4  # graphs timed between one run of the anchor and its next
@@ -115,7 +115,7 @@ def _measure(
     """Time one group, run by run, the anchor beside every few graphs in every round."""
     runners = [make_runner(graph.build()) for graph in group]
     for runner in (anchor, *runners):
-        warm_up(runner, max_runs=6)
+        warm_up(runner, max_runs=FEW_RUNS)
     entries: list[Entry | None] = [None] * len(group)
     active = list(range(len(group)))
     chunk = max(MIN_ROUNDS, rounds // 2)
@@ -146,7 +146,7 @@ def _measure(
         if filler is not None:
             for index in active:
                 runners[index] = make_runner(group[index].build())
-                warm_up(runners[index], max_runs=6)
+                warm_up(runners[index], max_runs=FEW_RUNS)
     return [entry for entry in entries if entry is not None]
 
 

@@ -12,6 +12,7 @@ from zipc.core.types import Runner
 from zipc.profiler.agent import alternate, no_collection
 
 STEADY = 1.05  # largest spread of three consecutive warm runs
+FEW_RUNS = 6  # that are enough for a graph which runs untimed before each run that is timed
 
 
 @runtime_checkable
