@@ -46,7 +46,10 @@ class TableStore:
         found = self.matching(name)
         if len(found) == 1:
             return found[0]
-        names = ", ".join(short_name(p.stem, _workload_key(p)) for p in found[:MOST_NAMED])
+        listed = found[:MOST_NAMED]
+        short = {short_name(p.stem, _workload_key(p)) for p in listed}
+        # those of one model for several targets have the same
+        names = ", ".join(sorted(short) if len(short) == len(listed) else map(str, listed))
         raise UsageError(
             f"'{name}' may mean {len(found)} tables: {names}. Give one of these, or its path, "
             "which zipc tables list --format json has."
@@ -149,15 +152,15 @@ def read_table(path: Path) -> LatencyTable:
     Raises:
         CorruptFile: truncated, edited by hand, or written by a newer zipc.
     """
-    document = read_json(path)
     again = "Delete it and run zipc profile again."
-    if not isinstance(document, dict):
-        raise CorruptFile(f"{path} is not a latency table. {again}")
+    document = read_json(path, advice=again if path.is_file() else "Run: zipc tables list")
+    if not isinstance(document, dict) or "entries" not in document:
+        raise CorruptFile(f"{path} is not a latency table. Those there are: zipc tables list")
     version = document.get("schema_version")
     if isinstance(version, int) and version > SCHEMA_VERSION:
         raise CorruptFile(
             f"{path} has schema {version}; this zipc reads up to {SCHEMA_VERSION}. "
-            f"Run: pip install --upgrade zipc, or delete the file and run zipc profile again."
+            "Take a newer zipc, or delete the file and run zipc profile again."
         )
     digest = document.pop("digest", None)
     edited = digest != digest_of(document)

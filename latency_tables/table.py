@@ -210,7 +210,8 @@ class LatencyTable(BaseModel):
         if different:
             raise UsageError(
                 f"Cannot merge latency tables of {self._where} and {other._where}: they differ in "
-                f"{', '.join(different)}. {self._next_command}"
+                f"{', '.join(different)}. Tables are merged that are of one model on one device "
+                "in one state; what differs, zipc tables diff tells."
             )
         merged = self.with_entries(other.entries).with_entries(other.in_place, in_place=True)
         for note in other.notes:

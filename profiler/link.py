@@ -215,7 +215,7 @@ def checked_facts(found: Any) -> dict[str, Any]:
 
 def _fact(value: Any) -> Any:
     if isinstance(value, str):
-        return _shown(value)
+        return _shown(value, 500)  # advice of several sentences
     if isinstance(value, list):
         return [_fact(item) for item in value]
     if isinstance(value, dict):

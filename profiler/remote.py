@@ -289,12 +289,17 @@ def ssh_command() -> list[str]:
     """The words that start ssh.
 
     Raises:
-        UsageError: `ZIPC_SSH` cannot be split into words.
+        UsageError: `ZIPC_SSH` cannot be split into words, or there is no such program.
     """
     try:
         chosen = shlex.split(os.environ.get("ZIPC_SSH", "")) or ["ssh"]
     except ValueError as error:
         raise UsageError(f"ZIPC_SSH cannot be read: {error}.") from error
+    if shutil.which(chosen[0]) is None:
+        raise UsageError(
+            f"There is no {chosen[0]} here to reach a board by. Install OpenSSH's client "
+            "(apt-get install openssh-client), or name one in ZIPC_SSH."
+        )
     return [*chosen, *SSH_OPTIONS]
 
 

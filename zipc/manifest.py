@@ -243,7 +243,7 @@ def _check_schema(document: Any, path: Path) -> None:
     if found > SCHEMA_VERSION:
         raise CorruptFile(
             f"{path} has schema {found}, this zipc reads up to {SCHEMA_VERSION}. "
-            "Run: pip install --upgrade zipc"
+            "Take a newer zipc, or compile again."
         )
 
 

@@ -16,9 +16,10 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor
 
-from zipc.core.errors import UsageError
-from zipc.core.files import sha256_file, write_atomic, write_json
+from zipc.core.errors import CorruptFile, UsageError
+from zipc.core.files import read_json, sha256_file, write_atomic, write_json
 from zipc.core.types import Artifact
+from zipc.manifest import FILE_NAME
 
 OLD = ".old"  # an earlier output, moved aside for a moment
 TIMED = " (timed)"
@@ -30,18 +31,26 @@ KINDS = {
     "samples.json": "raw timing samples of the verdict",
 }
 FOLDERS = {"checkpoint": "checkpoint", "triton": "model repository for Triton"}
+MOST_NAMED = 3  # files that a message names
+BUILT = ("model.", "reference.", "timing.")  # how names begin of what build.sh leaves
 
 
 def check_output(out: Path) -> None:
     """Refuse a place where the result could not or should not be written; nothing is left there.
 
     Raises:
-        UsageError: it is a file, holds something that is not ours, or cannot be written.
+        UsageError: it is a file, holds something that is not ours, cannot be replaced or written.
     """
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file. Choose a folder with -o.")
-    if out.is_dir() and any(out.iterdir()) and not (out / "manifest.json").is_file():
-        raise UsageError(f"{out} is not empty and was not written by zipc. Choose another with -o.")
+    if out.is_dir() and any(out.iterdir()):
+        _check_ours(out)
+    if out.is_dir() and (out.is_mount() or out.samefile(".")):
+        raise UsageError(
+            f"{out} is a volume or the current folder, which a finished result cannot replace. "
+            f"Choose a folder in it, e.g. -o {out / 'compiled'}."
+        )
+    out = _real(out)
     place = next(folder for folder in out.absolute().parents if folder.exists())
     try:
         handle, probe = tempfile.mkstemp(dir=place, prefix=f".{out.name}.zipc-probe-")
@@ -53,6 +62,30 @@ def check_output(out: Path) -> None:
         ) from error
 
 
+def _check_ours(out: Path) -> None:
+    """Refuse a folder of which a new result would delete what zipc did not write."""
+    refused = f"{out} is not empty and was not written by zipc. Choose another with -o."
+    try:
+        document = read_json(out / FILE_NAME)
+    except CorruptFile as error:
+        raise UsageError(refused) from error
+    if not isinstance(document, dict) or "zipc_version" not in document:
+        raise UsageError(refused)
+    ours = {FILE_NAME, *KINDS, *FOLDERS}
+    names = (path.name for path in out.iterdir())
+    others = sorted(n for n in names if n not in ours and not n.startswith(BUILT))
+    if others:
+        raise UsageError(
+            f"{out} holds {', '.join(others[:MOST_NAMED])}, which zipc did not write and a new "
+            "result would delete. Move it, or choose another folder with -o."
+        )
+
+
+def _real(out: Path) -> Path:
+    """The folder itself, where `out` is a link to it."""
+    return out.resolve() if out.is_symlink() else out
+
+
 @contextlib.contextmanager
 def staged(out: Path) -> Iterator[Path]:
     """A fresh folder beside `out` that replaces it when the block ends without an error.
@@ -62,6 +95,7 @@ def staged(out: Path) -> Iterator[Path]:
     Raises:
         UsageError: the disk is full or the folder cannot be written.
     """
+    out = _real(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as held:

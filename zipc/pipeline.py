@@ -138,6 +138,7 @@ def compile_model(request: Request, *, progress: Progress) -> Manifest:
                 found=found,
                 timing=timing,
                 by_default=proof.by_default,
+                fingerprint=setup.device.fingerprint(),
                 quality=quality,
                 sizes=(len(shipped.reference), len(shipped.model)),
                 tensors=tensors,

@@ -222,6 +222,10 @@ def _stored(
     changed = differences(stored.fingerprint, prints) if stored else []
     if changed and request.allow_table_mismatch:
         stored = store.load(path, fingerprint=prints, allow_mismatch=True)
+        progress.info(
+            f"prices of a different device or state are used ({'; '.join(changed)}): allowed by "
+            "--allow-table-mismatch"
+        )
     elif changed:
         progress.info(
             f"the latency table is of another device or state ({'; '.join(changed)}): measured anew"

@@ -79,6 +79,7 @@ def make_manifest(
     found: Found,
     timing: PairedTiming,
     by_default: PairedTiming | None,
+    fingerprint: Mapping[str, Any],
     quality: QualityRecord,
     sizes: tuple[int, int],
     tensors: Mapping[str, Tensor],
@@ -86,7 +87,8 @@ def make_manifest(
     files: tuple[Artifact, ...],
     seconds: Mapping[str, float],
 ) -> Manifest:
-    """Put the record together; verdict and figures come from `timing` alone."""
+    """Put the record together; verdict and figures come from `timing` alone, on the device of the
+    `fingerprint`."""
     source = prepared.source
     allocation = found.built.allocation
     sweeps = candidates.levels.sweeps
@@ -121,7 +123,8 @@ def make_manifest(
         ),
         left_alone=tuple(prepared.left_alone),
         latency=_latency(
-            prices, solution, timing, by_default, session_options, notes, request=request
+            *(prices, solution, timing, by_default, fingerprint, session_options, notes),
+            request=request,
         ),
         verdict=_verdict(timing, by_default if request.by_default else None, goal, found, prices),
         quality=quality,
@@ -150,6 +153,7 @@ def _latency(
     solution: Solution,
     timing: PairedTiming,
     by_default: PairedTiming | None,
+    fingerprint: Mapping[str, Any],
     session_options: Mapping[str, Any],
     notes: list[str],
     *,
@@ -161,10 +165,8 @@ def _latency(
         predicted_ms=solution.predicted_ratio * prices.dense_ms,
         speedup=timing.speedup,
         speedup_ci95=timing.ci95,
-        by_default=by_default_record(
-            by_default, prices.table.fingerprint, promised=request.by_default
-        ),
-        fingerprint=dict(prices.table.fingerprint),
+        by_default=by_default_record(by_default, fingerprint, promised=request.by_default),
+        fingerprint=dict(fingerprint),
         session_options=dict(session_options),
         notes=tuple(notes),
     )

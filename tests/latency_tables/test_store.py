@@ -14,7 +14,7 @@ from zipc.core.files import fingerprint as digest_of
 from zipc.core.files import read_json, write_json
 from zipc.core.types import Level, Workload
 from zipc.latency_tables.correction import Correction
-from zipc.latency_tables.store import TableStore, default_cache_dir
+from zipc.latency_tables.store import TableStore, default_cache_dir, read_table
 from zipc.latency_tables.table import SCHEMA_VERSION, Entry, LatencyTable
 
 FINGERPRINT = {"cpu": "EPYC", "isa": ["avx2"], "runtime_version": "1.20.0"}
@@ -115,6 +115,30 @@ def test_a_truncated_file_is_corrupt(store: TableStore, saved: Path, share: floa
         store.load(saved, fingerprint=FINGERPRINT)
 
 
+def test_a_file_nested_without_end_is_corrupt(store: TableStore, saved: Path) -> None:
+    saved.write_text("[" * 200_000)
+    with pytest.raises(CorruptFile, match=saved.name):
+        store.load(saved, fingerprint=FINGERPRINT)
+
+
+def test_a_file_of_something_else_is_not_to_be_deleted(saved: Path) -> None:
+    saved.write_text('{"zipc_version": "0.1.0"}')
+    for path in (saved, saved.with_name("nowhere.json"), saved.parent):
+        with pytest.raises(CorruptFile, match="zipc tables list") as caught:
+            read_table(path)
+        assert "Delete" not in str(caught.value)
+
+
+def test_tables_of_one_name_are_named_by_their_paths(store: TableStore, saved: Path) -> None:
+    other = store.root / "other" / saved.relative_to(store.root / "cpu")
+    other.parent.mkdir(parents=True)
+    other.write_text(saved.read_text())
+    with pytest.raises(UsageError, match="may mean 2 tables") as caught:
+        store.find(saved.stem)
+    assert str(saved) in str(caught.value)
+    assert str(other) in str(caught.value)
+
+
 @pytest.mark.parametrize("value", [float("nan"), -1.0, 0.0, "fast", None])
 def test_an_impossible_sample_names_its_entry(store: TableStore, saved: Path, value: Any) -> None:
     edit(saved, lambda d: d["entries"][1]["samples_ms"].__setitem__(0, value))
@@ -168,7 +192,7 @@ def test_a_malformed_table_is_corrupt(
 
 def test_a_newer_schema_asks_for_an_upgrade(store: TableStore, saved: Path) -> None:
     edit(saved, lambda d: d.update(schema_version=SCHEMA_VERSION + 1, unheard_of=True))
-    with pytest.raises(CorruptFile, match="pip install --upgrade"):
+    with pytest.raises(CorruptFile, match="Take a newer zipc"):
         store.load(saved, fingerprint=FINGERPRINT)
 
 

@@ -232,6 +232,15 @@ def test_an_unreadable_command_for_ssh_is_refused(
         device.timer()
 
 
+@pytest.mark.parametrize("command", ["/nowhere/ssh", "/", "no-such-ssh -v"])
+def test_where_there_is_no_ssh_it_is_told_how_to_get_one(
+    command: str, monkeypatch: pytest.MonkeyPatch, device: RemoteDevice
+) -> None:
+    monkeypatch.setenv("ZIPC_SSH", command)
+    with pytest.raises(UsageError, match=r"There is no .* here.*openssh-client"):
+        device.timer()
+
+
 def test_a_board_that_slows_down_is_told_and_given_up_where_it_lasts(
     device: RemoteDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -504,6 +504,7 @@ class TestOtherVerbs:
         pipeline.plan_model = pipeline.compile_model = answer(pipeline, lambda: plan)
         flags = "--no-prune --numerics int8 --text-column a --text-column b --exclude 'x *'"
         flags += " --threads 2 --batch-size 4 --sequence-length 64 --effort quick --seed 3"
+        flags += " --weights w.safetensors --input-shapes x:8x64 --quantizer modelopt"
         flags += " --metric pearson --label-column c --cache-dir k --allow-table-mismatch"
         _, out, _ = run("plan", "m", "--latency", "5ms", "--data", "my data", *shlex.split(flags))
         following = next(line for line in out.splitlines() if line.startswith("next: zipc "))

@@ -107,7 +107,7 @@ def test_truncated_manifest_is_refused(manifest: Manifest, tmp_path: Path) -> No
 
 def test_newer_schema_asks_for_a_newer_zipc(manifest: Manifest, tmp_path: Path) -> None:
     _edit(manifest, tmp_path, lambda d: d.update(schema_version=SCHEMA_VERSION + 1))
-    with pytest.raises(CorruptFile, match=r"has schema 4.*pip install --upgrade"):
+    with pytest.raises(CorruptFile, match=r"has schema 4.*Take a newer zipc"):
         Manifest.read(tmp_path)
 
 

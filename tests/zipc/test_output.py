@@ -20,7 +20,7 @@ from zipc.output import check_output, staged, write_artifacts
 
 def finished(out: Path) -> Path:
     out.mkdir()
-    (out / "manifest.json").write_text("{}")
+    (out / "manifest.json").write_text('{"zipc_version": "0.1.0"}')
     (out / "model.onnx").write_text("earlier")
     return out
 
@@ -55,6 +55,52 @@ def test_foreign_folder_is_refused_and_untouched(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="not written by zipc"):
         check_output(tmp_path)
     assert (tmp_path / "thesis.tex").read_text() == "mine"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"manifest_version": 3, "name": "other"}'])
+def test_folder_with_the_manifest_of_something_else_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(UsageError, match="not written by zipc"):
+        check_output(tmp_path)
+
+
+def test_output_that_holds_files_of_its_user_is_refused(tmp_path: Path) -> None:
+    out = finished(tmp_path / "out")
+    for name in ("model.log", "model.engine", "timing.10.cache"):  # build.sh leaves these
+        (out / name).touch()
+    check_output(out)
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match=r"notes\.txt.*would delete"):
+        check_output(out)
+
+
+def test_current_folder_is_refused_since_it_cannot_be_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for place in (Path(), tmp_path):
+        with pytest.raises(UsageError, match="cannot replace"):
+            check_output(place)
+
+
+def test_volume_is_refused_since_it_cannot_be_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "is_mount", lambda self: self == tmp_path)
+    with pytest.raises(UsageError, match=r"cannot replace.*compiled"):
+        check_output(tmp_path)
+    check_output(tmp_path / "compiled")
+
+
+def test_link_to_an_output_stays_one(tmp_path: Path) -> None:
+    out, link = finished(tmp_path / "out"), tmp_path / "link"
+    link.symlink_to(out)
+    check_output(link)
+    with staged(link) as folder:
+        (folder / "model.onnx").write_text("new")
+    assert link.is_symlink()
+    assert (out / "model.onnx").read_text() == "new"
+    assert {p.name for p in tmp_path.iterdir()} == {"out", "link"}
 
 
 def test_read_only_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -592,8 +592,12 @@ def test_table_of_another_device_is_measured_anew_and_said(
     assert table is not None
     other = table.model_copy(update={"fingerprint": {**table.fingerprint, "cpu": "Abacus"}})
     store.save(other, first.table_path)
-    allowed = profile_model(replace(asked, allow_table_mismatch=True), progress=Told())
+    told = Told()
+    allowed = profile_model(replace(asked, allow_table_mismatch=True), progress=told)
     assert allowed.from_cache
+    assert any("--allow-table-mismatch" in info and "Abacus" in info for info in told.infos)
+    mixed = request(project.model, project.data, tmp_path / "out", cache, allow_table_mismatch=True)
+    assert compile_model(mixed, progress=Told()).latency.fingerprint == table.fingerprint
     told = Told()
     again = profile_model(asked, progress=told)
     assert not again.from_cache

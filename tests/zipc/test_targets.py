@@ -19,6 +19,7 @@ from zipc.targets import SUPPORTED, load_target, requested_target, shipped_files
 
 OWN = 'runtime = "onnxruntime"\n'
 DESK = f'{OWN}numerics = ["fp32"]\nwidth_step = 8\ndescription = "on my desk"\n'
+A100 = shipped_files()["a100"].read_text()
 
 
 @pytest.fixture(autouse=True)
@@ -114,7 +115,7 @@ def test_own_target_is_read_from_its_file(tmp_path: Path) -> None:
         ('runtime = "tensorrt"\nnumerics = ["fp32"]', "sheet"),
         ('runtime = "tvm"\nnumerics = ["fp32"]', "runtime 'tvm'.*onnxruntime, openvino"),
         (
-            shipped_files()["a100"].read_text().replace('"fp16", ', '"fp16", "int4-weights", '),
+            A100.replace('"fp16", ', '"fp16", "int4-weights", '),
             "int4-weights is not offered under tensorrt",
         ),
         (f'{OWN}numerics = ["fp32", "int3"]', "numerics 'int3'.*int8-static"),
@@ -192,6 +193,36 @@ def test_a_target_is_not_added_over_another(
     assert code == 2
     assert said in err
     assert [p.name for p in (config / "targets").iterdir()] == ["desk.toml"]
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "said"),
+    [
+        (f'name = "cpu"\n{DESK}', None, "calls itself 'cpu'"),
+        (f'name = "../x"\n{DESK}', None, "calls itself '../x'"),
+        (DESK, "desk.toml", "no .toml"),
+        (A100.replace('anchors = "a100"', 'anchors = "mine"'), None, "No model of devices 'mine'"),
+        (f"{A100}\n[modes.slow]\nmultiprocessors = 0\n", None, "multiprocessors must be"),
+    ],
+)
+def test_a_target_that_could_not_be_used_is_not_added(
+    run: Run, tmp_path: Path, config: Path, text: str, name: str | None, said: str
+) -> None:
+    file = tmp_path / "desk.toml"
+    file.write_text(text)
+    flags = [] if name is None else ["--name", name]
+    code, _, err = run("targets", "add", str(file), *flags)
+    assert (code, said in " ".join(err.split())) == (2, True)
+    assert not config.exists()
+
+
+def test_a_copy_of_a_shipped_target_is_one_of_its_own(
+    run: Run, tmp_path: Path, config: Path
+) -> None:
+    file = tmp_path / "desk.toml"
+    file.write_text(shipped_files()["cpu"].read_text())
+    assert run("targets", "add", str(file))[0] == 0
+    assert load_target("desk") == replace(load_target("cpu"), name="desk")
 
 
 def test_a_damaged_target_is_listed_as_such_and_not_added(

@@ -339,6 +339,7 @@ def _value(value: Any) -> str:
 
 _FLAGS: Mapping[str, str] = {  # those whose value is their text
     "runtime": "--runtime",
+    "weights": "--weights",
     "host": "--host",
     "host_python": "--host-python",
     "data": "--data",
@@ -357,6 +358,8 @@ _FLAGS: Mapping[str, str] = {  # those whose value is their text
     "sequence_length": "--sequence-length",
     "phase": "--phase",
     "past_length": "--past-length",
+    "input_shapes": "--input-shapes",
+    "quantizer": "--quantizer",
     "cache_dir": "--cache-dir",
 }
 _COLUMNS: tuple[tuple[str, Literal["left", "right"]], ...] = (

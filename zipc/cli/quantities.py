@@ -8,6 +8,7 @@ from zipc.core.errors import UsageError
 
 _MS_PER = {"us": 1e-3, "µs": 1e-3, "ms": 1.0, "s": 1e3}
 _SECONDS_PER = {"ms": 1e-3, "s": 1.0, "m": 60.0, "min": 60.0}
+MOST = 1_000_000
 _WORDS = {"double": "2x", "twice": "2x", "two": "2x", "three": "3x", "triple": "3x", "four": "4x"}
 
 
@@ -20,9 +21,10 @@ def parse_speedup(text: str) -> float:
             "Write how many times faster, e.g. 2x."
         )
     factor = float(found[1])
-    if not 1 < factor < 1e6:
+    if not 1 < factor < MOST:
+        fault = "would not make the model faster" if factor <= 1 else "is out of reach"
         raise UsageError(
-            f"--speedup {text} would not make the model faster: it must be above 1, e.g. 2x."
+            f"--speedup {text} {fault}: it must be above 1 and below {MOST:,}, e.g. 2x."
         )
     return factor
 

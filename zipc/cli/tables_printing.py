@@ -125,6 +125,9 @@ def _difference(found: Comparison) -> Iterable[str]:
     )
     if found.median_difference is None:
         return
+    if not found.same_anchor:
+        yield "the tables are of different models or workloads: what has one name in both may not"
+        yield "be the same graph"
     what = "ratios to the same anchor" if found.same_anchor else "milliseconds"
     yield f"prices ({what}) differ by {found.median_difference:.1%} (median)"
     for p in found.pairs[:WORST]:

@@ -46,11 +46,11 @@ def read_json(path: Path, *, advice: str = "Delete it and run again.") -> Any:
     """Read a JSON file of ours; `advice` is what a user should do about a damaged one.
 
     Raises:
-        CorruptFile: it is missing, truncated or not JSON.
+        CorruptFile: it is missing, truncated, not JSON or nested without end.
     """
     try:
         return json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise CorruptFile(f"{path} cannot be read ({error}). {advice}") from error
 
 

@@ -146,10 +146,28 @@ def add_target(path: Path, *, name: str | None = None) -> Path:
     Raises:
         UsageError: it does not describe a target, or there is one of that name.
     """
-    read_target(path)
+    from zipc.latency_tables.modelled import device_model  # slow to import
+
+    sheet = read_target(path).sheet
+    for mode in power_modes(path):
+        read_target(path, mode=mode)
+    if sheet is not None:
+        try:
+            device_model(sheet.anchors)
+        except UsageError as error:
+            raise UsageError(f"{path}: anchors: {error}") from error
     name = path.stem if name is None else name
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise UsageError(f"'{name}' cannot be the name of a target: letters, digits, '.-_' only.")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) or name.endswith(".toml"):
+        raise UsageError(
+            f"'{name}' cannot be the name of a target: letters, digits, '.-_' only, and no .toml "
+            "at its end."
+        )
+    inner = tomllib.loads(path.read_text()).get("name", name)
+    if inner != name:
+        raise UsageError(
+            f"{path} calls itself '{inner}' and would be kept as '{name}'. Leave its name out, or "
+            f"give --name {inner}."
+        )
     held = target_files().get(name)
     if held is not None:
         raise UsageError(f"There is a target '{name}' already: {held}. Give another --name.")
@@ -212,9 +230,10 @@ def _parse(text: str, *, where: str, default_name: str, mode: str) -> Target:
             f"'{target.reference_numeric}', and width_step must be at least 1."
         )
     if (target.runtime == "tensorrt") != (target.sheet is not None):
+        fault = "is for the runtime tensorrt alone" if target.sheet else "is missing"
         raise UsageError(
-            f"{where}: a [sheet] with the figures of the device belongs to the runtime tensorrt, "
-            "and to no other. `zipc targets show a100` names the file to begin from."
+            f"{where}: a [sheet] with the figures of the device {fault}. `zipc targets show a100` "
+            "names the file to begin from."
         )
     runtimes = ON_CPU if target.runtime in ON_CPU else (target.runtime,)  # --runtime may change it
     absent = set(target.numerics).intersection(*(NO_KERNELS.get(name, ()) for name in runtimes))
@@ -234,7 +253,9 @@ def _parse(text: str, *, where: str, default_name: str, mode: str) -> Target:
     numbers = {k: v for k, v in figures.items() if isinstance(v, int | float) and k != "sparse"}
     wrong = [key for key, value in numbers.items() if not 0 < value < math.inf]
     if wrong or min(target.width_grid.values(), default=1) < 1:
-        raise UsageError(f"{where}: {wrong[0] if wrong else 'width_grid'} must be positive.")
+        raise UsageError(
+            f"{where}: {wrong[0] if wrong else 'width_grid'} must be positive, finite."
+        )
     asked = {
         "runtime": [target.runtime],
         "connection": [target.connection],
