@@ -41,6 +41,7 @@ def check_output(out: Path) -> None:
     Raises:
         UsageError: it is a file, holds something that is not ours, cannot be replaced or written.
     """
+    out = _real(out)  # a link to another disk is no mount point of it
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file. Choose a folder with -o.")
     if out.is_dir() and any(out.iterdir()):
@@ -50,7 +51,6 @@ def check_output(out: Path) -> None:
             f"{out} is a volume or the current folder, which a finished result cannot replace. "
             f"Choose a folder in it, e.g. -o {out / 'compiled'}."
         )
-    out = _real(out)
     place = next(folder for folder in out.absolute().parents if folder.exists())
     try:
         handle, probe = tempfile.mkstemp(dir=place, prefix=f".{out.name}.zipc-probe-")

@@ -92,6 +92,13 @@ def test_volume_is_refused_since_it_cannot_be_replaced(
     check_output(tmp_path / "compiled")
 
 
+def test_link_to_another_disk_is_no_volume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(finished(tmp_path / "out"))
+    monkeypatch.setattr(Path, "is_mount", lambda self: self == link)  # its parent is on this disk
+    check_output(link)
+
+
 def test_link_to_an_output_stays_one(tmp_path: Path) -> None:
     out, link = finished(tmp_path / "out"), tmp_path / "link"
     link.symlink_to(out)
