@@ -4,7 +4,8 @@
     python benchmarks/bench_gate.py --real 100 --model model.onnx  # A/A runs of one graph, too
 
 Simulated graphs share a machine whose speed wanders and drifts; each has its own autocorrelated
-noise and spikes. Results go to benchmarks/results/gate.json.
+noise and spikes. A/A runs are checks, and proofs as `zipc bench` makes them: the 95 % intervals of
+at least 90 in 100 proofs have to hold 1.0. Results go to benchmarks/results/gate.json.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from provenance import commit
 from zipc.core.files import read_json, write_json
 from zipc.core.types import Workload
 from zipc.gate import GateResult, check
+from zipc.profiler.device import local_device
 from zipc.profiler.runners.onnxruntime import OnnxRuntimeRunner
+from zipc.proof import prove
 
 RESULTS = Path(__file__).parent / "results" / "gate.json"
 BASE_MS = 17.0  # MiniLM, batch 1, sequence 128, one thread
@@ -120,6 +123,24 @@ def real(model: Path, *, trials: int, max_time_s: float, workload: Workload) -> 
     return {"model": model.name, "workload": workload.key, **_summary(outcomes)}
 
 
+def proofs(model: Path, *, trials: int, workload: Workload) -> dict[str, Any]:
+    """Prove a graph against itself as `zipc bench` does."""
+    graph, device, timings = model.read_bytes(), local_device("onnxruntime"), []
+    for trial in range(trials):
+        timings.append(prove(device, graph, graph, workload=workload)[0])
+        speedup, (low, high) = timings[-1].speedup, timings[-1].ci95
+        print(f"bench {trial + 1}/{trials}: {speedup:.4f} [{low:.4f}, {high:.4f}]", flush=True)
+    return {
+        "trials": trials,
+        "hold_1": sum(t.ci95[0] <= 1.0 <= t.ci95[1] for t in timings),
+        "inconclusive": sum(t.inconclusive for t in timings),
+        "median_half_width": float(
+            np.median([math.log(t.ci95[1] / t.ci95[0]) / 2 for t in timings])
+        ),
+        "intervals": [[round(end, 4) for end in t.ci95] for t in timings],
+    }
+
+
 def _summary(outcomes: list[GateResult]) -> dict[str, Any]:
     counts = Counter(outcome.status for outcome in outcomes)
     return {
@@ -170,6 +191,12 @@ def main() -> None:
             workload=Workload(sequence_length=arguments.sequence_length),
         )
         _print("A/A, real", {arguments.model.stem: document["real_a_a"]})
+        document["real_a_a"]["bench"] = found = proofs(
+            arguments.model,
+            trials=arguments.real,
+            workload=Workload(sequence_length=arguments.sequence_length),
+        )
+        print(f"95 % intervals of {found['hold_1']} of {found['trials']} proofs hold 1.0")
     else:
         start = time.perf_counter()
         document["simulated"] = origin

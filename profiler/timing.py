@@ -42,7 +42,8 @@ def interleave(
     """Time the runners run by run and return the milliseconds of each, in order.
 
     Each timed run directly follows `untimed` runs of the same runner, so that the cache is its
-    own; every other round goes backwards, so that a drift favours nobody.
+    own; every other round goes backwards, so that a drift favours nobody, and so does every other
+    series, whose first run is slower after the pause.
 
     Raises:
         NoisyMeasurement: a runner returned something that is not a positive time.
@@ -50,11 +51,13 @@ def interleave(
     first = runners[0]
     if isinstance(first, Elsewhere):
         samples: list[list[float]] = [[] for _ in runners]
+        order = list(zip(runners, samples, strict=True))
         for done in range(0, rounds, first.at_once):
             count = min(first.at_once, rounds - done)
-            taken = first.series(runners, rounds=count, untimed=untimed)
-            for held, more in zip(samples, taken, strict=True):
+            taken = first.series([r for r, _ in order], rounds=count, untimed=untimed)
+            for (_, held), more in zip(order, taken, strict=True):
                 held += more
+            order.reverse()
             for _ in range(count):
                 if on_round is not None:
                     on_round()

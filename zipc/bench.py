@@ -18,8 +18,7 @@ from zipc.manifest import TENSORRT, latency_of, recorded_runtime, refuse_changed
 from zipc.profiler.device import Device, LocalDevice, local_device
 from zipc.profiler.facts import machine
 from zipc.profiler.remote import RemoteDevice
-from zipc.profiler.timing import warm_up
-from zipc.proof import MIN_PAIRS, default_pairs, of_builds, paired_speedup, percentiles, verdict
+from zipc.proof import MIN_PAIRS, of_builds, percentiles, prove, verdict
 from zipc.shipped import Shipped
 from zipc.turns import by_default
 
@@ -138,26 +137,19 @@ def measure(
     refuse_changed(_graphs(manifest, path=path), out)
     progress = progress or Silent()
     before = device.state()
-    models = [(out / name).read_bytes() for name in GRAPHS]
+    reference, compiled = ((out / name).read_bytes() for name in GRAPHS)
+    share = None if pairs is None else max(pairs // builds, MIN_PAIRS)
     timings = []
     for turn in _builders(device, builds):
-        timer = turn.timer()
-        progress.stage("load graphs", total=len(GRAPHS))
-        graphs = []
-        for name, model in zip(GRAPHS, models, strict=True):
-            graphs.append(timer.load(model, workload=workload))
-            progress.advance(note=name)
-        reference, candidate = graphs
-        if pairs is None:
-            pairs = default_pairs(float(np.median(warm_up(reference, max_runs=10)[-3:])))
-        share = max(pairs // builds, MIN_PAIRS)
-        timing = paired_speedup(reference, candidate, pairs=share, progress=progress)
-        timings.append(noted(timing, candidate, Shipped(models[1], models[0])))
+        timing, candidate = prove(
+            turn, reference, compiled, workload=workload, pairs=share, progress=progress
+        )
+        timings.append(noted(timing, candidate, Shipped(compiled, reference)))
     timing = of_builds(timings)
     promised = _promise(manifest, reference_ms=float(np.median(timing.reference_ms)), path=path)
     free = None
     if threads is None and _promised_by_default(manifest):
-        free = by_default(device, models, workload, progress)
+        free = by_default(device, (reference, compiled), workload, progress)
     return BenchResult(
         out=str(out),
         workload=workload,

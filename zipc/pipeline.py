@@ -27,7 +27,7 @@ from zipc.modelled_device import predicted_timing
 from zipc.output import check_output, staged, write_artifacts
 from zipc.profiler.device import TimedGraph
 from zipc.profiler.timing import warm_up
-from zipc.proof import default_pairs, paired_speedup
+from zipc.proof import default_pairs, prove
 from zipc.record import make_manifest, read_quality, samples_of
 from zipc.shipped import Shipped, layout, reference, ship
 from zipc.within_drop import fastest_within
@@ -176,13 +176,21 @@ class _Proof:
 def _proved(loop: ClosedLoop, goal: float | None) -> _Proof:
     found = loop.find(goal)
     shipped = loop.deployed(found.built)
-    compiled = loop.timer.load(shipped.model, workload=loop.request.workload)
+    workload = loop.request.workload
     if loop.prices.doubt is not None:
+        compiled = loop.timer.load(shipped.model, workload=workload)
         allocation, doubt = found.built.allocation, loop.prices.doubt
         timing = predicted_timing(loop.reference, compiled, allocation, doubt)
         return _Proof(found, compiled, timing)
     pairs = min(default_pairs(loop.prices.dense_ms), loop.effort.verdict_pairs)
-    timing = paired_speedup(loop.reference, compiled, pairs=pairs, progress=loop.progress)
+    timing, compiled = prove(
+        loop.device,
+        loop.dense,
+        shipped.model,
+        workload=workload,
+        pairs=pairs,
+        progress=loop.progress,
+    )
     timing = noted(timing, compiled, shipped)
     return _Proof(found, compiled, timing, loop.by_default(shipped.model, enough=goal or 0.0))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,12 +11,17 @@ import numpy as np
 from scipy import stats
 
 from zipc.core.errors import UsageError
-from zipc.core.types import PairedTiming, Progress, Runner, Silent, VerdictName
+from zipc.core.types import PairedTiming, Progress, Runner, Silent, VerdictName, Workload
+from zipc.manifest import TENSORRT
+from zipc.profiler.device import Device, TimedGraph
 from zipc.profiler.timing import interleave, warm_up
 
 MIN_PAIRS = 16  # fewer give no interval
 TOO_WIDE = 0.05  # half-width of the interval of log speedup beyond which nothing is decided
 VERDICT_BUDGET_MS = 22_000.0
+LOADS, LOAD_SECONDS = (4, 8), 40.0  # of both graphs in a proof: as many as fit, in twos
+FEWEST_EACH = 4  # pairs
+WARM_RUNS = 20  # at most, of a graph that was just loaded
 
 _CLIP = 4.0  # robust standard deviations: beyond lies a spike, not the graph
 _MAX_BATCHES = 12
@@ -23,10 +29,77 @@ _MIN_BATCHES = 6
 _CORRELATED = 0.1  # correlation of neighbouring batches that is still ignored
 
 
-def paired_speedup(
-    reference: Runner, candidate: Runner, *, pairs: int, progress: Progress | None = None
-) -> PairedTiming:
-    """Time both alternately and return reference / candidate with its 95 % interval.
+def prove(
+    device: Device,
+    reference: bytes,
+    candidate: bytes,
+    *,
+    workload: Workload,
+    pairs: int | None = None,
+    progress: Progress | None = None,
+) -> tuple[PairedTiming, TimedGraph]:
+    """Time two graphs alternately, loaded anew several times, and return reference / candidate with
+    its 95 % interval, beside the candidate as it was loaded last.
+
+    Where in memory a graph comes to lie makes it faster or slower for as long as it is loaded, by
+    more than its runs differ: what is measured of one load, the next one misses. Each load is in a
+    process of its own and has its share of the pairs; which graph comes first alternates. trtexec
+    loads an engine anew for every series of runs by itself. By default there are as many pairs as
+    `default_pairs` gives.
+
+    Raises:
+        UsageError: fewer than 16 pairs were asked for.
+        NoisyMeasurement: the clock gave something that is not a positive time.
+        ExportMismatch: the runtime cannot load a graph.
+        EngineFailed: TensorRT refuses a graph.
+        RemoteError: the device cannot be reached, or lacks what it needs.
+    """
+    if pairs is not None and pairs < MIN_PAIRS:
+        raise UsageError(f"{pairs} pairs give no interval; ask for at least {MIN_PAIRS}.")
+    progress = progress or Silent()
+    progress.stage("load graphs")
+    samples: tuple[list[float], list[float]] = ([], [])
+    started = time.monotonic()
+    graphs = _loaded(device, (reference, candidate), workload)
+    seconds, pace = time.monotonic() - started, warm_up(graphs[0], max_runs=WARM_RUNS)[-1]
+    pairs = pairs or default_pairs(pace)
+    loads = 1 if device.runtime == TENSORRT else _loads(seconds, pairs)
+    each = pairs if loads == 1 else max(pairs // loads // 2 * 2, FEWEST_EACH)
+    progress.stage("proof", total=loads * each)
+    for load in range(loads):
+        if load > 0:
+            del graphs  # ends the process before the next one starts
+            graphs = _loaded(device, (reference, candidate), workload, backwards=load % 2 == 1)
+        for graph in graphs:
+            warm_up(graph, max_runs=WARM_RUNS)
+        taken = interleave(graphs, rounds=each, on_round=progress.advance)
+        for held, more in zip(samples, taken, strict=True):
+            held += more
+    timing = paired_timing(*samples, loads=loads)
+    progress.done(f"{timing.speedup:.3f}x [{timing.ci95[0]:.3f}, {timing.ci95[1]:.3f}]")
+    return timing, graphs[1]
+
+
+def _loaded(
+    device: Device, models: Sequence[bytes], workload: Workload, *, backwards: bool = False
+) -> list[TimedGraph]:
+    """Graphs in a new process, loaded in turn or backwards."""
+    timer = device.timer()
+    order = reversed(models) if backwards else models
+    graphs = [timer.load(model, workload=workload) for model in order]
+    return graphs[::-1] if backwards else graphs
+
+
+def _loads(seconds: float, pairs: int) -> int:
+    """How often two graphs that take `seconds` to load are loaded for a number of pairs."""
+    fewest, most = LOADS
+    fitting = min(LOAD_SECONDS / seconds, pairs / FEWEST_EACH)
+    return 2 * round(min(max(fitting // 2, fewest / 2), most / 2))
+
+
+def paired_speedup(reference: Runner, candidate: Runner, *, pairs: int) -> PairedTiming:
+    """Time both alternately and return reference / candidate with its 95 % interval, which is of
+    the two as they are loaded: see `prove`.
 
     The speedup is the exponential of the median over batch means of paired log-ratios.
 
@@ -36,23 +109,30 @@ def paired_speedup(
     """
     if pairs < MIN_PAIRS:
         raise UsageError(f"{pairs} pairs give no interval; ask for at least {MIN_PAIRS}.")
-    progress = progress or Silent()
-    progress.stage("proof", total=pairs)
     warm_up(reference)
     warm_up(candidate)
-    reference_ms, candidate_ms = interleave(
-        (reference, candidate), rounds=pairs, on_round=progress.advance
-    )
-    timing = paired_timing(reference_ms, candidate_ms)
-    progress.done(f"{timing.speedup:.3f}x [{timing.ci95[0]:.3f}, {timing.ci95[1]:.3f}]")
-    return timing
+    return paired_timing(*interleave((reference, candidate), rounds=pairs))
 
 
-def paired_timing(reference_ms: Sequence[float], candidate_ms: Sequence[float]) -> PairedTiming:
-    """Turn alternating samples into a speedup with its 95 % interval."""
-    interval = log_ratio_interval(np.log(reference_ms) - np.log(candidate_ms))
+def paired_timing(
+    reference_ms: Sequence[float], candidate_ms: Sequence[float], *, loads: int = 1
+) -> PairedTiming:
+    """Turn alternating samples into a speedup with its 95 % interval.
+
+    Of several loads, each has as many samples; the interval is of what loads differ by.
+    """
+    log_ratios = np.log(reference_ms) - np.log(candidate_ms)
+    batches = f"{len(reference_ms)} pairs in "
+    if loads == 1:
+        interval = log_ratio_interval(log_ratios)
+        batches += f"{interval.batches} batches of {interval.batch_size}"
+    else:
+        each = log_ratios.reshape(loads, -1)
+        means = np.array([_without_spikes(values).mean() for values in each])
+        interval = batch_interval(means, alpha=0.05, batch_size=each.shape[1])
+        batches += f"{loads} loads of both graphs"
     wide = interval.half_width > TOO_WIDE
-    notes = [f"{len(reference_ms)} pairs in {interval.batches} batches of {interval.batch_size}"]
+    notes = [batches]
     if wide:
         notes.append(f"too noisy: the interval is +-{math.expm1(interval.half_width):.1%} wide")
     return PairedTiming(
@@ -61,6 +141,7 @@ def paired_timing(reference_ms: Sequence[float], candidate_ms: Sequence[float]) 
         speedup=math.exp(interval.estimate),
         ci95=(math.exp(interval.lower), math.exp(interval.upper)),
         inconclusive=wide,
+        loads=loads,
         notes=tuple(notes),
     )
 

@@ -57,10 +57,11 @@ def read_quality(
 
 
 def samples_of(timing: PairedTiming, workload: Workload) -> dict[str, Any]:
-    """Raw samples of the verdict, in the order they were taken."""
+    """Raw samples of the verdict, in the order they were taken; each load has as many."""
     return {
         "schema_version": 1,
         "unit": "ms",
+        "loads": timing.loads,
         **workload_document(workload),
         "reference_ms": [round(t, 5) for t in timing.reference_ms],
         "compiled_ms": [round(t, 5) for t in timing.candidate_ms],

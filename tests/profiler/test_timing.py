@@ -54,6 +54,25 @@ def test_a_linear_drift_of_the_machine_cancels_over_two_rounds():
     assert sum(first) == sum(second)
 
 
+def test_the_pause_before_a_series_favours_nobody():
+    class Resting:
+        """Asked for four rounds at once; what runs first after the pause is slower."""
+
+        at_once = 4
+
+        def series(self, runners, *, rounds, untimed):
+            times = [[1.0] * rounds for _ in runners]
+            times[0][0] = 2.0
+            return times
+
+        def run(self) -> float:
+            raise AssertionError("asked for a single run")
+
+    first, second = interleave([Resting(), Resting()], rounds=16)
+    assert first == [2.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0] * 2
+    assert second == [1.0, 1.0, 1.0, 1.0, 2.0, 1.0, 1.0, 1.0] * 2
+
+
 def test_callback_is_called_once_per_round():
     calls: list[int] = []
     interleave([Scripted("a", [])], rounds=5, on_round=lambda: calls.append(1))

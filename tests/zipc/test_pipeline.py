@@ -173,7 +173,7 @@ def test_reference_equals_the_source_model(project: Project) -> None:
 
 def test_samples_give_the_speedup_of_the_manifest(project: Project) -> None:
     samples = read_json(project.out / "samples.json")
-    timing = paired_timing(samples["reference_ms"], samples["compiled_ms"])
+    timing = paired_timing(samples["reference_ms"], samples["compiled_ms"], loads=samples["loads"])
     assert len(samples["compiled_ms"]) == project.manifest.latency.pairs
     assert timing.speedup == pytest.approx(project.manifest.latency.speedup, rel=1e-3)
 
@@ -201,17 +201,17 @@ def test_an_artifact_that_misses_is_followed_by_faster_ones(
     project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, misses: int
 ) -> None:
     seen: list[float] = []
-    measure = pipeline.paired_speedup
+    measure = pipeline.prove
 
-    def short_at_first(*runners: Any, **rest: Any) -> Any:
-        timing = measure(*runners, **rest)
+    def short_at_first(*asked: Any, **rest: Any) -> Any:
+        timing, compiled = measure(*asked, **rest)
         seen.append(timing.speedup)
         if len(seen) > misses:
-            return timing
+            return timing, compiled
         short = 0.97 * project.manifest.request.speedup
-        return replace(timing, speedup=short, ci95=(0.99 * short, 1.01 * short))
+        return replace(timing, speedup=short, ci95=(0.99 * short, 1.01 * short)), compiled
 
-    monkeypatch.setattr(pipeline, "paired_speedup", short_at_first)
+    monkeypatch.setattr(pipeline, "prove", short_at_first)
     manifest = project.compile(tmp_path / "out", cache=tmp_path / "cache")
     assert manifest.verdict == "validated"
     assert len(seen) == misses + 1
@@ -223,14 +223,14 @@ def test_of_artifacts_that_all_miss_the_one_that_lacks_least_is_kept(
     project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = iter([0.9, 0.97, 0.95, 0.93])
-    measure = pipeline.paired_speedup
+    measure = pipeline.prove
 
-    def short(*runners: Any, **rest: Any) -> Any:
+    def short(*asked: Any, **rest: Any) -> Any:
         speedup = next(found) * project.manifest.request.speedup
-        timing = measure(*runners, **rest)
-        return replace(timing, speedup=speedup, ci95=(0.99 * speedup, 1.01 * speedup))
+        timing, compiled = measure(*asked, **rest)
+        return replace(timing, speedup=speedup, ci95=(0.99 * speedup, 1.01 * speedup)), compiled
 
-    monkeypatch.setattr(pipeline, "paired_speedup", short)
+    monkeypatch.setattr(pipeline, "prove", short)
     manifest = project.compile(tmp_path / "out", cache=tmp_path / "cache")
     assert manifest.verdict == "missed"
     assert manifest.latency.speedup == pytest.approx(0.97 * project.manifest.request.speedup)

@@ -16,14 +16,16 @@ from tests import loopback
 from zipc.bench import bench
 from zipc.core.errors import CorruptFile, NoisyMeasurement, UsageError
 from zipc.core.files import sha256_file
-from zipc.core.types import PairedTiming
+from zipc.core.types import PairedTiming, Workload
 from zipc.profiler.device import LocalDevice
 from zipc.profiler.remote import Host, RemoteDevice
 from zipc.proof import (
     default_pairs,
     log_ratio_interval,
     paired_speedup,
+    paired_timing,
     percentiles,
+    prove,
     verdict,
 )
 
@@ -126,6 +128,87 @@ def test_too_few_pairs_and_impossible_times_are_refused():
         paired_speedup(Fake(2.0), Fake(float("nan")), pairs=20)
 
 
+def _lucky_loads(rng: np.random.Generator, loads: int) -> tuple[np.ndarray, np.ndarray]:
+    """Samples of two equal graphs, whose loads differ by more than runs of a load do."""
+    luck = 0.02 * rng.normal(size=(2, loads, 1))
+    times = 10 * np.exp(luck + 0.01 * rng.normal(size=(2, loads, 200 // loads)))
+    return times[0].ravel(), times[1].ravel()
+
+
+@pytest.mark.parametrize("loads", [4, 6, 8])
+def test_an_interval_over_loads_covers_what_they_differ_by(loads: int):
+    rng = np.random.default_rng(loads)
+    trials = [paired_timing(*_lucky_loads(rng, loads), loads=loads) for _ in range(400)]
+    assert sum(t.ci95[0] <= 1.0 <= t.ci95[1] for t in trials) >= 0.92 * 400
+
+
+def test_an_interval_of_one_load_does_not():
+    rng = np.random.default_rng(1)
+    trials = [paired_timing(*_lucky_loads(rng, 1)) for _ in range(100)]
+    assert sum(t.ci95[0] <= 1.0 <= t.ci95[1] for t in trials) < 50
+
+
+class Lucky(LocalDevice):
+    """A device on which each load of a graph has its own speed, and the first of a process is
+    slower."""
+
+    def __init__(self, seed: int, runtime: str = "onnxruntime"):
+        super().__init__(runtime)
+        object.__setattr__(self, "rng", np.random.default_rng(seed))
+        object.__setattr__(self, "loaded", [])
+
+    def timer(self) -> Any:
+        self.loaded.append([])
+        return self
+
+    def load(self, model: bytes, **_: object) -> Fake:
+        self.loaded[-1].append(model)
+        first = 1.02 if len(self.loaded[-1]) == 1 else 1.0
+        ms = 60.0 * first * np.exp(0.01 * self.rng.normal())
+        return Fake(ms, noise=0.005, seed=int(self.rng.integers(1 << 30)))
+
+
+def test_proofs_of_a_graph_against_itself_hold_1():
+    held = 0
+    for seed in range(100):
+        timing, _ = prove(Lucky(seed), b"graph", b"graph", workload=Workload(), pairs=64)
+        held += timing.ci95[0] <= 1.0 <= timing.ci95[1]
+        assert timing.loads == 8
+    assert held >= 90
+
+
+def test_each_load_has_a_new_process_and_the_other_graph_first():
+    device = Lucky(0)
+    timing, candidate = prove(device, b"dense", b"compiled", workload=Workload(), pairs=40)
+    assert device.loaded == [[b"dense", b"compiled"], [b"compiled", b"dense"]] * 4
+    assert len(timing.reference_ms) == len(timing.candidate_ms) == 8 * 4
+    assert candidate.run() > 0
+    assert timing.notes == ("32 pairs in 8 loads of both graphs",)
+
+
+def test_what_takes_long_to_load_is_loaded_four_times(monkeypatch: pytest.MonkeyPatch):
+    clock = iter(range(0, 1000, 15))
+    monkeypatch.setattr("zipc.proof.time.monotonic", lambda: next(clock))
+    timing, _ = prove(Lucky(0), b"dense", b"compiled", workload=Workload(), pairs=60)
+    assert timing.loads == 4
+    assert len(timing.reference_ms) == 4 * 14
+
+
+def test_engines_are_built_once():
+    device = Lucky(0, runtime="tensorrt")
+    timing, _ = prove(device, b"dense", b"compiled", workload=Workload(), pairs=61)
+    assert device.loaded == [[b"dense", b"compiled"]]
+    assert timing.loads == 1
+    assert len(timing.reference_ms) == 61
+
+
+def test_a_proof_of_too_few_pairs_loads_nothing():
+    device = Lucky(0)
+    with pytest.raises(UsageError, match="at least"):
+        prove(device, b"dense", b"compiled", workload=Workload(), pairs=15)
+    assert device.loaded == []
+
+
 def _timing(speedup: float, lower: float, upper: float, inconclusive: bool = False) -> PairedTiming:
     return PairedTiming((), (), speedup, (lower, upper), inconclusive)
 
@@ -216,12 +299,12 @@ def test_bench_judges_the_promise_of_the_manifest(
     request_: dict[str, float],
     holds: bool,
 ):
-    result = bench(_folder(tmp_path, **request_), pairs=40, device=Scripted("onnxruntime"))
+    result = bench(_folder(tmp_path, **request_), pairs=48, device=Scripted("onnxruntime"))
     assert result.timing.speedup == pytest.approx(2.0, rel=0.05)
     assert result.holds is holds
     assert result.exit_code == (0 if holds else 1)
     document = json.loads(json.dumps(result.to_json()))
-    assert document["pairs"] == len(document["samples_ms"]["reference"]) == 40
+    assert document["pairs"] == len(document["samples_ms"]["reference"]) == 48
     assert document["recorded_speedup"] == 9.0
     assert document["reference_ms"]["p50"] <= document["reference_ms"]["p99"]
 
@@ -235,11 +318,11 @@ def test_bench_judges_default_options_where_they_are_promised(
 
     monkeypatch.setattr("zipc.bench.by_default", by_default)
     folder, device = _folder(tmp_path, speedup=1.9), Scripted("onnxruntime")
-    assert bench(folder, pairs=40, device=device).to_json()["by_default"] is None
+    assert bench(folder, pairs=48, device=device).to_json()["by_default"] is None
     document = json.loads((folder / "manifest.json").read_text())
     document["latency"]["by_default"] = {"promised": True}
     (folder / "manifest.json").write_text(json.dumps(document))
-    result = bench(folder, pairs=40, device=device)
+    result = bench(folder, pairs=48, device=device)
     assert result.exit_code == exit_code
     assert result.to_json()["by_default"]["speedup"] == 1.9 * factor
 
@@ -276,7 +359,7 @@ def test_bench_refuses_graphs_that_are_not_those_of_the_compile(tmp_path: Path, 
     folder = _folder(tmp_path, speedup=1.9)
     _matmul(folder / name, 32)
     with pytest.raises(CorruptFile, match=f"{name} changed"):
-        bench(folder, pairs=40, device=Scripted("onnxruntime"))
+        bench(folder, pairs=48, device=Scripted("onnxruntime"))
 
 
 def test_bench_on_a_board_times_both_graphs_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -285,8 +368,8 @@ def test_bench_on_a_board_times_both_graphs_there(tmp_path: Path, monkeypatch: p
     try:
         monkeypatch.setenv("ZIPC_SSH", sshd.command)
         board = RemoteDevice(Host(loopback.ALIAS, sys.executable), "onnxruntime")
-        result = bench(_folder(tmp_path, speedup=1.01), pairs=20, device=board)
+        result = bench(_folder(tmp_path, speedup=1.01), pairs=16, device=board)
     finally:
         sshd.stop()
-    assert len(result.timing.reference_ms) == len(result.timing.candidate_ms) == 20
+    assert len(result.timing.reference_ms) == len(result.timing.candidate_ms) == 16
     assert min(result.timing.reference_ms + result.timing.candidate_ms) > 0

@@ -335,6 +335,7 @@ class PairedTiming:
     speedup: float
     ci95: tuple[float, float]
     inconclusive: bool = False  # the interval is too wide to decide anything
+    loads: int = 1  # how often both were loaded anew, for as many samples each time
     notes: tuple[str, ...] = field(default=())
 
 
