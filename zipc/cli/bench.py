@@ -28,7 +28,8 @@ def bench_verb(
     ],
     *,
     max_time: Annotated[
-        str | None, typer.Option("--max-time", help="Measure about this long, e.g. 30s.")
+        str | None,
+        typer.Option("--max-time", help="Time runs this long, e.g. 30s; loading on top."),
     ] = None,
     host: HostFlag = None,
     host_python: HostPythonFlag = "python3",

@@ -22,7 +22,8 @@ def validate_verb(
     ],
     *,
     max_time: Annotated[
-        str | None, typer.Option("--max-time", help="Measure about this long, e.g. 30s.")
+        str | None,
+        typer.Option("--max-time", help="Time runs this long, e.g. 30s; loading on top."),
     ] = None,
     host: HostFlag = None,
     host_python: HostPythonFlag = "python3",
