@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -272,14 +274,17 @@ def _folder(path: Path, **request: float) -> Path:
     return path
 
 
+SEEDS = itertools.count()
+
+
 class Scripted(LocalDevice):
-    """A device on which the larger graph takes twice as long; its own timer."""
+    """A device on which the larger graph takes twice as long (2.02 times); its own timer."""
 
     def timer(self) -> Any:
         return self
 
     def load(self, model: bytes, **_: object) -> Fake:
-        runner = Fake(20.0 if len(model) > 100_000 else 10.0, noise=0.01, seed=5)
+        runner = Fake(20.0 if len(model) > 100_000 else 9.9, noise=0.002, seed=next(SEEDS))
         runner.session_options = {}
         return runner
 
@@ -307,6 +312,28 @@ def test_bench_judges_the_promise_of_the_manifest(
     assert document["pairs"] == len(document["samples_ms"]["reference"]) == 48
     assert document["recorded_speedup"] == 9.0
     assert document["reference_ms"]["p50"] <= document["reference_ms"]["p99"]
+
+
+@pytest.mark.parametrize(
+    ("timing", "expected"),
+    [
+        (_timing(2.04, 2.02, 2.06), "validated"),
+        (_timing(2.00, 1.97, 2.03), "validated"),
+        (_timing(1.98, 1.97, 1.99), "missed"),
+        (_timing(2.0, 1.8, 2.2, inconclusive=True), "inconclusive"),
+    ],
+)
+def test_a_speedup_that_nobody_asked_for_is_only_missed_by_a_whole_interval(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, timing: PairedTiming, expected: str
+):
+    folder = _folder(tmp_path)
+    document = json.loads((folder / "manifest.json").read_text())
+    document["latency"]["speedup_ci95"] = [2.0, 2.1]
+    (folder / "manifest.json").write_text(json.dumps(document))
+    timing = replace(timing, reference_ms=(2.0,), candidate_ms=(1.0,))
+    candidate = Scripted("onnxruntime").load(b"")
+    monkeypatch.setattr("zipc.bench.prove", lambda *_, **__: (timing, candidate))
+    assert bench(folder, device=Scripted("onnxruntime")).verdict == expected
 
 
 @pytest.mark.parametrize(("factor", "exit_code"), [(1.0, 0), (0.9, 1)])
