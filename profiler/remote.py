@@ -7,6 +7,7 @@ command (`ZIPC_SSH="ssh -F FILE"`), as GIT_SSH_COMMAND does for git.
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -53,7 +54,13 @@ class Host:
     python: str = PYTHON
 
     def __post_init__(self) -> None:
-        if not self.address or self.address.startswith("-") or not self.address.isprintable():
+        if re.fullmatch(r"[^:\s]+:\d+", self.address):
+            raise UsageError(
+                f"--host {self.address}: a port is written so: ssh://{self.address}, or is set in "
+                "your ssh configuration."
+            )
+        name = re.fullmatch(r"(?![-@])\S+(?<!@)", self.address)
+        if name is None or not self.address.isprintable():
             raise UsageError(
                 f"--host {self.address!r} is no host. Write it as ssh does: user@board."
             )

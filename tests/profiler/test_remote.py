@@ -162,6 +162,23 @@ def write_config(server: loopback.Sshd, path: Path, **changes: str) -> str:
     return f"ssh -F {path}"
 
 
+@pytest.mark.parametrize("address", ["", "-oProxyCommand=x", "a b", "@", "me@", "@board", "a\x07"])
+def test_what_ssh_would_not_take_as_a_host_is_refused(address: str) -> None:
+    with pytest.raises(UsageError, match="is no host"):
+        Host(address)
+
+
+@pytest.mark.parametrize("address", ["board:22", "me@board:2222"])
+def test_a_port_is_said_to_need_a_url(address: str) -> None:
+    with pytest.raises(UsageError, match=f"ssh://{address}"):
+        Host(address)
+
+
+@pytest.mark.parametrize("address", ["b", "me@board", "ssh://me@board:22", "fe80::1%eth0", "::1"])
+def test_what_ssh_takes_is_a_host(address: str) -> None:
+    assert Host(address).address == address
+
+
 def test_an_unknown_host_is_said_to_be_unknown() -> None:
     with pytest.raises(RemoteError, match="there is no such host"):
         RemoteDevice(Host("no-such-board.invalid"), "onnxruntime").timer()

@@ -63,6 +63,13 @@ def test_list_names_what_is_kept_and_what_is_damaged(run: Run, cache: Path) -> N
     assert "not read: " in out
 
 
+def test_a_file_is_no_cache(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    code, _, err = run("tables", "list", "--cache-dir", str(tmp_path / "file"))
+    assert code == 2
+    assert "is not a folder" in err
+
+
 def test_an_empty_cache_says_how_to_make_a_table(run: Run, tmp_path: Path) -> None:
     code, out, _ = run("tables", "list", "--cache-dir", str(tmp_path / "none"))
     assert (code, "zipc profile MODEL" in out) == (0, True)

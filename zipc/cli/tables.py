@@ -273,7 +273,10 @@ def validate_verb(
 
 
 def _store(cache_dir: Path | None) -> TableStore:
-    return TableStore((cache_dir or default_cache_dir()) / "tables")
+    folder = cache_dir or default_cache_dir()
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is not a folder, so no tables are kept in it.")
+    return TableStore(folder / "tables")
 
 
 def _of_one_model(store: TableStore, name: str, target: str | None) -> list[Path]:
