@@ -70,8 +70,6 @@ def prove(
         if load > 0:
             del graphs  # ends the process before the next one starts
             graphs = _loaded(device, (reference, candidate), workload, backwards=load % 2 == 1)
-        for graph in graphs:
-            warm_up(graph, max_runs=WARM_RUNS)
         taken = interleave(graphs, rounds=each, on_round=progress.advance)
         for held, more in zip(samples, taken, strict=True):
             held += more
@@ -83,10 +81,12 @@ def prove(
 def _loaded(
     device: Device, models: Sequence[bytes], workload: Workload, *, backwards: bool = False
 ) -> list[TimedGraph]:
-    """Graphs in a new process, loaded in turn or backwards."""
+    """Graphs in a new process, loaded in turn or backwards, and warm."""
     timer = device.timer()
     order = reversed(models) if backwards else models
     graphs = [timer.load(model, workload=workload) for model in order]
+    for graph in graphs:
+        warm_up(graph, max_runs=WARM_RUNS)
     return graphs[::-1] if backwards else graphs
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -186,6 +187,23 @@ def test_each_load_has_a_new_process_and_the_other_graph_first():
     assert len(timing.reference_ms) == len(timing.candidate_ms) == 8 * 4
     assert candidate.run() > 0
     assert timing.notes == ("32 pairs in 8 loads of both graphs",)
+
+
+def test_only_one_load_is_held_at_a_time():
+    held: list[weakref.ref[Fake]] = []
+
+    class Counting(Lucky):
+        def timer(self) -> Any:
+            assert all(graph() is None for graph in held)
+            return super().timer()
+
+        def load(self, model: bytes, **rest: object) -> Fake:
+            graph = super().load(model, **rest)
+            held.append(weakref.ref(graph))
+            return graph
+
+    prove(Counting(0), b"dense", b"compiled", workload=Workload(), pairs=40)
+    assert len(held) == 2 * 8
 
 
 def test_what_takes_long_to_load_is_loaded_four_times(monkeypatch: pytest.MonkeyPatch):
