@@ -54,15 +54,16 @@ def prove(
         EngineFailed: TensorRT refuses a graph.
         RemoteError: the device cannot be reached, or lacks what it needs.
     """
-    if pairs is not None and pairs < MIN_PAIRS:
-        raise UsageError(f"{pairs} pairs give no interval; ask for at least {MIN_PAIRS}.")
+    if pairs is not None:
+        _refuse_few(pairs)
     progress = progress or Silent()
     progress.stage("load graphs")
     samples: tuple[list[float], list[float]] = ([], [])
     started = time.monotonic()
     graphs = _loaded(device, (reference, candidate), workload)
-    seconds, pace = time.monotonic() - started, warm_up(graphs[0], max_runs=WARM_RUNS)[-1]
-    pairs = pairs or default_pairs(pace)
+    seconds = time.monotonic() - started
+    if pairs is None:
+        pairs = default_pairs(warm_up(graphs[0], max_runs=WARM_RUNS)[-1])
     loads = 1 if device.runtime == TENSORRT else _loads(seconds, pairs)
     each = pairs if loads == 1 else max(pairs // loads // 2 * 2, FEWEST_EACH)
     progress.stage("proof", total=loads * each)
@@ -107,11 +108,15 @@ def paired_speedup(reference: Runner, candidate: Runner, *, pairs: int) -> Paire
         UsageError: fewer than 16 pairs were asked for.
         NoisyMeasurement: a runner returned something that is not a positive time.
     """
-    if pairs < MIN_PAIRS:
-        raise UsageError(f"{pairs} pairs give no interval; ask for at least {MIN_PAIRS}.")
+    _refuse_few(pairs)
     warm_up(reference)
     warm_up(candidate)
     return paired_timing(*interleave((reference, candidate), rounds=pairs))
+
+
+def _refuse_few(pairs: int) -> None:
+    if pairs < MIN_PAIRS:
+        raise UsageError(f"{pairs} pairs give no interval; ask for at least {MIN_PAIRS}.")
 
 
 def paired_timing(
