@@ -11,11 +11,11 @@ from typing import Any
 import platformdirs
 from pydantic import ValidationError
 
-from zipc.core.errors import CorruptFile, TableMissing, UsageError
+from zipc.core.errors import CorruptFile, UsageError
 from zipc.core.files import fingerprint as digest_of
 from zipc.core.files import read_json, write_json
 from zipc.core.types import Workload
-from zipc.latency_tables.table import SCHEMA_VERSION, LatencyTable, profile_command
+from zipc.latency_tables.table import SCHEMA_VERSION, LatencyTable
 
 KEY = 12  # letters of a table's key that its short name has
 MOST_NAMED = 6  # tables that a message names
@@ -77,31 +77,13 @@ class TableStore:
             )
         return found
 
-    def load(
-        self, path: Path, *, fingerprint: Mapping[str, Any] | None, allow_mismatch: bool = False
-    ) -> LatencyTable | None:
-        """Read a table; None where there is no file. `fingerprint=None` takes that of any device.
-
-        With `allow_mismatch` a table of another device is returned with a note that says so.
+    def load(self, path: Path) -> LatencyTable | None:
+        """Read a table of any device; None where there is no file.
 
         Raises:
-            TableMissing: the table was measured on another device, runtime or power state.
             CorruptFile: truncated, edited by hand, or written by a newer zipc.
         """
-        if not path.exists():
-            return None
-        table = read_table(path)
-        found = differences(table.fingerprint, fingerprint) if fingerprint else []
-        if not found:
-            return table
-        changed = "; ".join(found)
-        if allow_mismatch:
-            return table.with_note(f"prices of a different device or state were used: {changed}")
-        raise TableMissing(
-            f"The latency table {path} is of a different device or state: {changed}. "
-            f"{profile_command(table.target, table.workload)} (or allow the mismatch with "
-            "--allow-table-mismatch; the report will say so)"
-        )
+        return read_table(path) if path.exists() else None
 
     def save(self, table: LatencyTable, path: Path) -> None:
         """Write a table atomically, with a digest that tells an edited file from ours.

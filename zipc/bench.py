@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -82,6 +83,19 @@ class BenchResult:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class Promise:
+    """What a manifest says that the artifact reaches."""
+
+    figure: float  # a speedup, or milliseconds
+    of_latency: bool
+    asked: bool  # for: otherwise it is the lower end of the recorded interval
+
+    def speedup(self, reference_ms: float) -> float:
+        """The least speedup over a reference that takes so many milliseconds."""
+        return reference_ms / self.figure if self.of_latency else self.figure
+
+
 def bench(
     out: Path,
     *,
@@ -133,7 +147,7 @@ def measure(
         workload = replace(workload, threads=threads)
     recorded = _recorded(manifest, path=path)
     _refuse_runtime(manifest, out, runtime=device.runtime)
-    _promise(manifest, reference_ms=1.0, path=path)  # fails before minutes of measuring
+    promise = _promise(manifest, path=path)
     refuse_changed(_graphs(manifest, path=path), out)
     progress = progress or Silent()
     before = device.state()
@@ -146,15 +160,14 @@ def measure(
         )
         timings.append(noted(timing, candidate, Shipped(compiled, reference)))
     timing = of_builds(timings)
-    promised = _promise(manifest, reference_ms=float(np.median(timing.reference_ms)), path=path)
+    promised = promise.speedup(float(np.median(timing.reference_ms)))
     free = None
     if threads is None and _promised_by_default(manifest):
         free = by_default(device, (reference, compiled), workload, progress)
-    asked = manifest["request"]
-    if asked.get("speedup") is None and asked.get("latency_ms") is None:
-        found = _repeats(timing, promised)
-    else:
+    if promise.asked:
         found = verdict(timing, promised, by_default=free)
+    else:
+        found = _repeats(timing, promised)
     return BenchResult(
         out=str(out),
         workload=workload,
@@ -276,13 +289,13 @@ def _promised_by_default(manifest: Any) -> bool:
     return isinstance(recorded, dict) and recorded.get("promised") is True
 
 
-def _promise(manifest: Any, *, reference_ms: float, path: Path) -> float:
+def _promise(manifest: Any, *, path: Path) -> Promise:
     try:
         request = manifest["request"]
-        if request.get("speedup") is not None:
-            return float(request["speedup"])
-        if request.get("latency_ms") is not None:
-            return reference_ms / float(request["latency_ms"])
-        return float(manifest["latency"]["speedup_ci95"][0])
-    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        asked = [k for k in ("speedup", "latency_ms") if request.get(k) is not None]
+        figure = float(request[asked[0]] if asked else manifest["latency"]["speedup_ci95"][0])
+        if not 0 < figure < math.inf:
+            raise ValueError(f"{figure:g} is not positive")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CorruptFile(f"{path} promises nothing usable ({error!r}). Compile again.") from error
+    return Promise(figure, of_latency=asked[:1] == ["latency_ms"], asked=bool(asked))

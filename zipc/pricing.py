@@ -218,18 +218,16 @@ def _stored(
     prints = device.fingerprint()
     place = f"{target.name}@{prints['host']}" if "host" in prints else target.name
     path = store.path(place, request.workload, target.runtime, key)
-    stored = store.load(path, fingerprint=None)
-    changed = differences(stored.fingerprint, prints) if stored else []
-    if changed and request.allow_table_mismatch:
-        stored = store.load(path, fingerprint=prints, allow_mismatch=True)
+    stored = store.load(path)
+    changed = "; ".join(differences(stored.fingerprint, prints)) if stored else ""
+    if stored and changed and request.allow_table_mismatch:
+        stored = stored.with_note(f"prices of a different device or state were used: {changed}")
         progress.info(
-            f"prices of a different device or state are used ({'; '.join(changed)}): allowed by "
+            f"prices of a different device or state are used ({changed}): allowed by "
             "--allow-table-mismatch"
         )
     elif changed:
-        progress.info(
-            f"the latency table is of another device or state ({'; '.join(changed)}): measured anew"
-        )
+        progress.info(f"the latency table is of another device or state ({changed}): measured anew")
         stored = None
     return path, stored
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from zipc.core.errors import CorruptFile, TableMissing, UsageError
+from zipc.core.errors import CorruptFile, UsageError
 from zipc.core.files import fingerprint as digest_of
 from zipc.core.files import read_json, write_json
 from zipc.core.types import Level, Workload
 from zipc.latency_tables.correction import Correction
-from zipc.latency_tables.store import TableStore, default_cache_dir, read_table
+from zipc.latency_tables.store import TableStore, default_cache_dir, differences, read_table
 from zipc.latency_tables.table import SCHEMA_VERSION, Entry, LatencyTable
 
 FINGERPRINT = {"cpu": "EPYC", "isa": ["avx2"], "runtime_version": "1.20.0"}
@@ -62,13 +62,12 @@ def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
 def test_a_saved_table_comes_back_equal(
     store: TableStore, table: LatencyTable, saved: Path
 ) -> None:
-    assert store.load(saved, fingerprint=FINGERPRINT) == table
-    assert store.load(saved, fingerprint=None) == table
+    assert store.load(saved) == table
 
 
 def test_an_absent_table_is_none(store: TableStore) -> None:
     path = store.path("cpu", Workload(), "onnxruntime", "other")
-    assert store.load(path, fingerprint=FINGERPRINT) is None
+    assert store.load(path) is None
 
 
 def test_paths_differ_by_target_workload_runtime_and_model_and_stay_inside(
@@ -86,25 +85,13 @@ def test_paths_differ_by_target_workload_runtime_and_model_and_stay_inside(
     assert hostile.resolve().is_relative_to(store.root.resolve())
 
 
-def test_another_device_is_refused_and_the_changed_fields_are_named(
-    store: TableStore, saved: Path
-) -> None:
+def test_fields_of_two_fingerprints_that_differ_are_named() -> None:
     here = FINGERPRINT | {"runtime_version": "1.21.0", "governor": "powersave"}
-    with pytest.raises(TableMissing) as caught:
-        store.load(saved, fingerprint=here)
-    message = str(caught.value)
-    assert "runtime_version: '1.20.0' → '1.21.0'" in message
-    assert "governor: 'absent' → 'powersave'" in message
-    assert "cpu:" not in message
-    assert "zipc profile" in message
-
-
-def test_an_allowed_mismatch_is_noted_in_the_table(store: TableStore, saved: Path) -> None:
-    here = FINGERPRINT | {"cpu": "Xeon"}
-    table = store.load(saved, fingerprint=here, allow_mismatch=True)
-    assert table is not None
-    assert "'EPYC' → 'Xeon'" in table.notes[0]
-    assert store.load(saved, fingerprint=FINGERPRINT, allow_mismatch=True).notes == ()  # type: ignore[union-attr]
+    assert differences(FINGERPRINT, here) == [
+        "governor: 'absent' → 'powersave'",
+        "runtime_version: '1.20.0' → '1.21.0'",
+    ]
+    assert differences(here, here) == []
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
@@ -112,13 +99,13 @@ def test_a_truncated_file_is_corrupt(store: TableStore, saved: Path, share: floa
     text = saved.read_text()
     saved.write_text(text[: int(len(text) * share)])
     with pytest.raises(CorruptFile, match=saved.name):
-        store.load(saved, fingerprint=FINGERPRINT)
+        store.load(saved)
 
 
 def test_a_file_nested_without_end_is_corrupt(store: TableStore, saved: Path) -> None:
     saved.write_text("[" * 200_000)
     with pytest.raises(CorruptFile, match=saved.name):
-        store.load(saved, fingerprint=FINGERPRINT)
+        store.load(saved)
 
 
 def test_a_file_of_something_else_is_not_to_be_deleted(saved: Path) -> None:
@@ -143,13 +130,13 @@ def test_tables_of_one_name_are_named_by_their_paths(store: TableStore, saved: P
 def test_an_impossible_sample_names_its_entry(store: TableStore, saved: Path, value: Any) -> None:
     edit(saved, lambda d: d["entries"][1]["samples_ms"].__setitem__(0, value))
     with pytest.raises(CorruptFile, match="ffn:384 at 64@int8-dynamic"):
-        store.load(saved, fingerprint=FINGERPRINT)
+        store.load(saved)
 
 
 def test_empty_samples_name_their_entry(store: TableStore, saved: Path) -> None:
     edit(saved, lambda d: d["entries"][0].update(samples_ms=[], anchor_ms=[]))
     with pytest.raises(CorruptFile, match="ffn:384 at 32@int8-dynamic"):
-        store.load(saved, fingerprint=FINGERPRINT)
+        store.load(saved)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +153,7 @@ def test_a_plausible_edit_by_hand_is_found(
 ) -> None:
     edit(saved, change)
     with pytest.raises(CorruptFile, match="edited by hand"):
-        store.load(saved, fingerprint=FINGERPRINT)
+        store.load(saved)
 
 
 @pytest.mark.parametrize(
@@ -187,13 +174,13 @@ def test_a_malformed_table_is_corrupt(
 ) -> None:
     edit(saved, change)
     with pytest.raises(CorruptFile, match="zipc profile"):
-        store.load(saved, fingerprint=FINGERPRINT)
+        store.load(saved)
 
 
 def test_a_newer_schema_asks_for_an_upgrade(store: TableStore, saved: Path) -> None:
     edit(saved, lambda d: d.update(schema_version=SCHEMA_VERSION + 1, unheard_of=True))
     with pytest.raises(CorruptFile, match="Take a newer zipc"):
-        store.load(saved, fingerprint=FINGERPRINT)
+        store.load(saved)
 
 
 @pytest.mark.parametrize("version", [1, 2, 3, 4])
@@ -208,7 +195,7 @@ def test_tables_of_older_schemas_keep_their_prices_and_are_checked_anew(
     if version == 1:
         del document["in_place"]
     write_json(saved, document | {"digest": digest_of(document)})
-    found = store.load(saved, fingerprint=FINGERPRINT)
+    found = store.load(saved)
     assert found == table.with_correction(None)
 
 
@@ -221,7 +208,7 @@ def test_a_failed_write_leaves_the_old_table(
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UsageError, match="No space left"):
         store.save(table.with_note("new"), saved)
-    assert store.load(saved, fingerprint=FINGERPRINT) == table
+    assert store.load(saved) == table
     assert [p.name for p in saved.parent.iterdir()] == [saved.name]
 
 

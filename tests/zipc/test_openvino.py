@@ -167,7 +167,7 @@ def test_tables_of_two_runtimes_do_not_mix(parts: tuple[Path, Path, Path]) -> No
     }
     paths = [result.table_path for result in made.values()]
     assert paths[0] != paths[1]
-    tables = [TableStore(cache).load(path, fingerprint=None) for path in paths]
+    tables = [TableStore(cache).load(path) for path in paths]
     assert [t.runtime for t in tables if t is not None] == ["openvino", "onnxruntime"]
     numerics = [{e.level.numeric for e in t.entries} for t in tables if t is not None]
     assert numerics[1] - numerics[0] == {"int8-dynamic"}

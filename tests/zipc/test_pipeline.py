@@ -327,7 +327,7 @@ def test_speedup_that_prices_call_unreachable_is_met_where_it_measures_so(
         patch.setattr(pricing, "TRUSTED_ERROR", 1e9)
         path = profile_model(asked, progress=Told()).table_path
     store = TableStore(cache / "tables")
-    table = store.load(path, fingerprint=None)
+    table = store.load(path)
     assert table is not None
     gloomy = Correction(bend=1.0, steeper=-0.5, points=((0.5, 0.75),), errors=(0.01,))
     store.save(table.with_correction(gloomy), path)
@@ -588,7 +588,7 @@ def test_table_of_another_device_is_measured_anew_and_said(
     asked = request(project.model, None, None, cache)
     first = profile_model(asked, progress=Told())
     store = TableStore(cache / "tables")
-    table = store.load(first.table_path, fingerprint=None)
+    table = store.load(first.table_path)
     assert table is not None
     other = table.model_copy(update={"fingerprint": {**table.fingerprint, "cpu": "Abacus"}})
     store.save(other, first.table_path)
@@ -597,7 +597,11 @@ def test_table_of_another_device_is_measured_anew_and_said(
     assert allowed.from_cache
     assert any("--allow-table-mismatch" in info and "Abacus" in info for info in told.infos)
     mixed = request(project.model, project.data, tmp_path / "out", cache, allow_table_mismatch=True)
-    assert compile_model(mixed, progress=Told()).latency.fingerprint == table.fingerprint
+    latency = compile_model(mixed, progress=Told()).latency
+    assert latency.fingerprint == table.fingerprint
+    assert any(
+        "prices of a different device" in note and "Abacus" in note for note in latency.notes
+    )
     told = Told()
     again = profile_model(asked, progress=told)
     assert not again.from_cache
@@ -614,7 +618,7 @@ def timed_wrong(
     asked = request(project.model, None, None, cache)
     path = profile_model(asked, progress=Told()).table_path
     store = TableStore(cache / "tables")
-    table = store.load(path, fingerprint=None)
+    table = store.load(path)
     assert table is not None
     wrong = [
         e.model_copy(update={"samples_ms": tuple(ms * factors(e) for ms in e.samples_ms)})

@@ -148,9 +148,10 @@ def add_target(path: Path, *, name: str | None = None) -> Path:
     """
     from zipc.latency_tables.modelled import device_model  # slow to import
 
-    sheet = read_target(path).sheet
-    for mode in power_modes(path):
-        read_target(path, mode=mode)
+    text = _text(path)
+    sheet = _parse(text, where=path).sheet
+    for mode in _modes(text):
+        _parse(text, where=path, mode=mode)
     if sheet is not None:
         try:
             device_model(sheet.anchors)
@@ -162,7 +163,7 @@ def add_target(path: Path, *, name: str | None = None) -> Path:
             f"'{name}' cannot be the name of a target: letters, digits, '.-_' only, and no .toml "
             "at its end."
         )
-    inner = tomllib.loads(path.read_text()).get("name", name)
+    inner = tomllib.loads(text).get("name", name)
     if inner != name:
         raise UsageError(
             f"{path} calls itself '{inner}' and would be kept as '{name}'. Leave its name out, or "
@@ -172,7 +173,7 @@ def add_target(path: Path, *, name: str | None = None) -> Path:
     if held is not None:
         raise UsageError(f"There is a target '{name}' already: {held}. Give another --name.")
     kept = own_folder() / f"{name}.toml"
-    write_atomic(kept, path.read_bytes())
+    write_atomic(kept, text.encode())
     return kept
 
 
@@ -182,34 +183,39 @@ def read_target(path: Path, *, mode: str = "") -> Target:
     Raises:
         UsageError: it cannot be read, does not describe a target, or has no such mode.
     """
+    return _parse(_text(path), where=path, mode=mode)
+
+
+def power_modes(path: Path) -> tuple[str, ...]:
+    """The power modes that the file of a target describes beside its usual one."""
+    return _modes(_text(path))
+
+
+def _modes(text: str) -> tuple[str, ...]:
+    return tuple(tomllib.loads(text).get("modes", {}))
+
+
+def _text(path: Path) -> str:
     try:
-        text = path.read_text()
+        return path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise UsageError(
             f"Target file {path} cannot be read: {reason}. Give the path of a .toml file, "
             f"or the name of a target: {', '.join(target_files())}."
         ) from error
-    return _parse(text, where=str(path), default_name=path.stem, mode=mode)
 
 
-def power_modes(path: Path) -> tuple[str, ...]:
-    """The power modes that the file of a target describes beside its usual one."""
-    return tuple(tomllib.loads(path.read_text()).get("modes", {}))
-
-
-def _parse(text: str, *, where: str, default_name: str, mode: str) -> Target:
+def _parse(text: str, *, where: Path, mode: str = "") -> Target:
     try:
-        table: dict[str, Any] = {"name": default_name, **tomllib.loads(text)}
+        table: dict[str, Any] = {"name": where.stem, **tomllib.loads(text)}
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"{where} is not valid TOML: {error}.") from error
     modes = table.pop("modes", {})
     if mode:
         if mode not in modes:
-            known = ", ".join(f"{default_name}:{name}" for name in modes) or "none"
-            raise UsageError(
-                f"Target {default_name} has no power mode '{mode}'. Its modes: {known}."
-            )
+            known = ", ".join(f"{where.stem}:{name}" for name in modes) or "none"
+            raise UsageError(f"Target {where.stem} has no power mode '{mode}'. Its modes: {known}.")
         table |= {"name": f"{table['name']}:{mode}", "mode": mode}
         table["sheet"] = table.get("sheet", {}) | modes[mode]
     fields = [field.name for field in dataclasses.fields(Target)]
