@@ -19,13 +19,14 @@ class PricePair:
     level: Level
     first_ms: float
     second_ms: float
-    ratio: float  # second / first; of the ratios to the anchor, where both have the same one
+    ratio: float  # second / first; of the ratios to the anchor, where both timed the same one
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
     """Two tables side by side; `pairs` are what both have, the largest difference first."""
 
+    setting: tuple[str, ...]  # of kind, target, runtime and workload what differs, in words
     fingerprint: tuple[str, ...]  # fields that differ, in words
     only_first: int
     only_second: int
@@ -41,13 +42,20 @@ class Comparison:
 def compare(first: LatencyTable, second: LatencyTable) -> Comparison:
     """Compare the prices of all levels that two tables have in common."""
     mine, theirs = ({e.key: e for e in t.entries} for t in (first, second))
-    same_anchor = bool(first.anchor) and first.anchor == second.anchor
+    settings = [
+        {"kind": t.kind, "target": t.target, "runtime": t.runtime, "workload": str(t.workload)}
+        for t in (first, second)
+    ]
+    same_anchor = bool(first.anchor) and all(
+        getattr(first, name) == getattr(second, name) for name in ("anchor", "runtime", "workload")
+    )
     pairs = []
     for key in mine.keys() & theirs.keys():
         before, after = first.price(*key), second.price(*key)
         ratio = theirs[key].ratio / mine[key].ratio if same_anchor else after / before
         pairs.append(PricePair(*key, before, after, ratio))
     return Comparison(
+        tuple(differences(*settings)),
         tuple(differences(first.fingerprint, second.fingerprint)),
         len(mine.keys() - theirs.keys()),
         len(theirs.keys() - mine.keys()),

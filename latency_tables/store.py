@@ -47,16 +47,19 @@ class TableStore:
         if len(found) == 1:
             return found[0]
         listed = found[:MOST_NAMED]
-        short = {short_name(p.stem, _workload_key(p)) for p in listed}
-        # those of one model for several targets have the same
-        names = ", ".join(sorted(short) if len(short) == len(listed) else map(str, listed))
+        short = [short_name(p.stem, workload_key(p)) for p in listed]
+        longer = [f"{place(p)}/{name}" for p, name in zip(listed, short, strict=True)]
+        names = next((n for n in (short, longer) if len({*n}) == len(n)), [str(p) for p in listed])
+        more = ", ..." if len(found) > len(listed) else ""
         raise UsageError(
-            f"'{name}' may mean {len(found)} tables: {names}. Give one of these, or its path, "
-            "which zipc tables list --format json has."
+            f"'{name}' may mean {len(found)} tables: {', '.join(sorted(names))}{more}. Give one of "
+            "these, or its path, which zipc tables list --format json has."
         )
 
     def matching(self, name: str) -> list[Path]:
-        """The tables `name` may mean: the path of a file, or KEY or KEY@WORKLOAD, KEY shortened.
+        """The tables `name` may mean: the path of a file, or [TARGET/]KEY[@WORKLOAD].
+
+        KEY may be shortened; TARGET is `cpu`, or `cpu@board`.
 
         Raises:
             UsageError: it means none.
@@ -64,11 +67,14 @@ class TableStore:
         path = Path(name)
         if path.is_file():
             return [path]
-        key, _, workload = name.partition("@")
+        target, _, rest = name.rpartition("/")
+        key, _, workload = rest.partition("@")
         found = [
             p
             for p in self.paths()
-            if p.stem.startswith(key) and (not workload or _workload_key(p) == workload)
+            if p.stem.startswith(key)
+            and (not workload or workload_key(p) == workload)
+            and (not target or place(p) == target)
         ]
         if not found:
             raise UsageError(
@@ -98,6 +104,11 @@ class TableStore:
 def short_name(key: str, workload: str) -> str:
     """What `TableStore.find` takes for the table of a key and of the key of a workload."""
     return f"{key[:KEY]}@{workload}"
+
+
+def place(path: Path) -> str:
+    """What the table of a store is of: a target, or TARGET@HOST."""
+    return path.parent.parent.name
 
 
 def default_cache_dir() -> Path:
@@ -176,7 +187,7 @@ def _describe(entry: Mapping[str, Any]) -> str:
     return f"{entry['signature']} at {level}"
 
 
-def _workload_key(path: Path) -> str:
+def workload_key(path: Path) -> str:
     """The workload a table in a store is of, from the name of its folder: RUNTIME-WORKLOAD."""
     return path.parent.name.partition("-")[2]
 

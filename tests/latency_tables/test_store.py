@@ -116,14 +116,21 @@ def test_a_file_of_something_else_is_not_to_be_deleted(saved: Path) -> None:
         assert "Delete" not in str(caught.value)
 
 
-def test_tables_of_one_name_are_named_by_their_paths(store: TableStore, saved: Path) -> None:
-    other = store.root / "other" / saved.relative_to(store.root / "cpu")
-    other.parent.mkdir(parents=True)
-    other.write_text(saved.read_text())
+def test_tables_of_one_name_are_named_by_their_targets_or_paths(
+    store: TableStore, table: LatencyTable, saved: Path
+) -> None:
+    other = store.path("cpu@board", table.workload, "onnxruntime", saved.stem)
+    store.save(table, other)
     with pytest.raises(UsageError, match="may mean 2 tables") as caught:
         store.find(saved.stem)
-    assert str(saved) in str(caught.value)
-    assert str(other) in str(caught.value)
+    names = [f"{target}/minilm-abc@b1s128t1" for target in ("cpu", "cpu@board")]
+    assert all(name in str(caught.value) for name in names)
+    assert [store.find(name) for name in names] == [saved, other]
+    third = store.path("cpu", table.workload, "openvino", saved.stem)
+    store.save(table, third)
+    with pytest.raises(UsageError, match="may mean 3 tables") as caught:
+        store.find(saved.stem)
+    assert all(str(path) in str(caught.value) for path in (saved, other, third))
 
 
 @pytest.mark.parametrize("value", [float("nan"), -1.0, 0.0, "fast", None])

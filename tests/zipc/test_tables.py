@@ -50,6 +50,13 @@ def test_tables_of_other_anchors_are_compared_in_milliseconds() -> None:
     assert pair.ratio == pytest.approx(0.5)
 
 
+def test_tables_of_other_workloads_are_compared_in_milliseconds_and_said_to_be() -> None:
+    longer = made({(8, "fp32"): 1.2}, workload=Workload(1, 32))
+    found = compare(made({(8, "fp32"): 0.8}), longer)
+    assert found.pairs[0].ratio == pytest.approx(1.5)
+    assert ["workload" in line and "32" in line for line in found.setting] == [True]
+
+
 def test_list_names_what_is_kept_and_what_is_damaged(run: Run, cache: Path) -> None:
     (folder,) = (cache / "tables").glob("*/*")
     (folder / "third.json").write_text("{")
@@ -109,9 +116,29 @@ def test_show_lists_the_workloads_of_a_model_and_draws_the_one_named(
     png = tmp_path / "table.png"
     code, _, err = run("tables", "show", "first", "--png", str(png), "--cache-dir", str(cache))
     assert (code, "first@b8s16t1" in err, png.exists()) == (2, True, False)
+    for taken, fault in ((tmp_path / "x.txt", "end in .png"), (tmp_path / "own.png", "exists")):
+        (tmp_path / "own.png").write_text("mine")
+        code, out, _ = run("tables", "show", "first@b8s16t1", "--png", str(taken), *here)
+        assert (code, fault in out) == (2, True)
+    assert (tmp_path / "own.png").read_text() == "mine"
     pytest.importorskip("matplotlib")
     assert run("tables", "show", "first@b8s16t1", "--png", str(png), *here)[0] == 0
     assert png.read_bytes().startswith(b"\x89PNG")
+
+
+def test_tables_of_several_targets_are_named_by_theirs(run: Run, cache: Path) -> None:
+    store = TableStore(cache / "tables")
+    table = made({(8, "fp32"): 0.5})
+    store.save(table, store.path("cpu@board", table.workload, table.runtime, "first"))
+    here = ["--cache-dir", str(cache), "--format", "json"]
+    code, out, _ = run("tables", "show", "first@b1s16t1", *here)
+    message = json.loads(out)["error"]["message"]
+    names = ("cpu/first@b1s16t1", "cpu@board/first@b1s16t1")
+    assert code == 2
+    assert all(name in message for name in names)
+    for name, entries in zip(names, (len(PRICES), 1), strict=True):
+        code, out, _ = run("tables", "show", name, *here)
+        assert (code, json.loads(out)["entries"]) == (0, entries)
 
 
 def test_interpolate_prints_prices_with_the_error_of_what_was_left_out(
@@ -136,6 +163,9 @@ def test_interpolate_prints_prices_with_the_error_of_what_was_left_out(
     ):
         code, _, err = run("tables", "interpolate", "abc", size, *here)
         assert (code, message in err) == (2, True)
+    store.save(table, tmp_path / "file.json")
+    code, _, err = run("tables", "interpolate", str(tmp_path / "file.json"), "1x48", *here)
+    assert (code, "is one table" in err) == (2, True)
 
 
 def test_outliers_are_told_beside_their_price(run: Run, tmp_path: Path) -> None:

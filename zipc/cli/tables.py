@@ -23,7 +23,7 @@ from zipc.core.workload import parse_workloads, resized
 from zipc.latency_tables.compare import compare, dominated
 from zipc.latency_tables.draw import draw
 from zipc.latency_tables.interpolate import interpolate
-from zipc.latency_tables.store import TableStore, default_cache_dir, read_table
+from zipc.latency_tables.store import TableStore, default_cache_dir, place, read_table, workload_key
 from zipc.latency_tables.table import LatencyTable
 
 tables_app = typer.Typer(
@@ -37,7 +37,8 @@ CacheFlag = Annotated[
 TableArgument = Annotated[
     str,
     typer.Argument(
-        help="A table: its file, or its name in `zipc tables list`, shortened at will.",
+        help="A table: its file, or its name in `zipc tables list`, of which KEY will do where "
+        "there is one, with TARGET/ before it where several targets have it.",
         metavar="TABLE",
         show_default=False,
     ),
@@ -66,7 +67,11 @@ def show_verb(
     *,
     png: Annotated[
         Path | None,
-        typer.Option("--png", help="Draw it into this file, too.", metavar="FILE.png"),
+        typer.Option(
+            "--png",
+            help="Draw it into this file, too; it must not exist yet.",
+            metavar="FILE.png",
+        ),
     ] = None,
     cache_dir: CacheFlag = None,
     format: FormatFlag = "table",
@@ -79,10 +84,15 @@ def show_verb(
     def body(progress: Progress) -> Outcome:
         store = _store(cache_dir)
         found = store.matching(table)
-        if png is None and len(found) > 1 and len({p.stem for p in found}) == 1:
+        one_model = len({(place(p), p.stem) for p in found}) == 1
+        if png is None and one_model and 1 < len(found) == len({workload_key(p) for p in found}):
             rows = {"tables": [_summary(path) for path in found]}
             return Outcome(rows, lambda console: show_list(console, rows))
         path = store.find(table)
+        if png is not None:
+            _must_be_new(png)
+            if png.suffix.lower() != ".png":
+                raise UsageError(f"{png} must end in .png.")
         held = read_table(path)
         if png is not None:
             draw(held, png)
@@ -116,6 +126,7 @@ def diff_verb(
         store = _store(cache_dir)
         found = compare(*(read_table(store.find(name)) for name in (first, second)))
         document = {
+            "setting": list(found.setting),
             "fingerprint": list(found.fingerprint),
             "only_first": found.only_first,
             "only_second": found.only_second,
@@ -285,8 +296,13 @@ def _of_one_model(store: TableStore, name: str, target: str | None) -> list[Path
     Raises:
         UsageError: there is none, or there are several models or targets of that name.
     """
-    found = [p for p in store.matching(name) if target in (None, p.parts[-3])]
-    places = sorted({p.parts[-3] for p in found})
+    if Path(name).is_file():
+        raise UsageError(
+            f"{name} is one table, and prices between workloads take those of three or more. Give "
+            "the KEY of a model in zipc tables list."
+        )
+    found = [p for p in store.matching(name) if target in (None, place(p))]
+    places = sorted({place(p) for p in found})
     if len(places) == 1 and len({p.stem for p in found}) == 1:
         return found
     raise UsageError(

@@ -118,6 +118,7 @@ def show_difference(console: Console, found: Comparison) -> None:
 
 
 def _difference(found: Comparison) -> Iterable[str]:
+    yield from found.setting
     yield from (f"device: {line}" for line in found.fingerprint)
     yield (
         f"{len(found.pairs)} levels in both, {found.only_first} only in the first, "
@@ -126,8 +127,10 @@ def _difference(found: Comparison) -> Iterable[str]:
     if found.median_difference is None:
         return
     if not found.same_anchor:
-        yield "the tables are of different models or workloads: what has one name in both may not"
-        yield "be the same graph"
+        yield (
+            "the tables are of different models, runtimes or workloads: what has one name in both "
+            "may not be the same graph"
+        )
     what = "ratios to the same anchor" if found.same_anchor else "milliseconds"
     yield f"prices ({what}) differ by {found.median_difference:.1%} (median)"
     for p in found.pairs[:WORST]:
