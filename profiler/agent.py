@@ -28,6 +28,7 @@ from zipc.profiler.facts import (
     fingerprint,
     machine,
     one_line,
+    refuse_old,
     room,
     state,
     version_of,
@@ -138,6 +139,7 @@ class Session:
         except Failure:
             raise
         except Exception as error:  # errors of runtimes share no base
+            refuse_old(runtime)
             raise Failure(
                 f"{title} {version_of(runtime)} cannot load the graph: {one_line(error)}. "
                 f"Export it again, or install the {title} it was made for."

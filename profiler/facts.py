@@ -23,7 +23,9 @@ DISTRIBUTIONS = {
     "torch": ("torch",),
     "torch-cuda": ("torch",),
 }
+LEAST = {"onnxruntime": (1, 24), "openvino": (2026, 4)}  # that take the graphs, as pyproject.toml
 ON_GPU = ("tensorrt", "torch-cuda")
+CAPABILITY = "compute_capability"
 PACKAGE = "TensorRT's Python package"  # where there is no trtexec
 # Extensions that choose between GEMM kernels, as Linux spells them on x86 and Arm.
 ISA_FEATURES = (
@@ -107,11 +109,17 @@ def examine() -> dict[str, Any]:
     for runtime in ("onnxruntime", "openvino", "tensorrt"):
         try:
             found[runtime] = version_of(runtime)
+            refuse_old(runtime)
         except Failure as failure:
             lacks[runtime] = str(failure)
     if "tensorrt" in found and _by_python():
         found["tool"] = PACKAGE
-    found["free_gb"], found["temporary"] = round(_free_gb(), 2), temporary()
+    found["temporary"] = temporary()
+    free = _free_gb()
+    if free is None:
+        lacks["temporary"] = room()
+    else:
+        found["free_gb"] = round(free, 2)
     return {"found": {**found, **_setup("tensorrt")}, "lacks": lacks, "state": state()}
 
 
@@ -123,6 +131,7 @@ def _setup(runtime: str) -> dict[str, str]:
         "l4t": _l4t(),
         "power_mode": _power_mode(),
         "gpu": _nvidia_smi("name,driver_version") if runtime in ON_GPU else None,
+        CAPABILITY: _nvidia_smi("compute_cap") if runtime in ON_GPU else None,
     }
     return {name: value for name, value in more.items() if value}
 
@@ -134,18 +143,24 @@ def temporary() -> str:
 
 def room() -> str:
     """How much of it there is for temporary files, and how to get more."""
+    free = _free_gb()
+    if free is None:
+        return (
+            f"There is no folder {temporary()}, which TMPDIR names in the environment of logins"
+            " there: make it, or let TMPDIR name another."
+        )
     return (
-        f"{temporary()} has {_free_gb():.2f} GB free there: make room, or let TMPDIR name"
-        " a larger disk in the environment of its logins."
+        f"{temporary()} has {free:.2f} GB free there: make room, or let TMPDIR name a larger disk"
+        " in the environment of its logins."
     )
 
 
 def version_of(runtime: str) -> str:
     """The version of a runtime; that of TensorRT is trtexec's."""
     if runtime == "tensorrt":
-        from zipc.profiler import trtexec
+        from zipc.profiler.trtexec import dotted, find, version
 
-        return trtexec.dotted(trtexec.version(trtexec.find()))
+        return dotted(version(find()))
     if runtime not in DISTRIBUTIONS:
         known = ", ".join((*DISTRIBUTIONS, "tensorrt"))
         raise Failure(f"Unknown runtime '{runtime}'. Choose one of: {known}.", "UsageError")
@@ -153,21 +168,44 @@ def version_of(runtime: str) -> str:
         with contextlib.suppress(metadata.PackageNotFoundError):
             return metadata.version(distribution)
     raise Failure(
-        f"Runtime '{runtime}' is not installed for {sys.executable}. Run: {sys.executable} -m "
-        f"pip install {runtime}",
+        f"Runtime '{runtime}' is not installed for {sys.executable}. Run there: {sys.executable} "
+        f"-m pip install {runtime}; or name a Python that has it with --host-python.",
         "UsageError",
     )
 
 
+def refuse_old(runtime: str) -> None:
+    """Say so where a runtime cannot take the graphs that zipc writes.
+
+    Raises:
+        Failure: it is too old.
+    """
+    least = LEAST.get(runtime)
+    if least is None:
+        return
+    found = version_of(runtime)
+    if tuple(int(part) for part in re.findall(r"\d+", found)[: len(least)]) < least:
+        raise Failure(
+            f"{runtime} {found} is too old for these graphs. Run there: {sys.executable} -m pip "
+            f"install '{runtime}>={'.'.join(map(str, least))}'. Where that finds none, Python "
+            f"{platform.python_version()} is too old, too: name a newer one with --host-python.",
+            "RemoteError",
+        )
+
+
 def _by_python() -> bool:
     """Whether engines are built and timed by the package, for want of a trtexec."""
-    from zipc.profiler import trtexec
+    from zipc.profiler.trtexec import find
 
-    return len(trtexec.find()) > 1
+    return len(find()) > 1
 
 
-def _free_gb() -> float:
-    return shutil.disk_usage(temporary()).free / 1e9
+def _free_gb() -> float | None:
+    """None where there is no such folder."""
+    try:
+        return shutil.disk_usage(temporary()).free / 1e9
+    except OSError:
+        return None
 
 
 def _l4t() -> str | None:

@@ -30,6 +30,17 @@ from zipc.core.errors import (
 from zipc.profiler import agent, facts, tensorrt_python, trtexec
 
 MAX_ANSWER = 16 << 20  # bytes of a line: the layers of a large engine are a tenth of it
+MAX_MS = 1e9  # of an inference: twelve days
+MAX_INT = 1 << 53  # of what a board says of itself: a float holds it
+NUMBER, NUMBERS, TEXTS = "a number", "numbers", "texts"
+KINDS = {  # of facts that are worked with, not only shown
+    "cores": NUMBER,
+    "cpu_mhz": NUMBER,
+    "gpu_mhz": NUMBER,
+    "load_average": NUMBERS,
+    "temperature_c": NUMBERS,
+    "isa": TEXTS,
+}
 MAX_BANNER = 64 << 10  # bytes a login may print before the agent speaks
 PIPE_BYTES = 1 << 20
 _KEPT = 8 << 10  # bytes of standard error that are kept
@@ -91,7 +102,7 @@ class Link:
             start_new_session=True,  # Ctrl-C is for the compile, which then ends this
         )
         _widen(self._process)
-        self._told = bytearray()
+        self._told, self._printed = bytearray(), bytearray()
         self._reader = threading.Thread(target=_keep, args=(self._process, self._told), daemon=True)
         self._reader.start()
         self.close = weakref.finalize(self, _end, self._process)
@@ -115,9 +126,9 @@ class Link:
             line = self._line(MAX_ANSWER)
         answer = _parsed(line)
         if not isinstance(answer, dict) or answer.keys() not in ({"value"}, {"error", "kind"}):
-            raise BadAnswer(f"The agent answered {_shown(answer)}, which is no answer.")
+            raise BadAnswer(f"The agent answered {shown(answer)}, which is no answer.")
         if "error" in answer:
-            raise _ERRORS.get(str(answer["kind"]), RemoteError)(_shown(answer["error"], 2000))
+            raise _ERRORS.get(str(answer["kind"]), RemoteError)(shown(answer["error"], 2000))
         return answer["value"]
 
     @contextlib.contextmanager
@@ -142,13 +153,18 @@ class Link:
 
     def _greeting(self) -> str:
         """Skip what a login prints, up to the agent's first line."""
-        skipped = 0
+        greeting, skipped = b'{"' + agent.GREETING.encode(), 0
         while skipped < MAX_BANNER:
             line = self._line(MAX_BANNER)
-            if line.startswith(b'{"' + agent.GREETING.encode()):
-                return _shown(_parsed(line)[agent.GREETING], 40)
+            _, found, rest = line.partition(greeting)  # what is printed may end in no newline
+            if found:
+                return shown(_parsed(found + rest)[agent.GREETING], 40)
+            self._printed += line
             skipped += len(line)
-        raise BadAnswer("The other end prints and prints, and no agent answers.")
+        raise BadAnswer(
+            f"The other end prints and prints, and no agent answers. It began with: "
+            f"{shown(self._printed.decode(errors='replace'))}. Its logins should print nothing."
+        )
 
     def _send(self, *parts: bytes) -> None:
         stream = self._process.stdin
@@ -165,15 +181,19 @@ class Link:
         assert stream is not None
         line = stream.readline(longest + 1)
         if len(line) > longest:
-            raise BadAnswer(f"The other end sent a line of more than {longest} bytes.")
+            raise BadAnswer(
+                f"The other end sent a line of more than {longest} bytes, as no agent does: "
+                f"{shown(line.decode(errors='replace'), 40)}... Look what its logins print."
+            )
         if not line.endswith(b"\n"):
+            self._printed += line
             raise self._lost()
         return line
 
     def _lost(self) -> LinkLost:
         self.close()
         self._reader.join(_PATIENCE_S)  # a connection that ssh shares may keep it open
-        told = self._told.decode(errors="replace").strip()
+        told = (self._told.strip() or self._printed[-_KEPT:]).decode(errors="replace").strip()
         return LinkLost(self._process.wait(), told, silent=self._silent)
 
 
@@ -188,17 +208,17 @@ def checked_times(found: Any, *, graphs: int, rounds: int) -> list[list[float]]:
             raise BadAnswer(f"The agent gave another number of times than {graphs} x {rounds}.")
         return [[checked_time(ms) for ms in samples] for samples in found]
     except TypeError:
-        raise BadAnswer(f"The agent answered {_shown(found)} instead of times.") from None
+        raise BadAnswer(f"The agent answered {shown(found)} instead of times.") from None
 
 
 def checked_time(ms: Any) -> float:
     """Milliseconds, if they can be.
 
     Raises:
-        BadAnswer: not a positive number.
+        BadAnswer: not a positive number, or one that no inference takes.
     """
-    if type(ms) not in (int, float) or not math.isfinite(ms) or ms <= 0:
-        raise BadAnswer(f"The agent measured {_shown(ms)} ms, which is no time.")
+    if type(ms) not in (int, float) or not 0 < ms < MAX_MS:
+        raise BadAnswer(f"The agent measured {shown(ms)} ms, which is no time.")
     return float(ms)
 
 
@@ -209,20 +229,36 @@ def checked_facts(found: Any) -> dict[str, Any]:
         BadAnswer: something else.
     """
     if not isinstance(found, dict):
-        raise BadAnswer(f"The agent answered {_shown(found)} instead of what it is.")
-    return {_shown(name): _fact(value) for name, value in found.items()}
+        raise BadAnswer(f"The agent answered {shown(found)} instead of what it is.")
+    facts = {shown(name): _fact(value) for name, value in found.items()}
+    for name, value in facts.items():
+        if name in KINDS and not _is(KINDS[name], value):
+            raise BadAnswer(f"The agent says that its {name} is {shown(value)}.")
+    return facts
+
+
+def _is(kind: str, value: Any) -> bool:
+    if kind == NUMBER:
+        return type(value) in (int, float)
+    items = value.values() if isinstance(value, dict) else value
+    if not isinstance(value, dict | list):
+        return False
+    wanted = (str,) if kind == TEXTS else (int, float)
+    return all(type(item) in wanted for item in items)
 
 
 def _fact(value: Any) -> Any:
     if isinstance(value, str):
-        return _shown(value, 500)  # advice of several sentences
+        return shown(value, 500)  # advice of several sentences
     if isinstance(value, list):
         return [_fact(item) for item in value]
     if isinstance(value, dict):
         return checked_facts(value)
-    if isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value)):
+    if isinstance(value, int) and abs(value) <= MAX_INT:
         return value
-    raise BadAnswer(f"The agent says of itself {_shown(value)}.")
+    if isinstance(value, float) and math.isfinite(value):
+        return value
+    raise BadAnswer(f"The agent says of itself {shown(value)}.")
 
 
 def _bootstrap(size: int) -> str:
@@ -248,10 +284,10 @@ def _parsed(line: bytes) -> Any:
         return json.loads(line)
     except (ValueError, RecursionError):
         text = line.decode(errors="replace")
-        raise BadAnswer(f"The agent answered {_shown(text)}, which is not JSON.") from None
+        raise BadAnswer(f"The agent answered {shown(text)}, which is not JSON.") from None
 
 
-def _shown(value: Any, longest: int = 200) -> str:
+def shown(value: Any, longest: int = 200) -> str:
     """What a stranger sent, safe to print on a terminal."""
     text = str(value)[: 2 * longest]
     return "".join(c if c.isprintable() else " " for c in text)[:longest].strip()

@@ -6,21 +6,28 @@ command (`ZIPC_SSH="ssh -F FILE"`), as GIT_SSH_COMMAND does for git.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from zipc.core.errors import NoisyMeasurement, RemoteError, UsageError
+from zipc.core.errors import (
+    EngineFailed,
+    ExportMismatch,
+    NoisyMeasurement,
+    RemoteError,
+    UsageError,
+)
 from zipc.core.types import TableKind, Workload
-from zipc.profiler.link import BadAnswer, Link, LinkLost, checked_facts
+from zipc.profiler.link import BadAnswer, Link, LinkLost, checked_facts, shown
 from zipc.profiler.runners.apart import ApartRunner, TimingProcess
 
 SSH_OPTIONS = (
@@ -40,6 +47,7 @@ SLOWEST_LINK = 50e3  # bytes per second a graph may take to get there
 WARM_RUNS = 3  # of a graph that was loaded again
 SLOWER, MUCH_SLOWER = 1.15, 2.0  # than at first: told, and given up where it lasts
 LASTING_S = 60.0
+SSH_FAILED = 255  # exit code of ssh itself; any other is of what it ran
 LOCAL, PYTHON = "local", "python3"
 
 Recipe = Callable[[bytes, Workload], dict[str, Any]]  # of an emitted graph, for trtexec
@@ -54,12 +62,14 @@ class Host:
     python: str = PYTHON
 
     def __post_init__(self) -> None:
+        if not self.python.strip() or not self.python.isprintable():
+            raise UsageError(f"--host-python {self.python!r} is no program. Name a Python there.")
         if re.fullmatch(r"[^:\s]+:\d+", self.address):
             raise UsageError(
                 f"--host {self.address}: a port is written so: ssh://{self.address}, or is set in "
                 "your ssh configuration."
             )
-        name = re.fullmatch(r"(?![-@])\S+(?<!@)", self.address)
+        name = re.fullmatch(r"(?:ssh://)?(?![-@])\S+(?<![@/])", self.address)
         if name is None or not self.address.isprintable():
             raise UsageError(
                 f"--host {self.address!r} is no host. Write it as ssh does: user@board."
@@ -89,20 +99,24 @@ class RemoteDevice:
     def fingerprint(self) -> dict[str, Any]:
         """What its prices depend on, and which board it is; asked for once."""
         if not self._prints:
-            asked = {"do": "fingerprint", "runtime": self.runtime}
-            found = checked_facts(self.timer().ask(asked))
+            found = self._facts({"do": "fingerprint", "runtime": self.runtime})
             self._prints = {**found, "host": self.host.address}
         return dict(self._prints)
 
     def state(self) -> dict[str, Any]:
-        return checked_facts(self.timer().ask({"do": "state"}))
+        return self._facts({"do": "state"})
 
     def examine(self) -> dict[str, Any]:
         """What is there to time with, what is lacking, and how the board is set up."""
-        seen = checked_facts(self.timer().ask({"do": "examine"}))
+        seen = self._facts({"do": "examine"})
         if not all(isinstance(seen.get(part), dict) for part in ("found", "lacks", "state")):
-            raise BadAnswer(f"The agent on {self.host.address} does not say what is there.")
+            raise BadAnswer(f"{self.host.address}: the agent does not say what is there.")
         return seen
+
+    def _facts(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+        told = self.timer().ask(asked)
+        with _on(self.host):
+            return checked_facts(told)
 
     def anew(self, attempt: int) -> RemoteDevice:
         """The same board, where every engine is built anew."""
@@ -130,7 +144,8 @@ class RemoteProcess(TimingProcess):
         self._worst = SLOWER
         self._slow_since: float | None = None
         try:
-            super().__init__(device.runtime)
+            with _on(device.host):
+                super().__init__(device.runtime)
         except LinkLost as lost:
             raise RemoteError(explanation(device.host, lost)) from lost
 
@@ -147,17 +162,19 @@ class RemoteProcess(TimingProcess):
         return runner
 
     def series(self, graphs: Sequence[int], *, rounds: int, untimed: int) -> list[list[float]]:
-        samples = super().series(graphs, rounds=rounds, untimed=untimed)
+        with _on(self._device.host):
+            samples = super().series(graphs, rounds=rounds, untimed=untimed)
         self._watch(dict(zip(graphs, map(median, samples), strict=False)))
         return samples
 
     def ask(self, command: Mapping[str, Any], content: bytes = b"") -> Any:
         told, self._dropped = self._dropped, []
         asked = {**command, "drop": told}
-        try:
-            return self._link.ask(asked, content, patience_s=_patience(asked, content))
-        except LinkLost as lost:
-            return self._again(asked, content, lost)
+        with _on(self._device.host):
+            try:
+                return self._link.ask(asked, content, patience_s=_patience(asked, content))
+            except LinkLost as lost:
+                return self._again(asked, content, lost)
 
     def _again(self, asked: Mapping[str, Any], content: bytes, lost: LinkLost) -> Any:
         """Connect anew and repeat a command: all of them may be."""
@@ -229,7 +246,10 @@ class RemoteProcess(TimingProcess):
                 f"{told}. It may be too hot, or doing something else: cool it, choose a lower "
                 "power mode, and run the same command again; what was measured is kept."
             )
-        self._device.notes.append(told)
+        slowed = f"{self._device.host.address} became "
+        notes = self._device.notes
+        notes[:] = [note for note in notes if not note.startswith(slowed)]  # the worst will do
+        notes.append(told)
 
 
 class EngineRunner(ApartRunner):
@@ -292,6 +312,11 @@ class TrtexecProcess(RemoteProcess):
         notes += [note for note in heard if note not in notes]
 
 
+def ssh_words() -> str:
+    """What starts ssh, as a shell reads it."""
+    return os.environ.get("ZIPC_SSH", "").strip() or "ssh"
+
+
 def ssh_command() -> list[str]:
     """The words that start ssh.
 
@@ -299,7 +324,7 @@ def ssh_command() -> list[str]:
         UsageError: `ZIPC_SSH` cannot be split into words, or there is no such program.
     """
     try:
-        chosen = shlex.split(os.environ.get("ZIPC_SSH", "")) or ["ssh"]
+        chosen = shlex.split(ssh_words())
     except ValueError as error:
         raise UsageError(f"ZIPC_SSH cannot be read: {error}.") from error
     if shutil.which(chosen[0]) is None:
@@ -312,25 +337,71 @@ def ssh_command() -> list[str]:
 
 def explanation(host: Host, lost: LinkLost) -> str:
     """Say why there is no agent at a host, and what to do."""
+    words = {"host": host.address, "python": host.python, "ssh": ssh_words()}
+    return f"{host.address}: {_explained(host, lost).format(**words)}"
+
+
+def _explained(host: Host, lost: LinkLost) -> str:
     said = lost.told.lower()
-    for sign, meaning in _SIGNS.items():
-        if sign in said:
-            return f"{host.address}: {meaning.format(host=host.address, python=host.python)}"
+    last = _literal(lost.told.splitlines()[-1] if lost.told else "it said nothing")
     if lost.silent:
         return (
-            f"{host.address}: it stopped answering. It may be busy with something else, or have "
-            "crashed: look there, and run the same command again; what was measured is kept."
+            "it stopped answering. It may be busy with something else, or have crashed: look "
+            "there, and run the same command again; what was measured is kept."
         )
-    last = lost.told.splitlines()[-1][:300] if lost.told else "it said nothing"
-    if lost.code == 255:
+    if lost.code == SSH_FAILED:
+        for sign, meaning in _SIGNS_OF_SSH.items():
+            if sign in said:
+                return meaning.replace("{remedy}", _literal(_new_key(lost.told)))
         return (
-            f"{host.address}: the connection ended ({last}). Try: ssh {host.address}; then run the "
-            "same command again: what was measured is kept."
+            f"the connection ended ({last}). Try: {{ssh}} {{host}}; then run the same command "
+            "again: what was measured is kept."
+        )
+    if "is too old" in said:
+        return "{python} there is older than 3.8. Name a newer one with --host-python."
+    absent = ("not found", "no such file")  # some shells end with 1, and say which word it is
+    blamed = [line for line in said.splitlines() if host.python.lower() in line]
+    if lost.code == 127 or any(sign in line for line in blamed for sign in absent):
+        return (
+            f"there is no {{python}} ({last}). Install Python 3.8 or newer there, or name it with "
+            "--host-python."
+        )
+    if lost.code == 126:
+        return f"{{python}} cannot be run ({last}). Name a Python there with --host-python."
+    if lost.code < 0 or lost.code > 128:
+        return (
+            f"a signal ended the agent (exit code {lost.code}: {last}). It may be short of memory: "
+            "run the same command again; what was measured is kept."
         )
     return (
-        f"{host.address}: the agent ended with exit code {lost.code} ({last}). It may be short of "
-        "memory; run the same command again: what was measured is kept."
+        f"no agent runs there (exit code {lost.code}: {last}). Does this print a version? "
+        "{ssh} {host} {python} --version"
     )
+
+
+def _literal(told: str) -> str:
+    """What ssh or a board said, safe to print and to format."""
+    return shown(told, 300).replace("{", "{{").replace("}", "}}")
+
+
+def _new_key(told: str) -> str:
+    """How to forget a host key, as ssh says it."""
+    command = re.search(r"ssh-keygen -f \S+ -R \S+", told)
+    if command:
+        return f"run: {command[0]}"
+    line = re.search(r"key in (\S+?):(\d+)", told)
+    return f"remove line {line[2]} of {line[1]}" if line else "remove it from the known hosts"
+
+
+@contextlib.contextmanager
+def _on(host: Host) -> Iterator[None]:
+    """Errors of what is done on a board begin with its name."""
+    try:
+        yield
+    except (EngineFailed, ExportMismatch, RemoteError, UsageError) as error:
+        if str(error).startswith(f"{host.address}: "):
+            raise
+        raise type(error)(f"{host.address}: {error}") from error
 
 
 def _patience(command: Mapping[str, Any], content: bytes = b"") -> float:
@@ -352,24 +423,17 @@ def _clocks(state: Mapping[str, Any]) -> str:
     return ", ".join(found) or "clocks cannot be read there"
 
 
-_SIGNS = {  # what ssh, a shell or a Python says, in small letters
+_SIGNS_OF_SSH = {  # what it says, in small letters
     "could not resolve hostname": "there is no such host. Check the name, or add it to the ssh "
     "configuration.",
     "host identification has changed": "its host key is not the one it had: another machine may "
-    "answer in its place. If it was set up anew, run: ssh-keygen -R {host}, then ssh {host} once.",
-    "host key verification failed": "its host key is not known here. Run ssh {host} once, compare "
-    "the key, and accept it.",
-    "permission denied": "it refuses the keys of this user. Run: ssh-copy-id {host} (no password "
+    "answer in its place. If it was set up anew, {remedy}; then {ssh} {host} once.",
+    "host key verification failed": "its host key is not known here. Run {ssh} {host} once, "
+    "compare the key, and accept it.",
+    "permission denied (": "it refuses the keys of this user. Run: ssh-copy-id {host} (no password "
     "is asked for here), or name a key in the ssh configuration.",
     "connection refused": "nothing answers at its ssh port. Start sshd there, or give the port in "
     "the ssh configuration.",
     "connection timed out": "it does not answer. Is it on, and in this network?",
     "no route to host": "it cannot be reached. Is it on, and in this network?",
-    "is too old": "{python} there is older than 3.8. Name a newer one with --host-python.",
-    "command not found": "there is no {python}. Install Python 3.8 or newer there, or name it "
-    "with --host-python.",
-    "no such file or directory": "there is no {python}. Install Python 3.8 or newer there, or "
-    "name it with --host-python.",
-    "not found": "there is no {python}. Install Python 3.8 or newer there, or name it with "
-    "--host-python.",
 }

@@ -52,14 +52,22 @@ def install(folder: Path, *, major: str = "10", trouble: str = "") -> Path:
 def python_beside(folder: Path, *, first: str = ":") -> str:
     """A Python to name with --host-python: it finds that trtexec, and keeps its files there.
 
-    The shell does `first` before it starts.
+    It has no packages, as a board's, zipc least of all. The shell does `first` before it starts.
     """
-    python = folder / "python3"
+    python, bare = folder / "python3", f"{sys.executable} -I -S"
     python.write_text(
-        f'#!/bin/sh\n{first}\nPATH="{folder}:$PATH" TMPDIR="{folder}" exec {sys.executable} "$@"\n'
+        f'#!/bin/sh\n{first}\nPATH="{folder}:$PATH" TMPDIR="{folder}" exec {bare} "$@"\n'
     )
     python.chmod(0o755)
     return str(python)
+
+
+def install_gpu(folder: Path, *, name: str, capability: str) -> None:
+    """Write an `nvidia-smi` to a folder, which knows a GPU."""
+    program = folder / "nvidia-smi"
+    answers = f"*compute_cap*) echo {capability};; *name*) echo '{name}, 550.54';; *) exit 2;;"
+    program.write_text(f'#!/bin/sh\ncase "$*" in {answers} esac\n')
+    program.chmod(0o755)
 
 
 def main(folder: Path, major: str, trouble: str, *words: str) -> None:

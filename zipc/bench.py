@@ -14,6 +14,7 @@ from zipc.core.errors import CorruptFile, UsageError
 from zipc.core.files import read_json
 from zipc.core.types import Artifact, PairedTiming, Progress, Silent, VerdictName, Workload
 from zipc.core.workload import read_workload, workload_document
+from zipc.devices import refuse_other_gpu
 from zipc.engines import noted
 from zipc.manifest import TENSORRT, latency_of, recorded_runtime, refuse_changed
 from zipc.profiler.device import Device, LocalDevice, local_device
@@ -21,6 +22,7 @@ from zipc.profiler.facts import machine
 from zipc.profiler.remote import RemoteDevice
 from zipc.proof import MIN_PAIRS, of_builds, percentiles, prove, verdict
 from zipc.shipped import Shipped
+from zipc.targets import load_target
 from zipc.turns import by_default
 
 GRAPHS = ("reference.onnx", "model.onnx")
@@ -149,6 +151,8 @@ def measure(
     _refuse_runtime(manifest, out, runtime=device.runtime)
     promise = _promise(manifest, path=path)
     refuse_changed(_graphs(manifest, path=path), out)
+    if device.runtime == TENSORRT:
+        _refuse_gpu(manifest, device)
     progress = progress or Silent()
     before = device.state()
     reference, compiled = ((out / name).read_bytes() for name in GRAPHS)
@@ -229,6 +233,14 @@ def _refuse_runtime(manifest: Any, out: Path, *, runtime: str) -> None:
     if wanted == TENSORRT:
         raise _not_here(manifest, out)
     raise UsageError(f"{out} was made for {wanted}, and times of {runtime} say nothing about it.")
+
+
+def _refuse_gpu(manifest: Any, device: Device) -> None:
+    try:
+        target = load_target(str(manifest.get("target")))
+    except UsageError:  # the user's own, of another machine: nobody here knows its GPU
+        return
+    refuse_other_gpu(target, device.fingerprint())
 
 
 def _not_here(manifest: Any, out: Path) -> UsageError:

@@ -18,7 +18,7 @@ from zipc.core.engine_options import EngineOptions
 from zipc.core.errors import UsageError, ZipcError
 from zipc.core.request import Request
 from zipc.core.types import Progress, Target
-from zipc.devices import open_device
+from zipc.devices import open_device, refuse_other_gpu
 from zipc.effort import effort_of
 from zipc.exporters.tensorrt.engine import choose_builder
 from zipc.integer_body import IntegerBody
@@ -157,6 +157,7 @@ def open_target(request: Request) -> tuple[Target, Device]:
     if request.engine is not None and target.sheet is not None:
         choose_builder(request.engine, target.sheet.sm, EngineOptions.parse(request.engine_options))
     device = open_device(target, request.host, python=request.host_python)
+    refuse_other_gpu(target, device.fingerprint())
     target = on_device(target, device.fingerprint())
     request.check(target)
     if request.runtime == AUTO:

@@ -17,7 +17,10 @@ from zipc.profiler.device import Device
 from zipc.record import by_default_record, samples_of, times_of
 
 SAMPLES = "samples.json"
-OF_A_TIMING = re.compile(rf"\d+ (pairs in|builds: )|{ENGINE}|too noisy: |.*; nothing was measured$")
+OF_A_TIMING = re.compile(
+    rf"\d+ (pairs in|builds: )|{ENGINE}|too noisy: |.*; nothing was measured$"
+    r"|\S+ became [\d.]+ times slower |the (agent on|connection to) \S+ "
+)
 OF_THE_COMPILE = "prices and predicted times are those of the compile, for "
 
 

@@ -92,6 +92,8 @@ def test_a_stranger_that_never_greets_or_ends_is_no_agent(tmp_path: Path) -> Non
         [[1.0, 2.0], [1.0, 0]],
         [[1.0, 2.0], [1.0, "2"]],
         [[1.0, 2.0], [1.0, True]],
+        [[1.0, 2.0], [1.0, 10**400]],
+        [[1.0, 2.0], [1.0, 1e308]],
         ["12", "34"],
     ],
 )
@@ -105,6 +107,12 @@ def test_facts_are_text_and_numbers_without_control_characters() -> None:
         "a": ["b [0m", 1],
         "c": {"d": 1.5},
     }
-    for strange in (None, [], {"a": None}, {"a": float("inf")}):
+    worked_with = {"cores": 2, "isa": ["avx2"], "cpu_mhz": 2.5, "temperature_c": {"cpu": 50}}
+    assert checked_facts(worked_with) == worked_with
+    for strange in (
+        *(None, [], {"a": None}, {"a": float("inf")}, {"a": 10**400}),
+        *({"cores": "two"}, {"cores": True}, {"cpu_mhz": "fast"}, {"isa": "avx2"}, {"isa": [1]}),
+        *({"temperature_c": {"cpu": "hot"}}, {"state": {"load_average": 1}}),
+    ):
         with pytest.raises(BadAnswer):
             checked_facts(strange)

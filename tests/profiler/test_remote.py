@@ -15,6 +15,7 @@ from tests.relu_graph import WORKLOAD, graph
 from zipc.core.errors import ExportMismatch, NoisyMeasurement, RemoteError, UsageError
 from zipc.profiler import remote
 from zipc.profiler.fingerprint import device_fingerprint
+from zipc.profiler.link import LinkLost
 from zipc.profiler.remote import Host, RemoteDevice, RemoteProcess
 from zipc.profiler.timing import interleave, warm_up
 
@@ -51,7 +52,7 @@ def test_a_login_that_prints_does_not_disturb(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, device: RemoteDevice
 ) -> None:
     folder = tmp_path_factory.mktemp("noisy")
-    chatty = 'ForceCommand echo Welcome; eval "$SSH_ORIGINAL_COMMAND"'
+    chatty = 'ForceCommand echo Welcome; printf title; eval "$SSH_ORIGINAL_COMMAND"'
     sshd = loopback.start(folder, settings=chatty)
     monkeypatch.setenv("ZIPC_SSH", sshd.command)
     try:
@@ -162,7 +163,9 @@ def write_config(server: loopback.Sshd, path: Path, **changes: str) -> str:
     return f"ssh -F {path}"
 
 
-@pytest.mark.parametrize("address", ["", "-oProxyCommand=x", "a b", "@", "me@", "@board", "a\x07"])
+@pytest.mark.parametrize(
+    "address", ["", "-oProxyCommand=x", "a b", "@", "me@", "@board", "a\x07", "ssh://"]
+)
 def test_what_ssh_would_not_take_as_a_host_is_refused(address: str) -> None:
     with pytest.raises(UsageError, match="is no host"):
         Host(address)
@@ -202,7 +205,9 @@ def test_a_changed_host_key_is_refused_and_an_unknown_one_too(
     loopback.know(tmp_path, server.port)
     known = write_config(server, tmp_path / "config", UserKnownHostsFile=str(tmp_path / "known"))
     monkeypatch.setenv("ZIPC_SSH", known)
-    with pytest.raises(RemoteError, match="ssh-keygen -R board"):
+    # Debian's ssh says how to forget it; others name the line
+    remedy = r"ssh-keygen -f \S+known"? -R \S+|remove line 1 of \S+known"
+    with pytest.raises(RemoteError, match=rf"({remedy}).*ssh -F \S+ board once"):
         device.timer()
     (tmp_path / "known").write_text("")
     with pytest.raises(RemoteError, match="not known here"):
@@ -223,6 +228,48 @@ def test_a_python_without_onnx_runtime_says_how_to_get_it(tmp_path: Path) -> Non
     timer = RemoteDevice(Host(loopback.ALIAS, str(bare)), "onnxruntime").timer()
     with pytest.raises(RemoteError, match="pip install onnxruntime"):
         timer.load(graph(), workload=WORKLOAD)
+
+
+def test_an_onnx_runtime_that_is_too_old_is_said_to_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = tmp_path / "onnxruntime-1.19.2.dist-info"
+    old.mkdir()
+    (old / "METADATA").write_text("Metadata-Version: 2.1\nName: onnxruntime\nVersion: 1.19.2\n")
+    (tmp_path / "onnxruntime.py").write_text(
+        "class SessionOptions:\n    def add_session_config_entry(self, *_): ...\n"
+        "def InferenceSession(*_, **__): raise ValueError('Unsupported model IR version: 11')\n"
+    )
+    python = tmp_path / "python3"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path} exec {sys.executable} -S "$@"\n')
+    python.chmod(0o755)
+    device = RemoteDevice(Host(loopback.ALIAS, str(python)), "onnxruntime")
+    with pytest.raises(RemoteError, match=r"board: onnxruntime 1\.19\.2 is too old.*>=1\.24"):
+        device.timer().load(graph(), workload=WORKLOAD)
+    assert "too old" in device.examine()["lacks"]["onnxruntime"]
+
+
+@pytest.mark.parametrize(
+    ("code", "told", "meaning"),
+    [
+        (255, "Permission denied for strangers\nx: Connection refused", "sshd there"),
+        (255, "Can't open user config file /no: No such file or directory", "Try: ssh"),
+        (1, "bash: foo: command not found\nKeyError: {x}", "KeyError: {x}"),
+        (1, "python3: Command not found.", "there is no python3"),
+        (127, "sh: python3: not found", "there is no python3"),
+        (126, "bash: /tmp: Is a directory", "cannot be run"),
+        (1, "This account is currently not available.", "not available"),
+        (137, "", "short of memory"),
+    ],
+)
+def test_what_ssh_says_is_told_from_what_a_board_says(code: int, told: str, meaning: str) -> None:
+    said = remote.explanation(Host("board"), LinkLost(code, told))
+    assert said.startswith("board: ")
+    assert meaning in said
+    assert ("refuses the keys" in said, "there is no python3" in said) == (
+        False,
+        meaning == "there is no python3",
+    )
 
 
 def test_an_old_python_is_said_to_be_too_old(tmp_path: Path) -> None:
@@ -281,7 +328,8 @@ def test_a_board_that_slows_down_is_told_and_given_up_where_it_lasts(
     assert "board became 1.30 times slower" in device.notes[0]
     factor[0] = 2.5
     interleave([anchor, first], rounds=4)
-    assert "board became 2.50 times slower" in device.notes[1]
+    assert "board became 2.50 times slower" in device.notes[0]
+    assert len(device.notes) == 1
     monkeypatch.setattr(remote, "LASTING_S", 0.0)
     with pytest.raises(NoisyMeasurement, match="cool it"):
         interleave([anchor, first], rounds=4)

@@ -124,7 +124,7 @@ def test_boards_none_of_which_is_reached_load_no_model(tmp_path: Path, run: Run)
     )
     assert code == 2
     for host in hosts:
-        assert f"{host}: failed: {host}: there is no such host" in out
+        assert f"{host}: failed: there is no such host" in out
 
 
 @pytest.mark.parametrize(
@@ -194,9 +194,37 @@ def test_doctor_looks_at_a_board(tmp_path: Path, run: Run) -> None:
     assert (code, json.loads(out)["ok"]) == (2, False)
     code, out, _ = run("doctor", *board, "--format", "json")
     there = {f["name"]: f for f in json.loads(out)["findings"]}
-    assert (code, there["board: trtexec"]["status"]) == (0, "optional")
+    assert (code, there["board: trtexec"]["status"]) == (2, "optional")
+    missing = there["board: onnxruntime"]
+    assert (missing["status"], "pip install onnxruntime" in missing["detail"]) == ("broken", True)
     code, out, _ = run("doctor", "--host", "no-such-board.invalid")
     assert (code, "there is no such host" in " ".join(out.split())) == (2, True)
+
+
+def test_a_temporary_folder_that_is_none_is_told_as_that(tmp_path: Path, run: Run) -> None:
+    python = tmp_path / "python3"
+    python.write_text(f'#!/bin/sh\nTMPDIR=/no/such exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    board = ("--host", loopback.ALIAS, "--host-python", str(python))
+    code, out, _ = run("doctor", *board, "--format", "json")
+    there = {f["name"]: f for f in json.loads(out)["findings"]}
+    assert (code, there["board: disk"]["status"]) == (2, "broken")
+    assert "There is no folder /no/such" in there["board: disk"]["detail"]
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [
+        ("profile", "m"),
+        ("plan", "m", "--speedup", "2x", "--data", "d"),
+        ("bench", "o"),
+        ("validate", "o"),
+        ("doctor",),
+    ],
+)
+def test_a_python_of_no_board_is_refused(verb: tuple[str, ...], run: Run) -> None:
+    code, _, err = run(*verb, "--host-python", "/opt/python3")
+    assert (code, "name that with --host" in err) == (2, True), err
 
 
 @pytest.mark.skipif(
@@ -256,8 +284,17 @@ def test_a_compile_is_measured_by_the_engines_of_a_board(
     assert run("bench", str(out), *there)[0] == 0
     code, shown, _ = run("inspect", str(out))
     assert code == 0
-    assert f"next: zipc bench {out} --host board" in shown
+    assert f"next: zipc bench {out} --host board --host-python {python}" in shown
     assert "zipc check" not in shown  # it times here
+    fake_trtexec.install_gpu(tmp_path, name="RTX 4090", capability="8.9")
+    for verb in ("bench", "validate"):
+        code, _, err = run(verb, str(out), *there)
+        assert (code, "board is RTX 4090, 550.54, of compute capability 8.9" in err) == (2, True)
+    with pytest.raises(UsageError, match=r"target 'orin' is one of 8\.7"):
+        profile_model(wanted, progress=Told())
+    fake_trtexec.install_gpu(tmp_path, name="Orin", capability="8.7")
+    code, shown, _ = run("validate", str(out), *there)
+    assert (code, "orin on board (Orin, 550.54) under tensorrt" in shown) == (0, True)
 
 
 def test_what_tensorrt_refuses_is_told_by_its_name(

@@ -60,7 +60,7 @@ def measurement(
     pairs = None
     if max_time is not None:
         pairs = pairs_within(parse_seconds(max_time, "--max-time"), Manifest.read(out))
-    return pairs, device_of(out, host=one_host(host), python=host_python)
+    return pairs, device_of(out, host=one_host(host, host_python), python=host_python)
 
 
 def pairs_within(seconds: float, manifest: Manifest) -> int:

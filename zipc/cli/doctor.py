@@ -52,7 +52,7 @@ def doctor_verb(
 
     def body(progress: Progress) -> Outcome:
         findings = (*examine(), *(() if target is None else examine_target(target)))
-        if (address := one_host(host)) is not None:
+        if (address := one_host(host, host_python)) is not None:
             from zipc.cli.doctor_board import examine_board
             from zipc.profiler.remote import Host
 
@@ -210,5 +210,5 @@ def _show(console: Console, findings: tuple[Finding, ...]) -> None:
     for finding in findings:
         fix = f"  fix: {finding.fix}" if finding.fix else ""
         status = f"[{colours[finding.status]}]{finding.status}[/]"
-        table.add_row(finding.name, status, escape(finding.detail + fix))
+        table.add_row(escape(finding.name), status, escape(finding.detail + fix))
     console.print(table)

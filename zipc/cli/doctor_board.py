@@ -35,7 +35,7 @@ def examine_board(host: Host, *, runtime: str) -> tuple[Finding, ...]:
     findings = (
         Finding("agent" if host.address == LOCAL else "ssh", "ok", "reached"),
         *(_runtime(n, found.pop(n, None), lacks, needed=n == runtime) for n in RUNTIMES),
-        _disk(free, place),
+        _disk(free, place, lacks),
         *(_setting(n, str(value)) for n, value in found.items()),
         *(Finding(n, "ok", str(value)) for n, value in seen["state"].items()),
     )
@@ -49,9 +49,10 @@ def _runtime(name: str, version: Any, lacks: dict[str, Any], *, needed: bool) ->
     return Finding(RUNTIMES[name], "broken" if needed else "optional", reason)
 
 
-def _disk(free_gb: Any, place: Any) -> Finding:
+def _disk(free_gb: Any, place: Any, lacks: dict[str, Any]) -> Finding:
     if not isinstance(free_gb, int | float):
-        return Finding("disk", "broken", "the board does not say how much is free")
+        told = lacks.get("temporary", "the board does not say how much is free")
+        return Finding("disk", "broken", str(told))
     enough = free_gb >= LEAST_GB
     fix = "" if enough else "make room, or let TMPDIR name a larger disk in its logins"
     return Finding("disk", "ok" if enough else "broken", f"{free_gb} GB free at {place}", fix)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_type_hints
@@ -206,7 +206,7 @@ class ModelFlags:
         return Request(**self._fields())
 
     def _board(self) -> dict[str, Any]:
-        return {"host": one_host(self.host), "host_python": self.host_python}
+        return {"host": one_host(self.host, self.host_python), "host_python": self.host_python}
 
     def _fields(self) -> dict[str, Any]:
         shapes = self.input_shapes
@@ -419,17 +419,30 @@ class CompileFlags(SearchFlags):
         return super()._goals() + ([] if self.max_drop is None else ["--max-drop"])
 
 
-def one_host(hosts: list[str] | None) -> str | None:
+def one_host(hosts: list[str] | None, python: str) -> str | None:
     """The board of a verb that measures on one.
 
     Raises:
-        UsageError: there are more.
+        UsageError: there are more, or a Python is named and no board.
     """
+    refuse_python_alone(hosts, python)
     if hosts and len(hosts) > 1:
         raise UsageError(
             f"--host is given {len(hosts)} times. Only zipc profile takes several boards: give one."
         )
     return hosts[0] if hosts else None
+
+
+def refuse_python_alone(boards: Sequence[Any] | None, python: str) -> None:
+    """Refuse the Python of a board where none is named.
+
+    Raises:
+        UsageError: it is.
+    """
+    if python != "python3" and not boards:
+        raise UsageError(
+            f"--host-python {python} is the Python of a board: name that with --host, too."
+        )
 
 
 def read_hosts(path: Path, *, python: str) -> list[tuple[str, str]]:
@@ -439,7 +452,8 @@ def read_hosts(path: Path, *, python: str) -> list[tuple[str, str]]:
         UsageError: it cannot be read, names no board, or a line has more than two words.
     """
     try:
-        lines = [line.partition("#")[0].split() for line in path.read_text().splitlines()]
+        text = path.read_text(encoding="utf-8-sig")
+        lines = [line.partition("#")[0].split() for line in text.splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--hosts {path} cannot be read: {error}.") from error
     found = [words for words in lines if words]

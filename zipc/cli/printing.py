@@ -28,9 +28,17 @@ _FEW_SITES = 32  # more than this and the table is shortened to one line per lev
 
 
 def show_manifest(
-    console: Console, manifest: Manifest, *, out: Path, every_site: bool = False
+    console: Console,
+    manifest: Manifest,
+    *,
+    out: Path,
+    every_site: bool = False,
+    python: str | None = None,
 ) -> None:
-    """Print the proof, quality, sizes and allocation of a compile, and what to run next."""
+    """Print the proof, quality, sizes and allocation of a compile, and what to run next.
+
+    `python` is that of the board it was measured on, where it is not the one of the compile.
+    """
     colour = _COLOURS[manifest.verdict]
     _say(console, f"[bold {colour}]{manifest.verdict}[/]  {_asked(manifest)}")
     facts = Table(box=None, show_header=False, pad_edge=False)
@@ -50,7 +58,7 @@ def show_manifest(
         console.print(f"note: {note}", markup=False, soft_wrap=True)
     for path, kind in _places(manifest):
         console.print(f"{out / path}: {kind}", markup=False, soft_wrap=True)
-    for command in _next_commands(manifest, out):
+    for command in _next_commands(manifest, out, python):
         console.print(f"next: {command}", markup=False, soft_wrap=True)
 
 
@@ -167,6 +175,7 @@ def _facts(manifest: Manifest) -> Iterable[tuple[str, str]]:
     yield "model", f"{manifest.model.source}  sha256 {manifest.model.sha256[:12]}"
     host = latency.fingerprint.get("host")
     place = "" if host is None else f" on {host}"
+    place += f" ({gpu})" if (gpu := latency.fingerprint.get("gpu")) else ""
     yield "target", f"{manifest.target}{place} under {manifest.runtime}: {manifest.workload}"
     times = "not measured: the device is not here"
     if latency.reference_ms is not None:
@@ -276,20 +285,25 @@ def _places(manifest: Manifest) -> Iterable[tuple[str, str]]:
     yield from ((f"{name}/", f"{count} files") for name, count in folders.items())
 
 
-def _next_commands(manifest: Manifest, out: Path) -> Iterable[str]:
+def _next_commands(manifest: Manifest, out: Path, python: str | None) -> Iterable[str]:
     if manifest.verdict == "missed":
         floats = all(a.level.numeric == "fp32" for a in manifest.allocation)
         more = floats and manifest.request.numerics != "auto"
         told = ", or allow more with --numerics auto" if more else ""
         yield f"zipc inspect {out}  (ask for less{told})"
-    host = manifest.latency.fingerprint.get("host")
+    host, asked = manifest.latency.fingerprint.get("host"), manifest.request.model_extra or {}
+    board = "" if host is None else f" --host {host}"
+    if python is None and asked.get("host") == host:
+        python = asked.get("host_python")
+    if board and python not in (None, "python3"):
+        board += f" --host-python {python}"
     if manifest.runtime == TENSORRT:
-        verb = "validate" if host is None else "bench"
-        yield f"zipc {verb} {out} --host {host or 'USER@BOARD'}"
+        verb = "bench" if board else "validate"
+        yield f"zipc {verb} {out}{board or ' --host USER@BOARD'}"
         yield f"sh {out}/build.sh  (on the device: builds the engine and times it)"
     else:
         if any(file.path == "reference.onnx" for file in manifest.files):
-            yield f"zipc bench {out}" + ("" if host is None else f" --host {host}")
+            yield f"zipc bench {out}{board}"
         yield f"zipc check NEW --baseline {out}"
     own = manifest.model.source
     factory = f", factory='{own}'" if split_reference(own) is not None else ""

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from zipc.cli.dry_run import dry_run
-from zipc.cli.flags import HostsFlag, ModelFlags, read_hosts, verb
+from zipc.cli.flags import HostsFlag, ModelFlags, read_hosts, refuse_python_alone, verb
 from zipc.cli.progress import Lines
 from zipc.cli.running import Outcome, error_details, run_verb
 from zipc.core.errors import UsageError, ZipcError
@@ -68,6 +68,7 @@ class ProfileFlags(ModelFlags):
         found = [(address, self.host_python) for address in self.host or ()]
         if self.hosts is not None:
             found += read_hosts(self.hosts, python=self.host_python)
+        refuse_python_alone(found, self.host_python)
         names = [address for address, _ in found]
         twice = [address for address in names if names.count(address) > 1]
         if twice:
@@ -127,7 +128,8 @@ def _several(
     def show(console: Console) -> None:
         for host, result in found:
             if isinstance(result, ZipcError):
-                console.print(f"{host}: failed: {result}", markup=False, soft_wrap=True)
+                told = str(result).removeprefix(f"{host}: ")
+                console.print(f"{host}: failed: {told}", markup=False, soft_wrap=True)
             else:
                 _show(console, result, host=f"{host}: ")
 

@@ -39,7 +39,7 @@ def validate_verb(
         made = validate(out, device=device, pairs=pairs, builds=builds, progress=progress)
         return Outcome(
             made.to_json(),
-            lambda console: show_manifest(console, made, out=out),
+            lambda console: show_manifest(console, made, out=out, python=host_python),
             verdict_exit_code(made.verdict, require=None),
         )
 
