@@ -257,7 +257,7 @@ def _manifest(out: Path) -> Any:
     for name, command in (
         ("manifest.json", "Run: zipc compile MODEL ... -o OUT"),
         ("model.onnx", "Run zipc compile again with the same -o."),
-        ("reference.onnx", "Compile again, without --no-reference."),
+        ("reference.onnx", "It is gone, or --no-reference left it out: compile again."),
     ):
         if not (out / name).is_file():
             raise UsageError(f"{out} has no {name}, which the measurement needs. {command}")

@@ -170,9 +170,11 @@ def price(
     )
     if table.correction is not None:
         return prices.corrected(table.correction)
+    started = time.monotonic()
     fitted, points = fit_correction(
         *(prepared, target, prices, beside, device.timer, progress), cold=cold
     )
+    prices.seconds += time.monotonic() - started
     if dense != whole:  # what one moment tells of integers beside floats may not last
         floats = Entry(
             signature=WHOLE,
