@@ -175,6 +175,7 @@ def price(
         *(prepared, target, prices, beside, device.timer, progress), cold=cold
     )
     prices.seconds += time.monotonic() - started
+    prices.from_cache = False
     if dense != whole:  # what one moment tells of integers beside floats may not last
         floats = Entry(
             signature=WHOLE,
