@@ -94,7 +94,7 @@ def profile_verb(flags: ProfileFlags) -> None:
         results = [profile_model(request, progress=progress) for request in requests]
         return _together([Outcome(r.to_json(), partial(_show, result=r)) for r in results], flags)
 
-    run_verb(body, output=flags.format)
+    run_verb(body, output=flags.format, resumes=not flags.dry_run)
 
 
 def _together(outcomes: Sequence[Outcome], flags: ProfileFlags) -> Outcome:
