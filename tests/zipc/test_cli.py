@@ -685,6 +685,16 @@ class TestOtherVerbs:
         assert (code, document["ok"]) == (0, True)
         assert {"python", "torch", "onnxruntime"} <= {f["name"] for f in document["findings"]}
 
+    def test_doctor_names_the_variable_of_a_cache_that_cannot_be_written(
+        self, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        (tmp_path / "file").write_text("")
+        monkeypatch.setenv("ZIPC_CACHE_DIR", str(tmp_path / "file"))
+        code, out, _ = run("doctor", "--format", "json")
+        (cache,) = [f for f in json.loads(out)["findings"] if f["name"] == "cache"]
+        assert (code, cache["status"]) == (2, "broken")
+        assert "ZIPC_CACHE_DIR" in cache["fix"]
+
     def test_version_and_help(self, run: Run) -> None:
         assert run("--version") == (0, "zipc 0.1.0\n", "")
         code, out, _ = run("--help")

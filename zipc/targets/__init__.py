@@ -173,7 +173,8 @@ def add_target(path: Path, *, name: str | None = None) -> Path:
     if held is not None:
         raise UsageError(f"There is a target '{name}' already: {held}. Give another --name.")
     kept = own_folder() / f"{name}.toml"
-    write_atomic(kept, text.encode())
+    advice = "Make its folder writable, or choose another with ZIPC_CONFIG_DIR."
+    write_atomic(kept, text, advice=advice)
     return kept
 
 
