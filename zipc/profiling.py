@@ -151,11 +151,8 @@ def _recall(root: Path, key: str | None) -> ProfileResult | None:
         return None
     held = json.loads((folder / FILE).read_text())
     path = root / held["result"]["table_path"]
-    if (
-        not path.is_relative_to(root)
-        or not path.is_file()
-        or sha256_file(path) != held["table_sha256"]
-    ):
+    own = path.is_relative_to(root) and path.is_file()
+    if not own or sha256_file(path) != held["table_sha256"]:
         return None
     again = {"table_path": path, "seconds": 0.0, "from_cache": True}
     return ProfileResult(**(held["result"] | again))

@@ -167,6 +167,13 @@ class TestCompile:
             )
         ]
 
+    def test_input_shapes_may_be_given_one_by_one(self, run: Run, pipeline: Any) -> None:
+        flags = ("--input-shapes", "x:4x3", "--input-shapes", "ids:4x7:int64")
+        assert run(*COMPILE, *flags)[0] == 0
+        assert [s.name for s in pipeline.requests[0].input_shapes] == ["x", "ids"]
+        code, _, err = run(*COMPILE, *flags, "--input-shapes", "x:1x2")
+        assert (code, "gives x twice" in err) == (2, True)
+
     def test_defaults_are_those_of_the_request(self, run: Run, pipeline: Any) -> None:
         run(*COMPILE)
         assert pipeline.requests == [

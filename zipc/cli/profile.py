@@ -47,7 +47,7 @@ class ProfileFlags(ModelFlags):
         """
         if self.workloads is None:
             return [self.request()]
-        given = (self.sequence_length, self.past_length, self.input_shapes)
+        given = (self.sequence_length, self.past_length, self.input_shapes or None)
         if self.batch_size != 1 or any(size is not None for size in given):
             raise UsageError(
                 "--workloads has all sizes: leave out --batch-size, --sequence-length, "
