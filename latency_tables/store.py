@@ -14,10 +14,12 @@ from pydantic import ValidationError
 from zipc.core.errors import CorruptFile, UsageError
 from zipc.core.files import fingerprint as digest_of
 from zipc.core.files import read_json, write_json
+from zipc.core.text import CONTROL
 from zipc.core.types import Workload
 from zipc.latency_tables.table import SCHEMA_VERSION, LatencyTable
 
 KEY = 12  # letters of a table's key that its short name has
+BEGINNING = b'{\n "anchor"'  # of every table
 MOST_NAMED = 6  # tables that a message names
 
 
@@ -146,9 +148,11 @@ def read_table(path: Path) -> LatencyTable:
         CorruptFile: truncated, edited by hand, or written by a newer zipc.
     """
     again = "Delete it and run zipc profile again."
-    document = read_json(path, advice=again if path.is_file() else "Run: zipc tables list")
+    others = "Those there are: zipc tables list"
+    advice = f"It is not a latency table. {others}" if path.is_file() else others
+    document = read_json(path, advice=again if _was_table(path) else advice)
     if not isinstance(document, dict) or "entries" not in document:
-        raise CorruptFile(f"{path} is not a latency table. Those there are: zipc tables list")
+        raise CorruptFile(f"{path} is not a latency table. {others}")
     version = document.get("schema_version")
     if isinstance(version, int) and version > SCHEMA_VERSION:
         raise CorruptFile(
@@ -169,6 +173,19 @@ def read_table(path: Path) -> LatencyTable:
     return table
 
 
+def _was_table(path: Path) -> bool:
+    """Whether a file is a table of ours, damaged or not: what else there is may be a model."""
+    if path.suffix != ".json" or not path.is_file():
+        return False
+    if re.match(r"b\d+", workload_key(path)):
+        return True
+    try:
+        with path.open("rb") as stream:
+            return stream.read(len(BEGINNING)) == BEGINNING
+    except OSError:
+        return False
+
+
 def _first_fault(error: ValidationError, document: Mapping[str, Any]) -> str:
     """Put the first violation in words, naming the entry it is in."""
     fault = error.errors(include_url=False)[0]
@@ -184,7 +201,7 @@ def _describe(entry: Mapping[str, Any]) -> str:
     level = entry.get("level")
     if isinstance(level, dict):
         level = f"{level.get('width')}@{level.get('numeric')}"
-    return f"{entry['signature']} at {level}"
+    return CONTROL.sub("?", f"{entry['signature']} at {level}")
 
 
 def workload_key(path: Path) -> str:

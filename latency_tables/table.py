@@ -17,7 +17,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, model_validator
 
 from zipc.core.errors import TableMissing, UsageError
-from zipc.core.types import Level, TableKind, Workload
+from zipc.core.text import CONTROL
+from zipc.core.types import NUMERICS, Level, TableKind, Workload
 from zipc.core.workload import WorkloadField
 from zipc.latency_tables.correction import Correction
 
@@ -25,9 +26,26 @@ SCHEMA_VERSION: Literal[5] = 5  # since 2: whole models; since 5: other correcti
 MAD_TO_SIGMA = 1.4826  # of a normal distribution
 OUTLIER_SIGMAS = 5.0
 
+LONGEST_MS = 1e9  # twelve days
+MOST_UNITS = 10**9  # of a site
+
+
+def _plausible(ms: float) -> float:
+    if ms > LONGEST_MS:
+        raise ValueError(f"{ms:g} ms is no time that anybody measured")
+    return max(round(ms, 5), 1e-5)
+
+
+def _printable(name: str) -> str:
+    if CONTROL.search(name):
+        raise ValueError("there are control characters in it")
+    return name
+
+
 Milliseconds = Annotated[
-    float, Field(gt=0, allow_inf_nan=False), AfterValidator(lambda ms: max(round(ms, 5), 1e-5))
+    float, Field(gt=0, allow_inf_nan=False, strict=True), AfterValidator(_plausible)
 ]
+Name = Annotated[str, Field(min_length=1), AfterValidator(_printable)]
 EntryKey = tuple[str, Level]
 
 
@@ -36,17 +54,19 @@ class Entry(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    signature: str = Field(min_length=1)
+    signature: Name
     level: Level
     samples_ms: tuple[Milliseconds, ...] = Field(min_length=1)
     anchor_ms: tuple[Milliseconds, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
-    def _samples_are_paired(self) -> Self:
+    def _is_a_measurement(self) -> Self:
         if len(self.samples_ms) != len(self.anchor_ms):
             raise ValueError("samples_ms and anchor_ms must be of equal length")
-        if self.level.width < 0:
-            raise ValueError("a width cannot be negative")
+        if not 0 <= self.level.width <= MOST_UNITS:
+            raise ValueError(f"a width is 0 to {MOST_UNITS}, not {self.level.width}")
+        if self.level.numeric not in NUMERICS:
+            raise ValueError(f"there is no numeric '{self.level.numeric}'")
         return self
 
     @property
@@ -105,8 +125,8 @@ class LatencyTable(BaseModel):
 
     schema_version: Literal[5] = SCHEMA_VERSION
     kind: TableKind = "measured"
-    target: str
-    runtime: str
+    target: Name
+    runtime: Name
     workload: WorkloadField
     fingerprint: dict[str, Any]
     state: dict[str, Any] = Field(default_factory=dict)

@@ -262,7 +262,7 @@ def _numerics(
     """Numerics the search may use, for every site that runs on integers.
 
     Raises:
-        UsageError: the request names a numeric the target does not run.
+        UsageError: the request names a numeric that no site of the model can have.
     """
     wanted, sites = request.numerics, prepared.sites
     known = (BF16, DYNAMIC, STATIC, INT4) if request.quantizer == "zipc" else (STATIC,)
@@ -281,11 +281,6 @@ def _numerics(
         )
     if wanted in schemes:
         return (wanted,)
-    if wanted not in ("auto", "int8"):
-        raise UsageError(
-            f"--numerics {wanted} is not known on target '{target.name}'. Choose auto, int8, "
-            f"{', '.join(target.numerics)}."
-        )
     asked = any(g is not None for g in (request.speedup, request.latency_ms, request.max_drop))
     if wanted == "int8":
         schemes = tuple(n for n in schemes if n in (DYNAMIC, STATIC))

@@ -7,6 +7,7 @@ import errno
 import fcntl
 import glob
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -17,7 +18,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from zipc.core.errors import CorruptFile, UsageError
-from zipc.core.files import read_json, sha256_file, write_atomic, write_json
+from zipc.core.files import MAKE_ROOM, read_json, sha256_file, write_atomic, write_json
 from zipc.core.types import Artifact
 from zipc.manifest import FILE_NAME
 
@@ -87,10 +88,13 @@ def _real(out: Path) -> Path:
 
 
 @contextlib.contextmanager
-def staged(out: Path) -> Iterator[Path]:
+def staged(
+    out: Path, *, advice: str = f"{MAKE_ROOM} What was there before is kept."
+) -> Iterator[Path]:
     """A fresh folder beside `out` that replaces it when the block ends without an error.
 
-    Two runs may write the same `out` at once; the one that ends last stays.
+    Two runs may write the same `out` at once; the one that ends last stays. `advice` is what a user
+    should do where it cannot be written.
 
     Raises:
         UsageError: the disk is full or the folder cannot be written.
@@ -109,10 +113,15 @@ def staged(out: Path) -> Iterator[Path]:
             with _locked(out.parent):
                 _take_place(fresh, out)
     except OSError as error:
-        raise UsageError(
-            f"Cannot write {out} ({error.strerror or error}). Free some space or choose another "
-            "folder with -o; finished stages are kept."
-        ) from error
+        raise UsageError(f"Cannot write {out} ({_reason(error)}). {advice}") from error
+
+
+def _reason(error: OSError) -> str:
+    if not isinstance(error, shutil.Error):
+        return error.strerror or str(error)
+    source, _, said = error.args[0][0]  # of all that copytree could not copy
+    number = re.match(r"\[Errno (\d+)\]", said)
+    return f"{Path(source).name}: {os.strerror(int(number[1])) if number else said}"
 
 
 def _take_place(fresh: Path, out: Path) -> None:

@@ -33,6 +33,7 @@ from zipc.shipped import Shipped, layout, reference, ship
 from zipc.within_drop import fastest_within
 
 LEAST_MORE, MOST_MORE = 1.01, 1.05  # asked for each time that an artifact was too slow
+ELSEWHERE = "Free some space or choose another folder with -o; finished stages are kept."
 MOST_AGAIN = 3  # searches after the first
 
 
@@ -108,7 +109,7 @@ def compile_model(request: Request, *, progress: Progress) -> Manifest:
             seed=request.seed,
         )
         clock.done()
-        with staged(out) as folder:
+        with staged(out, advice=ELSEWHERE) as folder:
             files = write_artifacts(
                 folder,
                 model=shipped.model,

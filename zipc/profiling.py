@@ -59,15 +59,15 @@ def profile_model(request: Request, *, progress: Progress) -> ProfileResult:
     Asked again for the same files, flags and device, and with the table as it was left, the answer
     is what was said then. A model from a factory is always loaded: its code may import any other.
     """
-    cache, key = _cache(request), _key(request)
-    known = _recall(cache, key)
+    root, key = _root(request), _key(request)
+    known = _recall(root, key)
     if known is not None:
         progress.stage("prices")
         progress.done(f"reused {known.entries} from the latency table")
         return known
     from zipc.groundwork import price_model
 
-    return _remembered(cache, key, price_model(request, progress=progress).prices)
+    return _remembered(root, key, price_model(request, progress=progress).prices)
 
 
 def profile_boards(
@@ -78,8 +78,8 @@ def profile_boards(
     What becomes of a board that fails is its error; the others go on. What is done on a board is
     told to the `progress_of` its host.
     """
-    cache, keys = _cache(requests[0]), beside(_key, requests)
-    found = [key if isinstance(key, ZipcError) else _recall(cache, key) for key in keys]
+    root, keys = _root(requests[0]), beside(_key, requests)
+    found = [key if isinstance(key, ZipcError) else _recall(root, key) for key in keys]
     missing = [index for index, known in enumerate(found) if known is None]
     if missing:
         from zipc.groundwork import price_on_boards
@@ -90,16 +90,19 @@ def profile_boards(
             if isinstance(priced, ZipcError):
                 found[index] = priced
             elif not isinstance(key := keys[index], ZipcError):
-                found[index] = _remembered(cache, key, priced.prices)
+                found[index] = _remembered(root, key, priced.prices)
     return [result for result in found if result is not None]
 
 
-def _cache(request: Request) -> StageCache:
-    return StageCache(request.cache_dir or default_cache_dir())
+def _root(request: Request) -> Path:
+    return request.cache_dir or default_cache_dir()
 
 
-def _remembered(cache: StageCache, key: str | None, prices: Prices) -> ProfileResult:
-    """What came out, kept for the next time the same is asked."""
+def _remembered(root: Path, key: str | None, prices: Prices) -> ProfileResult:
+    """What came out, kept for the next time the same is asked.
+
+    The path of the table is kept relative to the cache, which may be copied or moved.
+    """
     fitted = prices.table.correction
     result = ProfileResult(
         table_path=prices.path,
@@ -112,8 +115,12 @@ def _remembered(cache: StageCache, key: str | None, prices: Prices) -> ProfileRe
         correction_error=fitted.median_error if fitted else None,
     )
     if key is not None and result.table_path.exists():
-        held = {"result": result.to_json(), "table_sha256": sha256_file(result.table_path)}
-        cache.put(STAGE, key, {FILE: json.dumps(held).encode()})
+        place = str(result.table_path.relative_to(root))
+        held = {
+            "result": result.to_json() | {"table_path": place},
+            "table_sha256": sha256_file(result.table_path),
+        }
+        StageCache(root).put(STAGE, key, {FILE: json.dumps(held).encode()})
     return result
 
 
@@ -137,14 +144,15 @@ def _key(request: Request) -> str | None:
     )
 
 
-def _recall(cache: StageCache, key: str | None) -> ProfileResult | None:
+def _recall(root: Path, key: str | None) -> ProfileResult | None:
     """What was said when the same was asked before, if its table is still the same."""
-    folder = None if key is None else cache.get(STAGE, key)
+    folder = None if key is None else StageCache(root).get(STAGE, key)
     if folder is None:
         return None
     held = json.loads((folder / FILE).read_text())
-    path = Path(held["result"]["table_path"])
-    if not path.is_file() or sha256_file(path) != held["table_sha256"]:
+    path = root / held["result"]["table_path"]
+    own = path.is_relative_to(root) and path.is_file()
+    if not own or sha256_file(path) != held["table_sha256"]:
         return None
     again = {"table_path": path, "seconds": 0.0, "from_cache": True}
     return ProfileResult(**(held["result"] | again))

@@ -116,6 +116,23 @@ def test_a_file_of_something_else_is_not_to_be_deleted(saved: Path) -> None:
         assert "Delete" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["model.onnx", "config.json"])
+def test_what_was_no_table_is_not_to_be_deleted(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b'{"hidden_size": \xff\x00')
+    with pytest.raises(CorruptFile, match="It is not a latency table") as caught:
+        read_table(tmp_path / name)
+    assert "Delete" not in str(caught.value)
+
+
+def test_a_damaged_table_is_to_be_deleted_wherever_it_lies(saved: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "exported.json"
+    elsewhere.write_text(saved.read_text()[:200])
+    saved.write_text("")
+    for path in (saved, elsewhere):
+        with pytest.raises(CorruptFile, match="Delete it and run zipc profile again"):
+            read_table(path)
+
+
 def test_tables_of_one_name_are_named_by_their_targets_or_paths(
     store: TableStore, table: LatencyTable, saved: Path
 ) -> None:
@@ -133,11 +150,33 @@ def test_tables_of_one_name_are_named_by_their_targets_or_paths(
     assert all(str(path) in str(caught.value) for path in (saved, other, third))
 
 
-@pytest.mark.parametrize("value", [float("nan"), -1.0, 0.0, "fast", None])
+@pytest.mark.parametrize("value", [float("nan"), -1.0, 0.0, 1e300, True, "fast", "0.01", None])
 def test_an_impossible_sample_names_its_entry(store: TableStore, saved: Path, value: Any) -> None:
     edit(saved, lambda d: d["entries"][1]["samples_ms"].__setitem__(0, value))
     with pytest.raises(CorruptFile, match="ffn:384 at 64@int8-dynamic"):
         store.load(saved)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda d: d["entries"][0]["level"].update(numeric="fp7"), "no numeric 'fp7'"),
+        (lambda d: d["entries"][0]["level"].update(width=10**10), "a width is 0 to"),
+        (lambda d: d["entries"][0].update(signature="ffn\x1b[2J"), "signature: .* control char"),
+        (lambda d: d.update(target=""), "target: String should"),
+        (lambda d: d.update(runtime=""), "runtime: String should"),
+    ],
+)
+def test_a_table_of_nothing_that_exists_is_corrupt_even_with_a_digest(
+    store: TableStore, saved: Path, change: Callable[[dict[str, Any]], object], said: str
+) -> None:
+    document = read_json(saved)
+    del document["digest"]
+    change(document)
+    write_json(saved, document | {"digest": digest_of(document)})
+    with pytest.raises(CorruptFile, match=said) as caught:
+        store.load(saved)
+    assert "\x1b" not in str(caught.value)
 
 
 def test_empty_samples_name_their_entry(store: TableStore, saved: Path) -> None:

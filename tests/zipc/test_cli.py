@@ -18,14 +18,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 
 from tests import relu_graph
 from tests.command_line import Run
+from zipc import gate
 from zipc.cli.bench import pairs_within
 from zipc.cli.printing import show_manifest
 from zipc.cli.progress import Lines, open_progress
-from zipc.cli.running import INTERRUPTED
+from zipc.cli.quantities import parse_seconds
+from zipc.cli.running import RESUMABLE, UNCHANGED
 from zipc.core.errors import NoisyMeasurement, TargetUnreachable, UsageError
 from zipc.core.figures import three_digits
 from zipc.core.request import Request
@@ -163,6 +166,13 @@ class TestCompile:
                 require="validated",
             )
         ]
+
+    def test_input_shapes_may_be_given_one_by_one(self, run: Run, pipeline: Any) -> None:
+        flags = ("--input-shapes", "x:4x3", "--input-shapes", "ids:4x7:int64")
+        assert run(*COMPILE, *flags)[0] == 0
+        assert [s.name for s in pipeline.requests[0].input_shapes] == ["x", "ids"]
+        code, _, err = run(*COMPILE, *flags, "--input-shapes", "x:1x2")
+        assert (code, "gives x twice" in err) == (2, True)
 
     def test_defaults_are_those_of_the_request(self, run: Run, pipeline: Any) -> None:
         run(*COMPILE)
@@ -345,8 +355,37 @@ class TestFailures:
         pipeline.compile_model = answer(pipeline, failing(KeyboardInterrupt()))
         code, out, err = run(*COMPILE)
         assert (code, out) == (130, "")
-        assert err.endswith(INTERRUPTED + "\n")
+        assert err.endswith(RESUMABLE + "\n")
         assert "Traceback" not in err
+
+    def test_only_what_keeps_stages_says_that_it_resumes(
+        self, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        def stop(*_: object, **__: object) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(gate, "check", stop)
+        monkeypatch.setattr("zipc.cli.compile.dry_run", stop)
+        for words in (("check", "a.onnx", "--baseline", "b.onnx"), (*COMPILE, "--dry-run")):
+            code, out, err = run(*words, "--format", "json")
+            assert (code, json.loads(out)["error"]["message"]) == (130, UNCHANGED)
+            assert err.endswith(UNCHANGED + "\n")
+
+    @pytest.mark.parametrize(
+        "make", [lambda: np.empty((1 << 50, 1 << 8)), lambda: torch.empty(1 << 50, 1 << 8)]
+    )
+    def test_too_little_memory_is_one_message_that_says_what_to_do(
+        self, run: Run, pipeline: Any, make: Callable[[], Any]
+    ) -> None:
+        pipeline.compile_model = answer(pipeline, make)
+        code, out, err = run(*COMPILE)
+        assert (code, out) == (2, "")
+        assert "Give a smaller batch or shorter inputs" in err
+        assert "Traceback" not in err
+        code, out, _ = run(*COMPILE, "--format", "json")
+        error = json.loads(out)["error"]
+        assert (code, error["exit_code"]) == (2, 2)
+        assert "more memory" in error["message"]
 
     def test_sigterm_unwinds_and_is_143(self, run: Run, pipeline: Any) -> None:
         tidied = []
@@ -632,17 +671,36 @@ class TestOtherVerbs:
     def test_bench_time_becomes_pairs_of_four_runs(self) -> None:
         made = manifest()  # 20 + 9.8 ms, each run twice
         assert pairs_within(30.0, made) == int(30 / (2 * 0.0298))
-        with pytest.raises(UsageError, match="Give at least 4s"):
+        with pytest.raises(UsageError, match=r"Give at least 3\.6s"):
             pairs_within(1.0, made)
         unmeasured = made.latency.model_copy(update={"compiled_ms": None})
         with pytest.raises(UsageError, match="never measured"):
             pairs_within(30.0, manifest(latency=unmeasured))
+
+    @pytest.mark.parametrize("ms", [0.003, 0.0417, 20.9, 42.5, 83.3, 5000.0])
+    def test_bench_time_that_is_advised_is_enough(self, ms: float) -> None:
+        latency = {"reference_ms": ms, "compiled_ms": ms / 2}
+        made = manifest(latency=manifest().latency.model_copy(update=latency))
+        with pytest.raises(UsageError) as caught:
+            pairs_within(1e-6, made)
+        (advised,) = re.findall(r"at least (\S+)\.$", str(caught.value))
+        assert 60 <= pairs_within(parse_seconds(advised, "--max-time"), made) < 68
 
     def test_doctor_finds_this_environment_in_order(self, run: Run) -> None:
         code, out, _ = run("doctor", "--format", "json")
         document = json.loads(out)
         assert (code, document["ok"]) == (0, True)
         assert {"python", "torch", "onnxruntime"} <= {f["name"] for f in document["findings"]}
+
+    def test_doctor_names_the_variable_of_a_cache_that_cannot_be_written(
+        self, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        (tmp_path / "file").write_text("")
+        monkeypatch.setenv("ZIPC_CACHE_DIR", str(tmp_path / "file"))
+        code, out, _ = run("doctor", "--format", "json")
+        (cache,) = [f for f in json.loads(out)["findings"] if f["name"] == "cache"]
+        assert (code, cache["status"]) == (2, "broken")
+        assert "ZIPC_CACHE_DIR" in cache["fix"]
 
     def test_version_and_help(self, run: Run) -> None:
         assert run("--version") == (0, "zipc 0.1.0\n", "")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import resource
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -170,6 +172,21 @@ def test_output_survives_when_the_new_one_cannot_take_its_place(
     with pytest.raises(UsageError, match="Input/output error"), staged(out) as folder:
         (folder / "new").write_text("new")
     assert (out / "model.onnx").read_text() == "earlier"
+
+
+def test_a_copy_that_does_not_fit_says_which_file_and_why(tmp_path: Path) -> None:
+    out = finished(tmp_path / "out")
+    (out / "big").write_bytes(bytes(100_000))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    try:
+        with pytest.raises(UsageError) as caught, staged(out) as folder:
+            shutil.copytree(out, folder, dirs_exist_ok=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "(big: File too large). Free some space" in str(caught.value)
+    assert "with -o" not in str(caught.value)
+    assert {p.name for p in out.iterdir()} == {"manifest.json", "model.onnx", "big"}
 
 
 def test_leftovers_of_a_killed_run_are_cleared(tmp_path: Path) -> None:

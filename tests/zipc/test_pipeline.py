@@ -546,6 +546,16 @@ def test_profile_measures_once(project: Project, tmp_path: Path) -> None:
     assert again.dense_ms == first.dense_ms
 
 
+def test_a_copied_cache_answers_with_its_own_tables(project: Project, tmp_path: Path) -> None:
+    cache = shutil.copytree(project.cache, tmp_path / "cache")
+    asked = request(project.model, None, None, cache)
+    first = profile_model(asked, progress=Told())
+    copy = shutil.copytree(cache, tmp_path / "copy")
+    assert "trace" not in told_by(replace(asked, cache_dir=copy))
+    again = profile_model(replace(asked, cache_dir=copy), progress=Told())
+    assert again.table_path == copy / first.table_path.relative_to(cache)
+
+
 def test_a_table_is_answered_without_torch_until_a_file_or_a_flag_changes(
     project: Project, tmp_path: Path
 ) -> None:

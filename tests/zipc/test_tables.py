@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from tests.command_line import Run
 from tests.price_tables import made
+from zipc.cli.tables_printing import show_list
 from zipc.core.types import Level, Workload
 from zipc.latency_tables.compare import compare, dominated
 from zipc.latency_tables.store import TableStore, read_table
@@ -68,6 +71,24 @@ def test_list_names_what_is_kept_and_what_is_damaged(run: Run, cache: Path) -> N
     code, out, _ = run("tables", "list", "--cache-dir", str(cache))
     assert "first@b1s16t1" in out.split()
     assert "not read: " in out
+
+
+@pytest.mark.parametrize("width", [30, 50, 60, 80, 100, 120, 200])
+def test_names_of_tables_stay_whole_in_a_narrow_terminal(run: Run, cache: Path, width: int) -> None:
+    store = TableStore(cache / "tables")
+    load = Workload(4, None, 1, {"pixel_values": (4, 3, 224, 224)})
+    long = made(PRICES, workload=load, target="orin-nano:15w")
+    path = store.path("orin-nano:15w", load, long.runtime, "third")
+    store.save(long, path)
+    page = io.StringIO()
+    _, out, _ = run("tables", "list", "--cache-dir", str(cache), "--format", "json")
+    show_list(Console(file=page, width=width), json.loads(out))
+    lines = page.getvalue().splitlines()
+    assert lines[0].split()[0] == "name"
+    assert {f"third@{load.key}", "first@b1s16t1"} <= {line.split(" ")[0] for line in lines}
+    assert sum("orin-nano:15w" in line for line in lines) == 1
+    assert len(lines) == 4 if width in (30, 50, 200) else len(lines) < 12
+    assert ("pixel_values" in page.getvalue().split()) == (width >= 100)
 
 
 def test_a_file_is_no_cache(run: Run, tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ def test_cpu_is_built_in() -> None:
     assert target_files()["cpu"] == shipped_files()["cpu"]
 
 
+ROOT = Path(__file__).parents[2]
 GPUS = ("a100", "h100", "h200", "l4", "orin", "orin-nano", "orin-nx", "rtx4090", "t4")
 
 
@@ -152,6 +153,39 @@ def test_int4_weights_are_for_decode_steps_under_onnx_runtime(
     assert INT4 not in requested_target(Request(model="m")).numerics
 
 
+@pytest.mark.parametrize(
+    ("target", "numerics", "choice"),
+    [
+        ("cpu", "fp16", "int8, fp32, int8-dynamic"),
+        ("a100", "fp32", "int8, fp16, int8-static"),
+        ("both.toml", "fp16", "int8, fp32, int8-static."),
+    ],
+)
+@pytest.mark.parametrize("verb", ["profile", "plan", "compile"])
+def test_floats_that_the_target_does_not_run_in_are_refused_at_once(
+    run: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    verb: str,
+    target: str,
+    numerics: str,
+    choice: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("both.toml").write_text(f'{OWN}numerics = ["fp32", "fp16", "int8-static"]\n')
+    goal = [] if verb == "profile" else ["--speedup", "2x", "--data", str(ROOT / "examples/stsb")]
+    out = ["-o", "out"] if verb == "compile" else []
+    flags = ["--target", target, "--numerics", numerics, *goal, *out]
+    for dry in ([], ["--dry-run"]):
+        code, _, err = run(verb, "a/model", *flags, *dry)
+        said = " ".join(err.split())
+        assert (code, f"--numerics {numerics} is not offered" in said, choice in said) == (
+            2,
+            True,
+            True,
+        )
+
+
 def test_missing_target_file_names_those_there_are() -> None:
     with pytest.raises(UsageError, match=r"cannot be read.*name of a target: .*cpu"):
         load_target("./nowhere.toml")
@@ -203,6 +237,24 @@ def test_a_target_is_not_added_over_another(
         (DESK, "desk.toml", "no .toml"),
         (A100.replace('anchors = "a100"', 'anchors = "mine"'), None, "No model of devices 'mine'"),
         (f"{A100}\n[modes.slow]\nmultiprocessors = 0\n", None, "multiprocessors must be"),
+        (f"{A100}\n[modes.slow]\nfoo = 3\n", None, "unknown keys in [modes.slow]: foo"),
+        (f"{A100}\n[modes]\nslow = 3\n", None, "modes.slow must be a table"),
+        (f"{A100}\nfoo = 3\n", None, "unknown keys in [sheet]: foo"),
+        (f"modes = 3\n{A100}", None, "modes must be a table"),
+        (A100.replace('"8.0"', '"banana"'), None, "compute_capability 'banana' is not"),
+        (A100.replace("sparse = true", 'sparse = "yes"'), None, "sheet.sparse: Input should be"),
+        (A100.replace("= 1555", '= "1555"'), None, "sheet.bandwidth_gbs: Input should be"),
+        (A100.replace("= 1555", "= 1e300"), None, "bandwidth_gbs must be positive"),
+        (A100.replace("= 1555", "= 1e-300"), None, "bandwidth_gbs must be positive"),
+        (A100.replace("= 1555", "= inf"), None, "bandwidth_gbs"),
+        (A100.replace("{ fp16 = 8", "{ fp17 = 8"), None, "width_grid has 'fp17'"),
+        (A100.replace("{ fp16 = 8", "{ fp16 = 0"), None, "steps of width_grid must be"),
+        (A100.replace('["dense", ', '["dense", "dense", '), None, "patterns has dense twice"),
+        (f'{OWN}numerics = ["fp32", "fp32"]', None, "numerics has fp32 twice"),
+        (f'{OWN}numerics = ["fp32"]\nwidth_step = 1000000000', None, "width_step must be"),
+        (f'{OWN}numerics = ["fp32"]\nwidth_step = "8"', None, "width_step: Input should be"),
+        (f'{OWN}numerics = ["fp32"]\nconnection = "remote"', None, "is for the runtime tensorrt"),
+        (f'{OWN}numerics = ["fp32"]\ndescription = "\\u001b[2J"', None, "control characters"),
     ],
 )
 def test_a_target_that_could_not_be_used_is_not_added(
@@ -214,6 +266,15 @@ def test_a_target_that_could_not_be_used_is_not_added(
     code, _, err = run("targets", "add", str(file), *flags)
     assert (code, said in " ".join(err.split())) == (2, True)
     assert not config.exists()
+
+
+def test_a_target_that_cannot_be_kept_names_the_variable_of_the_folder(
+    run: Run, tmp_path: Path, config: Path
+) -> None:
+    config.write_text("")
+    (tmp_path / "desk.toml").write_text(DESK)
+    code, _, err = run("targets", "add", str(tmp_path / "desk.toml"))
+    assert (code, "ZIPC_CONFIG_DIR" in err) == (2, True)
 
 
 def test_a_copy_of_a_shipped_target_is_one_of_its_own(

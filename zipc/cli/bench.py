@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -75,8 +76,15 @@ def pairs_within(seconds: float, manifest: Manifest) -> int:
     seconds_each = 2 * (latency.reference_ms + latency.compiled_ms) / 1e3
     pairs = int(seconds / seconds_each)
     if pairs < FEWEST_PAIRS:
+        enough = _rounded_up(FEWEST_PAIRS * seconds_each)
         raise UsageError(
             f"--max-time {seconds:g}s is enough for {pairs} pairs; a verdict needs "
-            f"{FEWEST_PAIRS}. Give at least {FEWEST_PAIRS * seconds_each:.0f}s."
+            f"{FEWEST_PAIRS}. Give at least {enough:g}s."
         )
     return pairs
+
+
+def _rounded_up(seconds: float) -> float:
+    """To two digits, and a little more than asked, so that dividing it gives no pair too few."""
+    step = 10.0 ** (math.floor(math.log10(seconds)) - 1)
+    return float(f"{step * math.ceil(1.001 * seconds / step):.6g}")

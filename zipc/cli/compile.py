@@ -31,7 +31,7 @@ def compile_verb(flags: CompileFlags) -> None:
             verdict_exit_code(manifest.verdict, require=request.require),
         )
 
-    run_verb(body, output=flags.format)
+    run_verb(body, output=flags.format, resumes=not flags.dry_run)
 
 
 def verdict_exit_code(verdict: VerdictName, *, require: str | None) -> int:

@@ -26,6 +26,7 @@ from zipc.latency_tables.modelled import NetworkKind, device_model
 from zipc.targets import load_target, split_mode
 
 NEEDED = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "numpy", "scipy")
+CACHE_FIX = "export ZIPC_CACHE_DIR=DIR, or give --cache-dir DIR to every command that has it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,10 +180,10 @@ def _cache() -> Finding:
     try:
         folder = default_cache_dir()
     except UsageError as error:
-        return Finding("cache", "broken", str(error), "export ZIPC_CACHE_DIR=DIR")
+        return Finding("cache", "broken", str(error), CACHE_FIX)
     existing = next(p for p in (folder, *folder.parents) if p.exists())
     if not (existing.is_dir() and os.access(existing, os.W_OK)):
-        return Finding("cache", "broken", f"{folder} cannot be written", "give --cache-dir DIR")
+        return Finding("cache", "broken", f"{folder} cannot be written", CACHE_FIX)
     return Finding("cache", "ok", f"{folder}, {_size_mb(folder):.0f} MB")
 
 

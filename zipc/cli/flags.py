@@ -15,6 +15,7 @@ from zipc.cli.running import Format
 from zipc.core.errors import UsageError
 from zipc.core.request import Request
 from zipc.core.shapes import parse_input_shapes
+from zipc.core.types import InputSpec
 
 Numerics = Literal[
     "auto", "fp32", "fp16", "bf16", "int8", "int8-dynamic", "int8-static", "int4-weights"
@@ -55,11 +56,11 @@ WeightsFlag = Annotated[
     ),
 ]
 InputShapesFlag = Annotated[
-    str | None,
+    list[str] | None,
     typer.Option(
         "--input-shapes",
         help="Sizes of inputs that are not token sequences, batch first: x:1x3x224x224, "
-        "ids:1x128:int64.",
+        "ids:1x128:int64. Repeatable.",
         metavar="NAME:SIZES,...",
         rich_help_panel=_WORKLOAD,
     ),
@@ -209,7 +210,6 @@ class ModelFlags:
         return {"host": one_host(self.host, self.host_python), "host_python": self.host_python}
 
     def _fields(self) -> dict[str, Any]:
-        shapes = self.input_shapes
         return {
             "model": self.model,
             "target": self.target,
@@ -223,7 +223,7 @@ class ModelFlags:
             "sequence_length": self.sequence_length,
             "phase": self.phase,
             "past_length": self.past_length,
-            "input_shapes": () if shapes is None else parse_input_shapes(shapes),
+            "input_shapes": read_shapes(self.input_shapes),
             "weights": self.weights,
             "effort": self.effort,
             "seed": self.seed,
@@ -417,6 +417,15 @@ class CompileFlags(SearchFlags):
 
     def _goals(self) -> list[str]:
         return super()._goals() + ([] if self.max_drop is None else ["--max-drop"])
+
+
+def read_shapes(given: list[str] | None) -> tuple[InputSpec, ...]:
+    """The inputs of a flag that may be repeated.
+
+    Raises:
+        UsageError: see `parse_input_shapes`.
+    """
+    return parse_input_shapes(",".join(given)) if given else ()
 
 
 def one_host(hosts: list[str] | None, python: str) -> str | None:

@@ -7,11 +7,17 @@ from typing import Annotated
 
 import typer
 
-from zipc.cli.flags import ExcludeFlag, FormatFlag, IncludeFlag, InputShapesFlag, WeightsFlag
+from zipc.cli.flags import (
+    ExcludeFlag,
+    FormatFlag,
+    IncludeFlag,
+    InputShapesFlag,
+    WeightsFlag,
+    read_shapes,
+)
 from zipc.cli.printing import show_fields, show_manifest, show_structure
 from zipc.cli.running import Outcome, run_verb
 from zipc.core.errors import CorruptFile
-from zipc.core.shapes import parse_input_shapes
 from zipc.core.types import Progress
 from zipc.manifest import FILE_NAME, Manifest
 
@@ -66,7 +72,7 @@ def inspect_verb(
             include=include or (),
             exclude=exclude or (),
             weights=weights,
-            input_shapes=() if input_shapes is None else parse_input_shapes(input_shapes),
+            input_shapes=read_shapes(input_shapes),
             measure=latency,
             progress=progress,
         )

@@ -24,4 +24,4 @@ def plan_verb(flags: SearchFlags) -> None:
         plan = plan_model(request, progress=progress)
         return Outcome(plan.to_json(), lambda console: show_plan(console, plan, request=request))
 
-    run_verb(body, output=flags.format)
+    run_verb(body, output=flags.format, resumes=not flags.dry_run)

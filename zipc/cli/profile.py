@@ -47,7 +47,7 @@ class ProfileFlags(ModelFlags):
         """
         if self.workloads is None:
             return [self.request()]
-        given = (self.sequence_length, self.past_length, self.input_shapes)
+        given = (self.sequence_length, self.past_length, self.input_shapes or None)
         if self.batch_size != 1 or any(size is not None for size in given):
             raise UsageError(
                 "--workloads has all sizes: leave out --batch-size, --sequence-length, "
@@ -95,7 +95,7 @@ def profile_verb(flags: ProfileFlags) -> None:
         results = [profile_model(request, progress=progress) for request in requests]
         return _together([Outcome(r.to_json(), partial(_show, result=r)) for r in results], flags)
 
-    run_verb(body, output=flags.format)
+    run_verb(body, output=flags.format, resumes=not flags.dry_run)
 
 
 def _together(outcomes: Sequence[Outcome], flags: ProfileFlags) -> Outcome:

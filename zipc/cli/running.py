@@ -19,13 +19,21 @@ import typer
 from rich.console import Console
 
 from zipc.cli.progress import open_progress
-from zipc.core.errors import TargetUnreachable, ZipcError
+from zipc.core.errors import TargetUnreachable, UsageError, ZipcError, first_line
 from zipc.core.types import Progress
 
 Format = Literal["table", "json"]
 BUG_EXIT_CODE = 70  # sysexits' EX_SOFTWARE: a crash must not read as "regressed", which is 1
 PIPED_WIDTH = 120  # columns, where there is no terminal to ask
-INTERRUPTED = "interrupted; finished stages are kept, run the same command again to resume"
+RESUMABLE = "interrupted; finished stages are kept, run the same command again to resume"
+UNCHANGED = "interrupted; nothing was changed"
+TOO_LARGE = (  # what torch and numpy say of a size, in errors that are no MemoryError
+    "can't allocate memory",
+    "not enough memory",
+    "out of memory",
+    "Storage size calculation overflowed",
+    "Maximum allowed dimension exceeded",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +45,12 @@ class Outcome:
     exit_code: int = 0
 
 
-def run_verb(body: Callable[[Progress], Outcome], *, output: Format) -> None:
+def run_verb(body: Callable[[Progress], Outcome], *, output: Format, resumes: bool = False) -> None:
     """Run `body`, print its outcome and leave with its exit code.
 
     Whatever `body` and the libraries under it print goes to stderr, so that stdout carries the
-    outcome alone. A `ZipcError` becomes its message; any other exception keeps its traceback.
+    outcome alone. A `ZipcError` becomes its message, and so does a lack of memory; any other
+    exception keeps its traceback. `resumes`: what an interrupted run had finished is kept.
 
     Raises:
         typer.Exit: always, with the exit code.
@@ -55,11 +64,15 @@ def run_verb(body: Callable[[Progress], Outcome], *, output: Format) -> None:
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt as stop:
         code = 143 if isinstance(stop, Terminated) else 130
-        print(INTERRUPTED, file=sys.stderr)
+        told = RESUMABLE if resumes else UNCHANGED
+        print(told, file=sys.stderr)
         if as_json:
-            print_json(error_document("Interrupted", INTERRUPTED, exit_code=code))
+            print_json(error_document("Interrupted", told, exit_code=code))
         raise typer.Exit(code) from None
     except Exception as bug:
+        if _lacks_memory(bug):
+            _say_error(_memory_error(bug), as_json=as_json)
+            raise typer.Exit(ZipcError.exit_code) from None
         traceback.print_exc()
         if as_json:
             print_json(error_document(type(bug).__name__, str(bug), exit_code=BUG_EXIT_CODE))
@@ -87,6 +100,19 @@ def error_details(error: ZipcError) -> dict[str, Any]:
 def print_json(document: Any) -> None:
     """Print one JSON document; a value JSON has no word for is a bug, not a NaN."""
     _print(_document(document))
+
+
+def _lacks_memory(error: Exception) -> bool:
+    told = isinstance(error, RuntimeError | ValueError) and any(t in str(error) for t in TOO_LARGE)
+    return told or isinstance(error, MemoryError)
+
+
+def _memory_error(error: Exception) -> UsageError:
+    said = first_line(error).removesuffix(".")
+    return UsageError(
+        f"There is not enough memory{f' ({said})' if said else ''}. Give a smaller batch or "
+        "shorter inputs, or use a machine with more memory."
+    )
 
 
 def _document(document: Any) -> str:

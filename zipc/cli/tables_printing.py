@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -14,6 +15,9 @@ from zipc.core.figures import three_digits
 from zipc.latency_tables.compare import Comparison
 from zipc.latency_tables.store import short_name
 
+FIGURES = ("prices", "noise", "sums off by")
+LEAST_NEEDED = ("created", "kind", "noise", "workload", "runtime")  # names have the workload's key
+GAP = 2  # between columns
 BAR = 24  # characters of the longest bar
 WORST = 10  # entries of a comparison that are printed
 
@@ -27,27 +31,42 @@ def show_list(console: Console, document: Mapping[str, Any]) -> None:
             soft_wrap=True,
         )
         return
-    table = Table(box=None, pad_edge=False)
-    table.add_column("name", no_wrap=True)  # to be copied
-    for name in ("kind", "target", "runtime", "workload"):
-        table.add_column(name, overflow="fold")
-    for name in ("prices", "noise", "sums off by"):
-        table.add_column(name, justify="right")
-    table.add_column("created")
-    for row in rows:
-        if row["error"] is None:
-            off = row["correction_error"]
-            table.add_row(
-                escape(short_name(row["name"], row["workload_key"])),
-                *(escape(row[n]) for n in ("kind", "target", "runtime", "workload")),
-                str(row["entries"]),
-                f"{row['noise']:.1%}",
-                "-" if off is None else f"{off:.1%}",
-                row["created"][:16].replace("T", " "),
-            )
-    if table.row_count:
-        console.print(table)
+    cells = [_cells(row) for row in rows if row["error"] is None]
+    if cells:
+        console.print(_fitting(cells, console.width), soft_wrap=True)
     show_unread(console, rows)
+
+
+def _cells(row: Mapping[str, Any]) -> dict[str, str]:
+    off = row["correction_error"]
+    return {
+        "name": short_name(row["name"], row["workload_key"]),
+        **{name: row[name] for name in ("kind", "target", "runtime", "workload")},
+        "prices": str(row["entries"]),
+        "noise": f"{row['noise']:.1%}",
+        "sums off by": "-" if off is None else f"{off:.1%}",
+        "created": row["created"][:16].replace("T", " "),
+    }
+
+
+def _fitting(rows: Sequence[Mapping[str, str]], width: int) -> Table:
+    """A table of as many columns as there is room for, and wider than that before a name breaks."""
+    widths = {n: max(map(cell_len, (n, *(row[n] for row in rows)))) for n in rows[0]}
+    widths["workload"] = max(cell_len(word) for row in rows for word in row["workload"].split())
+
+    def needed() -> int:
+        return sum(widths.values()) + GAP * (len(widths) - 1)
+
+    for name in LEAST_NEEDED:
+        if needed() > width:
+            del widths[name]
+    table = Table(box=None, pad_edge=False, width=needed() if needed() > width else None)
+    for name, least in widths.items():
+        justify: Literal["left", "right"] = "right" if name in FIGURES else "left"
+        table.add_column(name, justify=justify, min_width=least, no_wrap=name != "workload")
+    for row in rows:
+        table.add_row(*(escape(row[name]) for name in widths))
+    return table
 
 
 def show_table(console: Console, document: Mapping[str, Any]) -> None:

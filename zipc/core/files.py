@@ -11,9 +11,13 @@ from typing import Any
 
 from zipc.core.errors import CorruptFile, UsageError
 
+MAKE_ROOM = "Free some space, or make its folder writable."  # what helps wherever the folder is
 
-def write_atomic(path: Path, content: bytes | str) -> None:
+
+def write_atomic(path: Path, content: bytes | str, *, advice: str = MAKE_ROOM) -> None:
     """Write through a temporary file, fsync and rename, so that a reader never sees half a file.
+
+    `advice` is what a user should do where that is not possible.
 
     Raises:
         UsageError: the folder cannot be written or the disk is full.
@@ -30,9 +34,7 @@ def write_atomic(path: Path, content: bytes | str) -> None:
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except OSError as error:
-        raise UsageError(
-            f"Cannot write {path}: {error.strerror or error}. Choose another folder or free space."
-        ) from error
+        raise UsageError(f"Cannot write {path}: {error.strerror or error}. {advice}") from error
     finally:
         if temporary is not None and os.path.exists(temporary):
             os.unlink(temporary)

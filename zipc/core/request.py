@@ -93,12 +93,13 @@ class Request:
             )
         if self.engine_options:
             self._check_engine_options(target)
-        narrow = self.numerics.startswith(("int8-", "int4-", "bf16"))
-        if narrow and self.numerics not in target.numerics:
+        floats = target.reference_numeric  # a network's floats are of one kind
+        known = [n for n in target.numerics if n == floats or not n.startswith("fp")]
+        if self.numerics not in ("auto", "int8", *known):
             hint = " For bf16 give --runtime openvino." if self.numerics == "bf16" else ""
             raise UsageError(
                 f"--numerics {self.numerics} is not offered on target '{target.name}' under "
-                f"{target.runtime}. Choose auto, int8, {', '.join(target.numerics)}.{hint}"
+                f"{target.runtime}. Choose auto, int8, {', '.join(known)}.{hint}"
             )
         if self.numerics in DECODING and self.phase != "decode":
             others = ", ".join(n for n in target.numerics if n not in DECODING)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
+import json
 import os
 import re
 import tomllib
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import platformdirs
 from pydantic import TypeAdapter, ValidationError
@@ -18,14 +18,14 @@ from pydantic import TypeAdapter, ValidationError
 from zipc.core.errors import UsageError
 from zipc.core.files import write_atomic
 from zipc.core.request import DECODING, Request
-from zipc.core.types import Target
+from zipc.core.text import CONTROL
+from zipc.core.types import NUMERICS, Pattern, SpecSheet, Target
 
 SUPPORTED = {  # a target that asks for more would be measured as something it is not
     "runtime": ("onnxruntime", "openvino", "torch", "torch-cuda", "tensorrt"),
     "connection": ("local", "remote"),
     "reference_numeric": ("fp32", "fp16"),
-    # here: `numerics` needs torch
-    "numerics": ("fp32", "fp16", "bf16", "int8-dynamic", "int8-static", "int4-weights"),
+    "numerics": NUMERICS,
 }
 NO_KERNELS = {  # numerics that run there in floats, slower than fp32, or that zipc does not write
     "onnxruntime": ("bf16",),
@@ -36,6 +36,9 @@ NO_KERNELS = {  # numerics that run there in floats, slower than fp32, or that z
 }
 ON_CPU = ("onnxruntime", "openvino", "torch")
 SERVING = ("onnxruntime", "openvino")  # those that graphs are deployed in
+PATTERNS: tuple[str, ...] = get_args(Pattern)
+LARGEST_STEP = 4096  # of widths: a wider one leaves nothing to choose
+PLAUSIBLE = (1e-3, 1e7)  # figures of a device, in the units of its sheet
 AUTO = "auto"  # the faster of those on this device
 
 
@@ -173,7 +176,8 @@ def add_target(path: Path, *, name: str | None = None) -> Path:
     if held is not None:
         raise UsageError(f"There is a target '{name}' already: {held}. Give another --name.")
     kept = own_folder() / f"{name}.toml"
-    write_atomic(kept, text.encode())
+    advice = "Make its folder writable, or choose another with ZIPC_CONFIG_DIR."
+    write_atomic(kept, text, advice=advice)
     return kept
 
 
@@ -211,68 +215,119 @@ def _parse(text: str, *, where: Path, mode: str = "") -> Target:
         table: dict[str, Any] = {"name": where.stem, **tomllib.loads(text)}
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"{where} is not valid TOML: {error}.") from error
-    modes = table.pop("modes", {})
+    modes, sheet = table.pop("modes", {}), table.get("sheet", {})
+    tables = {"modes": modes, "sheet": sheet}
+    tables |= {f"modes.{n}": m for n, m in modes.items()} if isinstance(modes, dict) else {}
+    for key, held in tables.items():
+        if not isinstance(held, dict):
+            raise UsageError(f"{where}: {key} must be a table, [{key}].")
+        if key != "modes":
+            _refuse_unknown(held, SpecSheet, where, f" in [{key}]")
     if mode:
         if mode not in modes:
             known = ", ".join(f"{where.stem}:{name}" for name in modes) or "none"
             raise UsageError(f"Target {where.stem} has no power mode '{mode}'. Its modes: {known}.")
-        table |= {"name": f"{table['name']}:{mode}", "mode": mode}
-        table["sheet"] = table.get("sheet", {}) | modes[mode]
-    fields = [field.name for field in dataclasses.fields(Target)]
-    unknown = sorted(set(table) - set(fields))
-    if unknown:
-        raise UsageError(
-            f"{where} has unknown keys: {', '.join(unknown)}. Known keys: {', '.join(fields)}."
-        )
-    try:
-        target = TypeAdapter(Target).validate_python(table)
+        table |= {"name": f"{table['name']}:{mode}", "mode": mode, "sheet": sheet | modes[mode]}
+    _refuse_unknown(table, Target, where)
+    try:  # as JSON, in which a strict list may be a tuple
+        document = json.dumps(table, default=str)
+        target = TypeAdapter(Target).validate_json(document, strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in first["loc"])
         raise UsageError(f"{where}: {key}: {first['msg']}.") from error
-    if target.reference_numeric not in target.numerics or target.width_step < 1:
+    if fault := _fault(target):
+        raise UsageError(f"{where}: {fault}")
+    return target
+
+
+def _refuse_unknown(held: Mapping[str, Any], kind: type, where: Path, place: str = "") -> None:
+    fields = [field.name for field in dataclasses.fields(kind)]
+    unknown = sorted(set(held) - set(fields))
+    if unknown:
         raise UsageError(
-            f"{where}: numerics must contain the reference numeric "
-            f"'{target.reference_numeric}', and width_step must be at least 1."
+            f"{where} has unknown keys{place}: {', '.join(unknown)}. Known keys: "
+            f"{', '.join(fields)}."
         )
-    if (target.runtime == "tensorrt") != (target.sheet is not None):
-        fault = "is for the runtime tensorrt alone" if target.sheet else "is missing"
-        raise UsageError(
-            f"{where}: a [sheet] with the figures of the device {fault}. `zipc targets show a100` "
-            "names the file to begin from."
-        )
-    runtimes = ON_CPU if target.runtime in ON_CPU else (target.runtime,)  # --runtime may change it
-    absent = set(target.numerics).intersection(*(NO_KERNELS.get(name, ()) for name in runtimes))
+
+
+def _fault(target: Target) -> str | None:
+    """What is wrong with a target whose fields have the right types."""
+    return _wrong_choice(target) or _wrong_sheet(target) or _wrong_text(target)
+
+
+def _wrong_choice(target: Target) -> str | None:
+    runtime, numerics, patterns = target.runtime, target.numerics, target.patterns
+    if target.reference_numeric not in numerics:
+        return f"numerics must contain the reference numeric '{target.reference_numeric}'."
+    lists: dict[str, tuple[str, ...]] = {"numerics": numerics, "patterns": patterns}
+    for key, names in lists.items():
+        double = [name for name in names if names.count(name) > 1]
+        if double:
+            return f"{key} has {double[0]} twice."
+    if not 1 <= target.width_step <= LARGEST_STEP:
+        return f"width_step must be at least 1 and at most {LARGEST_STEP}."
+    foreign = set(target.width_grid) - {*SUPPORTED["numerics"], *PATTERNS}
+    if foreign:
+        known = ", ".join((*SUPPORTED["numerics"], *PATTERNS))
+        return f"width_grid has '{min(foreign)}', which is none of {known}."
+    if not all(1 <= step <= LARGEST_STEP for step in target.width_grid.values()):
+        return f"steps of width_grid must be positive and at most {LARGEST_STEP}."
+    runtimes = ON_CPU if runtime in ON_CPU else (runtime,)  # --runtime may change it
+    absent = set(numerics).intersection(*(NO_KERNELS.get(name, ()) for name in runtimes))
     if absent:
-        raise UsageError(
-            f"{where}: {', '.join(absent)} is not offered under {target.runtime}. Leave it out of "
-            "numerics."
-        )
-    if "dense" not in target.patterns:
-        raise UsageError(f'{where}: patterns must contain "dense".')
-    if "2:4" in target.patterns and not (target.sheet and target.sheet.sparse):
-        raise UsageError(
-            f"{where}: 2:4 needs the runtime tensorrt and a [sheet] with sparse = true. "
-            "Leave it out of patterns."
-        )
-    figures = {} if target.sheet is None else dataclasses.asdict(target.sheet)
-    numbers = {k: v for k, v in figures.items() if isinstance(v, int | float) and k != "sparse"}
-    wrong = [key for key, value in numbers.items() if not 0 < value < math.inf]
-    if wrong or min(target.width_grid.values(), default=1) < 1:
-        raise UsageError(
-            f"{where}: {wrong[0] if wrong else 'width_grid'} must be positive, finite."
-        )
+        return f"{', '.join(absent)} is not offered under {runtime}. Leave it out of numerics."
+    if "dense" not in patterns:
+        return 'patterns must contain "dense".'
     asked = {
-        "runtime": [target.runtime],
+        "runtime": [runtime],
         "connection": [target.connection],
         "reference_numeric": [target.reference_numeric],
-        "numerics": target.numerics,
+        "numerics": numerics,
     }
     for key, values in asked.items():
-        foreign = [value for value in values if value not in SUPPORTED[key]]
-        if foreign:
-            raise UsageError(
-                f"{where}: {key} '{foreign[0]}' is not something zipc can measure yet. "
-                f"Choose from: {', '.join(SUPPORTED[key])}."
-            )
-    return target
+        for value in values:
+            if value not in SUPPORTED[key]:
+                return (
+                    f"{key} '{value}' is not something zipc can measure yet. Choose from: "
+                    f"{', '.join(SUPPORTED[key])}."
+                )
+    if target.connection == "remote" and runtime != "tensorrt":
+        return (
+            f"connection 'remote' is for the runtime tensorrt: {runtime} is timed on this machine, "
+            "or on the board that --host names. Leave it out."
+        )
+    return None
+
+
+def _wrong_sheet(target: Target) -> str | None:
+    sheet = target.sheet
+    if (target.runtime == "tensorrt") != (sheet is not None):
+        fault = "is for the runtime tensorrt alone" if sheet else "is missing"
+        return (
+            f"a [sheet] with the figures of the device {fault}. `zipc targets show a100` names "
+            "the file to begin from."
+        )
+    if "2:4" in target.patterns and not (sheet and sheet.sparse):
+        return (
+            "2:4 needs the runtime tensorrt and a [sheet] with sparse = true. Leave it out of "
+            "patterns."
+        )
+    if sheet is None:
+        return None
+    if not re.fullmatch(r"\d+\.\d", sheet.compute_capability):
+        return f"compute_capability '{sheet.compute_capability}' is not of the form \"8.7\"."
+    for key, value in dataclasses.asdict(sheet).items():
+        figure = isinstance(value, int | float) and not isinstance(value, bool)
+        if figure and not PLAUSIBLE[0] <= value <= PLAUSIBLE[1]:
+            low, high = PLAUSIBLE
+            return f"{key} must be positive, and a plausible figure: {low:g} to {high:g}."
+    return None
+
+
+def _wrong_text(target: Target) -> str | None:
+    sheet = target.sheet
+    texts = [target.name, target.description, *(() if sheet is None else sheet.source)]
+    if any(CONTROL.search(text) for text in texts):
+        return "a name, the description or a source has control characters in it."
+    return None
