@@ -158,6 +158,7 @@ class Link:
             line = self._line(MAX_BANNER)
             _, found, rest = line.partition(greeting)  # what is printed may end in no newline
             if found:
+                self._printed.clear()
                 return shown(_parsed(found + rest)[agent.GREETING], 40)
             self._printed += line
             skipped += len(line)

@@ -308,6 +308,6 @@ def _promise(manifest: Any, *, path: Path) -> Promise:
         figure = float(request[asked[0]] if asked else manifest["latency"]["speedup_ci95"][0])
         if not 0 < figure < math.inf:
             raise ValueError(f"{figure:g} is not positive")
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise CorruptFile(f"{path} promises nothing usable ({error!r}). Compile again.") from error
     return Promise(figure, of_latency=asked[:1] == ["latency_ms"], asked=bool(asked))

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from zipc.profiler.facts import LEAST
+
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("exporters", "latency_tables", "numerics", "profiler", "pruner")
 IMPORTED_AS = {"PIL": "pillow"}  # name in the code -> name in the registry
@@ -165,3 +167,10 @@ def test_wheel_built_from_the_sdist_holds_every_module_and_data_file(tmp_path: P
     wanted |= {f"zipc/{f}" for f in tracked if f.split("/")[0] in FOLDERS}
     assert wanted <= held
     assert {name.split("/")[0] for name in held if ".dist-info" not in name} == {"zipc"}
+
+
+def test_a_board_needs_the_runtimes_that_are_needed_here(project: dict[str, Any]) -> None:
+    needs = project["project"]
+    asked = [*needs["dependencies"], *needs["optional-dependencies"]["openvino"]]
+    least = [f"{name}>={'.'.join(map(str, version))}" for name, version in LEAST.items()]
+    assert set(least) <= set(asked)
