@@ -14,9 +14,8 @@ from pydantic import ValidationError
 from zipc.core.errors import CorruptFile, UsageError
 from zipc.core.files import fingerprint as digest_of
 from zipc.core.files import read_json, write_json
-from zipc.core.types import Workload
+from zipc.core.types import CONTROL, Workload
 from zipc.latency_tables.table import SCHEMA_VERSION, LatencyTable
-from zipc.targets import CONTROL
 
 KEY = 12  # letters of a table's key that its short name has
 BEGINNING = b'{\n "anchor"'  # of every table

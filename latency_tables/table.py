@@ -17,10 +17,9 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, model_validator
 
 from zipc.core.errors import TableMissing, UsageError
-from zipc.core.types import Level, TableKind, Workload
+from zipc.core.types import CONTROL, NUMERICS, Level, TableKind, Workload
 from zipc.core.workload import WorkloadField
 from zipc.latency_tables.correction import Correction
-from zipc.targets import CONTROL, SUPPORTED
 
 SCHEMA_VERSION: Literal[5] = 5  # since 2: whole models; since 5: other corrections
 MAD_TO_SIGMA = 1.4826  # of a normal distribution
@@ -65,7 +64,7 @@ class Entry(BaseModel):
             raise ValueError("samples_ms and anchor_ms must be of equal length")
         if not 0 <= self.level.width <= MOST_UNITS:
             raise ValueError(f"a width is 0 to {MOST_UNITS}, not {self.level.width}")
-        if self.level.numeric not in SUPPORTED["numerics"]:
+        if self.level.numeric not in NUMERICS:
             raise ValueError(f"there is no numeric '{self.level.numeric}'")
         return self
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 Numeric = str  # name of a registered scheme: "fp32", "bf16", "int8-dynamic", "int4-weights"
+NUMERICS = ("fp32", "fp16", "bf16", "int8-dynamic", "int8-static", "int4-weights")
 Pattern = Literal["dense", "2:4"]
 Difference = Literal["width", "bf16", "int8", "int4", "2:4"]  # in what two graphs differ
 NARROW: tuple[Difference, ...] = ("bf16", "int8", "int4")  # numerics of a level begin with one
 TableKind = Literal["measured", "published", "modelled"]
 VerdictName = Literal["validated", "predicted", "missed", "inconclusive"]
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # in a name: what a terminal would act on
 ModelTask = Literal["embedding", "classes", "regression", "causal_lm", "image_classes", "tensors"]
 
 

@@ -18,14 +18,13 @@ from pydantic import TypeAdapter, ValidationError
 from zipc.core.errors import UsageError
 from zipc.core.files import write_atomic
 from zipc.core.request import DECODING, Request
-from zipc.core.types import Pattern, SpecSheet, Target
+from zipc.core.types import CONTROL, NUMERICS, Pattern, SpecSheet, Target
 
 SUPPORTED = {  # a target that asks for more would be measured as something it is not
     "runtime": ("onnxruntime", "openvino", "torch", "torch-cuda", "tensorrt"),
     "connection": ("local", "remote"),
     "reference_numeric": ("fp32", "fp16"),
-    # here: `numerics` needs torch
-    "numerics": ("fp32", "fp16", "bf16", "int8-dynamic", "int8-static", "int4-weights"),
+    "numerics": NUMERICS,
 }
 NO_KERNELS = {  # numerics that run there in floats, slower than fp32, or that zipc does not write
     "onnxruntime": ("bf16",),
@@ -39,7 +38,6 @@ SERVING = ("onnxruntime", "openvino")  # those that graphs are deployed in
 PATTERNS: tuple[str, ...] = get_args(Pattern)
 LARGEST_STEP = 4096  # of widths: a wider one leaves nothing to choose
 PLAUSIBLE = (1e-3, 1e7)  # figures of a device, in the units of its sheet
-CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # what a terminal would act on
 AUTO = "auto"  # the faster of those on this device
 
 
@@ -268,9 +266,9 @@ def _wrong_choice(target: Target) -> str | None:
             return f"{key} has {double[0]} twice."
     if not 1 <= target.width_step <= LARGEST_STEP:
         return f"width_step must be at least 1 and at most {LARGEST_STEP}."
-    foreign = set(target.width_grid) - {*SUPPORTED["numerics"], *PATTERNS}
+    foreign = set(target.width_grid) - {*NUMERICS, *PATTERNS}
     if foreign:
-        known = ", ".join((*SUPPORTED["numerics"], *PATTERNS))
+        known = ", ".join((*NUMERICS, *PATTERNS))
         return f"width_grid has '{min(foreign)}', which is none of {known}."
     if not all(1 <= step <= LARGEST_STEP for step in target.width_grid.values()):
         return f"steps of width_grid must be positive and at most {LARGEST_STEP}."
