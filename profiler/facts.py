@@ -131,7 +131,7 @@ def _setup(runtime: str) -> dict[str, str]:
         "l4t": _l4t(),
         "power_mode": _power_mode(),
         "gpu": _nvidia_smi("name,driver_version") if runtime in ON_GPU else None,
-        CAPABILITY: _nvidia_smi("compute_cap") if runtime in ON_GPU else None,
+        CAPABILITY: _compute_capability() if runtime in ON_GPU else None,
     }
     return {name: value for name, value in more.items() if value}
 
@@ -218,6 +218,12 @@ def _power_mode() -> str | None:
     """A Jetson's power mode, e.g. `MAXN`."""
     found = re.search(r"NV Power Mode: *(\S+)", _printed("nvpmodel", "-q") or "")
     return found[1] if found else None
+
+
+def _compute_capability() -> str | None:
+    """E.g. `8.7`; older drivers and boards of their own do not say."""
+    told = _nvidia_smi("compute_cap") or ""
+    return told if re.fullmatch(r"\d+\.\d", told) else None
 
 
 def _nvidia_smi(fields: str) -> str | None:

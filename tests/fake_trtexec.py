@@ -65,7 +65,7 @@ def python_beside(folder: Path, *, first: str = ":") -> str:
 def install_gpu(folder: Path, *, name: str, capability: str) -> None:
     """Write an `nvidia-smi` to a folder, which knows a GPU."""
     program = folder / "nvidia-smi"
-    answers = f"*compute_cap*) echo {capability};; *name*) echo '{name}, 550.54';; *) exit 2;;"
+    answers = f"*compute_cap*) echo '{capability}';; *name*) echo '{name}, 550.54';; *) exit 2;;"
     program.write_text(f'#!/bin/sh\ncase "$*" in {answers} esac\n')
     program.chmod(0o755)
 
