@@ -108,8 +108,8 @@ def examine() -> dict[str, Any]:
     lacks = {}
     for runtime in ("onnxruntime", "openvino", "tensorrt"):
         try:
-            found[runtime] = version_of(runtime)
             refuse_old(runtime)
+            found[runtime] = version_of(runtime)
         except Failure as failure:
             lacks[runtime] = str(failure)
     if "tensorrt" in found and _by_python():
