@@ -18,7 +18,7 @@ from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field
 
 from zipc.core.errors import TableMissing, UsageError
 from zipc.core.text import CONTROL
-from zipc.core.types import NUMERICS, Level, TableKind, Workload
+from zipc.core.types import LONGEST_MS, NUMERICS, Level, TableKind, Workload
 from zipc.core.workload import WorkloadField
 from zipc.latency_tables.correction import Correction
 
@@ -26,7 +26,6 @@ SCHEMA_VERSION: Literal[5] = 5  # since 2: whole models; since 5: other correcti
 MAD_TO_SIGMA = 1.4826  # of a normal distribution
 OUTLIER_SIGMAS = 5.0
 
-LONGEST_MS = 1e9  # twelve days
 MOST_UNITS = 10**9  # of a site
 
 

@@ -20,6 +20,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ValidationError
+
 from zipc.core.errors import (
     EngineFailed,
     ExportMismatch,
@@ -27,20 +29,12 @@ from zipc.core.errors import (
     RemoteError,
     UsageError,
 )
+from zipc.core.text import shown
+from zipc.core.types import LONGEST_MS
 from zipc.profiler import agent, facts, tensorrt_python, trtexec
 
 MAX_ANSWER = 16 << 20  # bytes of a line: the layers of a large engine are a tenth of it
-MAX_MS = 1e9  # of an inference: twelve days
 MAX_INT = 1 << 53  # of what a board says of itself: a float holds it
-NUMBER, NUMBERS, TEXTS = "a number", "numbers", "texts"
-KINDS = {  # of facts that are worked with, not only shown
-    "cores": NUMBER,
-    "cpu_mhz": NUMBER,
-    "gpu_mhz": NUMBER,
-    "load_average": NUMBERS,
-    "temperature_c": NUMBERS,
-    "isa": TEXTS,
-}
 MAX_BANNER = 64 << 10  # bytes a login may print before the agent speaks
 PIPE_BYTES = 1 << 20
 _KEPT = 8 << 10  # bytes of standard error that are kept
@@ -66,6 +60,17 @@ class LinkLost(Exception):
 
 class BadAnswer(RemoteError):
     """An answer that no agent gives."""
+
+
+class _WorkedWith(BaseModel):
+    """Facts that are more than shown, where they are told."""
+
+    cores: float = 1
+    cpu_mhz: float = 1
+    gpu_mhz: float = 1
+    load_average: list[float] = []
+    temperature_c: dict[str, float] = {}
+    isa: list[str] = []
 
 
 class Link:
@@ -218,7 +223,7 @@ def checked_time(ms: Any) -> float:
     Raises:
         BadAnswer: not a positive number, or one that no inference takes.
     """
-    if type(ms) not in (int, float) or not 0 < ms < MAX_MS:
+    if type(ms) not in (int, float) or not 0 < ms <= LONGEST_MS:
         raise BadAnswer(f"The agent measured {shown(ms)} ms, which is no time.")
     return float(ms)
 
@@ -232,20 +237,12 @@ def checked_facts(found: Any) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise BadAnswer(f"The agent answered {shown(found)} instead of what it is.")
     facts = {shown(name): _fact(value) for name, value in found.items()}
-    for name, value in facts.items():
-        if name in KINDS and not _is(KINDS[name], value):
-            raise BadAnswer(f"The agent says that its {name} is {shown(value)}.")
+    try:
+        _WorkedWith.model_validate(facts, strict=True)
+    except ValidationError as error:
+        name = error.errors()[0]["loc"][0]
+        raise BadAnswer(f"The agent says that its {name} is {shown(facts[str(name)])}.") from None
     return facts
-
-
-def _is(kind: str, value: Any) -> bool:
-    if kind == NUMBER:
-        return type(value) in (int, float)
-    items = value.values() if isinstance(value, dict) else value
-    if not isinstance(value, dict | list):
-        return False
-    wanted = (str,) if kind == TEXTS else (int, float)
-    return all(type(item) in wanted for item in items)
 
 
 def _fact(value: Any) -> Any:
@@ -286,12 +283,6 @@ def _parsed(line: bytes) -> Any:
     except (ValueError, RecursionError):
         text = line.decode(errors="replace")
         raise BadAnswer(f"The agent answered {shown(text)}, which is not JSON.") from None
-
-
-def shown(value: Any, longest: int = 200) -> str:
-    """What a stranger sent, safe to print on a terminal."""
-    text = str(value)[: 2 * longest]
-    return "".join(c if c.isprintable() else " " for c in text)[:longest].strip()
 
 
 def _widen(process: subprocess.Popen[bytes]) -> None:

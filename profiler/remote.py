@@ -26,8 +26,9 @@ from zipc.core.errors import (
     RemoteError,
     UsageError,
 )
+from zipc.core.text import shown
 from zipc.core.types import TableKind, Workload
-from zipc.profiler.link import BadAnswer, Link, LinkLost, checked_facts, shown
+from zipc.profiler.link import BadAnswer, Link, LinkLost, checked_facts
 from zipc.profiler.runners.apart import ApartRunner, TimingProcess
 
 SSH_OPTIONS = (
@@ -237,8 +238,9 @@ class RemoteProcess(TimingProcess):
         if slower <= self._worst and not lasting:
             return
         self._worst = SLOWER * slower
+        slowed = f"{self._device.host.address} became "
         told = (
-            f"{self._device.host.address} became {slower:.2f} times slower while it was measured "
+            f"{slowed}{slower:.2f} times slower while it was measured "
             f"({_clocks(self._device.state())})"
         )
         if lasting:
@@ -246,7 +248,6 @@ class RemoteProcess(TimingProcess):
                 f"{told}. It may be too hot, or doing something else: cool it, choose a lower "
                 "power mode, and run the same command again; what was measured is kept."
             )
-        slowed = f"{self._device.host.address} became "
         notes = self._device.notes
         notes[:] = [note for note in notes if not note.startswith(slowed)]  # the worst will do
         notes.append(told)

@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from threading import Lock
 
 from zipc.build import dense_model
@@ -22,7 +21,7 @@ from zipc.devices import open_device, refuse_other_gpu
 from zipc.effort import effort_of
 from zipc.exporters.tensorrt.engine import choose_builder
 from zipc.integer_body import IntegerBody
-from zipc.latency_tables.store import TableStore, default_cache_dir
+from zipc.latency_tables.store import TableStore
 from zipc.metrics import check_metric
 from zipc.model_source import SourceModel, load_source, settle, with_cache
 from zipc.numerics.int8 import FULL, STATIC
@@ -35,7 +34,7 @@ from zipc.quantizer import check_modelopt
 from zipc.runtimes import runtime_of
 from zipc.samples import Samples, inputs_of_rows, kind_of, open_samples
 from zipc.sources.common import BATCH
-from zipc.stage_cache import StageCache
+from zipc.stage_cache import StageCache, cache_of, cache_root
 from zipc.targets import AUTO, SERVING, on_device, on_runtime, requested_target
 from zipc.turns import faster_runtime
 
@@ -246,11 +245,3 @@ def _body(
 def _tell_discarded(cache: StageCache, progress: Progress) -> None:
     for entry in cache.discarded:
         progress.info(f"damaged cache entry {entry} was thrown away")
-
-
-def cache_root(request: Request) -> Path:
-    return request.cache_dir or default_cache_dir()
-
-
-def cache_of(request: Request) -> StageCache:
-    return StageCache(cache_root(request))

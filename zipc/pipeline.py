@@ -21,7 +21,7 @@ from zipc.effort import effort_of
 from zipc.engines import noted
 from zipc.exporters.tensorrt.engine import Engine, build_engine, choose_builder
 from zipc.exporters.tensorrt.script import build_script
-from zipc.groundwork import Setup, cache_of, cache_root, set_up
+from zipc.groundwork import Setup, set_up
 from zipc.manifest import Manifest
 from zipc.modelled_device import predicted_timing
 from zipc.output import check_output, staged, write_artifacts
@@ -30,6 +30,7 @@ from zipc.profiler.timing import warm_up
 from zipc.proof import default_pairs, prove
 from zipc.record import make_manifest, read_quality, samples_of
 from zipc.shipped import Shipped, layout, reference, ship
+from zipc.stage_cache import cache_of, cache_root
 from zipc.within_drop import fastest_within
 
 LEAST_MORE, MOST_MORE = 1.01, 1.05  # asked for each time that an artifact was too slow

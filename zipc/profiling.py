@@ -22,9 +22,8 @@ from zipc.core.request import Request
 from zipc.core.types import Progress, TableKind
 from zipc.devices import open_device
 from zipc.exporters.specialise import EMISSION
-from zipc.latency_tables.store import default_cache_dir
 from zipc.sources.hub import PATTERNS, locate
-from zipc.stage_cache import StageCache
+from zipc.stage_cache import StageCache, cache_root
 from zipc.targets import AUTO, requested_target
 from zipc.user_code import split_reference
 
@@ -59,7 +58,7 @@ def profile_model(request: Request, *, progress: Progress) -> ProfileResult:
     Asked again for the same files, flags and device, and with the table as it was left, the answer
     is what was said then. A model from a factory is always loaded: its code may import any other.
     """
-    root, key = _root(request), _key(request)
+    root, key = cache_root(request), _key(request)
     known = _recall(root, key)
     if known is not None:
         progress.stage("prices")
@@ -78,7 +77,7 @@ def profile_boards(
     What becomes of a board that fails is its error; the others go on. What is done on a board is
     told to the `progress_of` its host.
     """
-    root, keys = _root(requests[0]), beside(_key, requests)
+    root, keys = cache_root(requests[0]), beside(_key, requests)
     found = [key if isinstance(key, ZipcError) else _recall(root, key) for key in keys]
     missing = [index for index, known in enumerate(found) if known is None]
     if missing:
@@ -92,10 +91,6 @@ def profile_boards(
             elif not isinstance(key := keys[index], ZipcError):
                 found[index] = _remembered(root, key, priced.prices)
     return [result for result in found if result is not None]
-
-
-def _root(request: Request) -> Path:
-    return request.cache_dir or default_cache_dir()
 
 
 def _remembered(root: Path, key: str | None, prices: Prices) -> ProfileResult:

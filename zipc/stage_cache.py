@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from zipc.core.errors import UsageError
+from zipc.core.request import Request
+from zipc.latency_tables.store import default_cache_dir
 
 CAP_BYTES = 4 << 30
 _SUMS = "sums.json"
@@ -120,3 +122,16 @@ def _hash(path: Path) -> str:
         while chunk := stream.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def cache_root(request: Request) -> Path:
+    """Where a request keeps its tables and finished stages.
+
+    Raises:
+        UsageError: see `default_cache_dir`.
+    """
+    return request.cache_dir or default_cache_dir()
+
+
+def cache_of(request: Request) -> StageCache:
+    return StageCache(cache_root(request))

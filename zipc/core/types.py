@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 Numeric = str  # name of a registered scheme: "fp32", "bf16", "int8-dynamic", "int4-weights"
+LONGEST_MS = 1e9  # of an inference: twelve days
 NUMERICS = ("fp32", "fp16", "bf16", "int8-dynamic", "int8-static", "int4-weights")
 Pattern = Literal["dense", "2:4"]
 Difference = Literal["width", "bf16", "int8", "int4", "2:4"]  # in what two graphs differ
